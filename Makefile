@@ -1,0 +1,70 @@
+# bhx: everything runs in .venv/, which is made at the first call and brought up to date whenever
+# pyproject.toml changes. Nothing is installed outside it.
+#
+#   make test PYTHON=python3.12     another interpreter (3.11 to 3.13)
+#   make test EXTRAS=notebooks,test,umap,interpret
+#   make demo TORCH="torch --index-url ADDRESS"
+#       TORCH is handed to pip install. Without a GPU it is one fixed release; on Linux the plain
+#       package index serves that release with gigabytes of CUDA, so give the address of PyTorch's
+#       own CPU index (on pytorch.org under Get Started) or of a local folder of wheels.
+
+PYTHON ?= python3
+EXTRAS ?= notebooks,test
+JOBS ?= 2
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH ?= torch==2.13.0
+else
+TORCH ?= torch>=2.13,<3
+endif
+
+PY := .venv/bin/python
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# several processes share the cores, so each keeps to one thread
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+
+.PHONY: help env demo test lint unit nbval lab weights assets notebooks clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+env: .venv/.made  ## the environment in .venv/
+
+.venv/.made: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet '$(TORCH)'
+	$(PY) -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@
+
+demo: env  ## scans to tokens, scores and one page of figures, in demo/
+	$(PY) -m bhx demo
+
+test: lint unit nbval  ## style, layout, unit tests, notebooks with their outputs compared
+
+lint: env
+	$(PY) -m ruff check bhx tests benchmarks
+	$(PY) -m ruff format --check bhx tests benchmarks
+	$(PY) -m pytest -q tests/test_layout.py
+
+unit: env
+	$(ONE_THREAD) $(PY) -m pytest -q -n $(JOBS) --dist loadscope --ignore=tests/test_layout.py
+
+nbval: env
+	$(ONE_THREAD) $(PY) -m pytest -q -n $(JOBS) --dist loadscope -p no:cacheprovider \
+		--nbval notebooks --nbval-sanitize-with notebooks/nbval_sanitize.cfg
+
+lab: env  ## JupyterLab on the notebooks
+	$(PY) -m jupyter lab notebooks
+
+weights: env  ## train the shipped workshop weights again
+	$(PY) -m bhx pretrain --preset workshop --out bhx/weights
+
+assets: env  ## build bhx/assets again from the brainspace package
+	$(PY) -m pip install --quiet --editable '.[$(EXTRAS),assets]'
+	$(PY) -m bhx.atlas
+
+notebooks: env  ## execute every notebook in place
+	$(ONE_THREAD) $(PY) -m jupyter nbconvert --to notebook --inplace --execute $(NOTEBOOKS)
+
+clean:  ## remove what the targets above wrote, except .venv/
+	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .screenshots
+	find bhx tests benchmarks notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
