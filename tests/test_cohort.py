@@ -1,0 +1,173 @@
+"""Laws of a cohort: what is saved comes back lazily and unchanged, and what does not fit is said."""
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+import bhx.cohort as bc
+from bhx.schema import InputError, build_cohort, t1_grid
+
+
+def small_cohort(n=6, rois=5, times=40, voxel_mm=32, seed=0):
+    """Noise in the shape of a cohort: scans of different lengths, one without BOLD, one without T1."""
+    rng = np.random.default_rng(seed)
+    n_volumes = rng.integers(20, times + 1, n)
+    n_volumes[1], has_bold, has_t1 = 0, np.arange(n) != 1, np.arange(n) != 2
+    bold = rng.standard_normal((n, rois, times)).astype("float32")
+    bold[np.arange(times)[None, None] >= n_volumes[:, None, None] + np.zeros((1, rois, 1))] = np.nan
+    t1 = rng.uniform(0, 900, (n, *(len(v) for v in t1_grid(voxel_mm).values()))).astype("float32")
+    t1[~has_t1] = np.nan
+    ids = [f"sub-{i:03d}" for i in range(n)]
+    subject = {
+        "subject": ids,
+        "participant": ids,
+        "site": np.array(["north", "south-west"])[np.arange(n) % 2],
+        "tr": np.where(has_bold, [0.72, 2.0, 3.0][0], np.nan),
+        "n_volumes": n_volumes,
+        "has_bold": has_bold,
+        "has_t1": has_t1,
+        "age": rng.uniform(20, 80, n),
+    }
+    roi = {"roi": [f"parcel_{i}" for i in range(rois)], "network": ["Vis"] * rois}
+    return build_cohort(bold, t1, subject, roi, {"atlas": "none", "source": "test"}, voxel_mm)
+
+
+def is_lazy(cohort):
+    return all(v.chunks is not None for v in cohort.data_vars.values())
+
+
+def test_saved_cohort_comes_back_lazily_and_unchanged(tmp_path):
+    cohort = small_cohort()
+    path = bc.save_cohort(cohort, tmp_path / "c.zarr")
+    again = bc.open_cohort(path)
+    assert is_lazy(again) and again.bold.chunks[0] == (1,) * 6
+    xr.testing.assert_equal(again.drop_attrs(), cohort.drop_attrs())
+    assert {n: c.dtype for n, c in again.coords.items()} == {n: c.dtype for n, c in cohort.coords.items()}
+    assert again.attrs == cohort.attrs | {"complete": True}
+
+
+def test_lazy_and_eager_cohorts_give_the_same_store(tmp_path):
+    cohort = small_cohort()
+    eager = bc.open_cohort(bc.save_cohort(cohort, tmp_path / "a.zarr"))
+    lazy = bc.open_cohort(bc.save_cohort(cohort.chunk(subject=1), tmp_path / "b.zarr"))
+    xr.testing.assert_identical(eager.compute(), lazy.compute())
+
+
+def test_xarray_alone_opens_the_store(tmp_path):
+    cohort = small_cohort()
+    path = bc.save_cohort(cohort, tmp_path / "c.zarr")
+    again = xr.open_zarr(path, consolidated=False)
+    np.testing.assert_array_equal(again.bold, cohort.bold)
+    assert again.subject.values.tolist() == cohort.subject.values.tolist()
+
+
+def test_text_is_of_variable_length(tmp_path):
+    path = bc.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    group = zarr.open_group(path, mode="r")
+    assert {str(group[name].metadata.data_type) for name in ("subject", "site", "roi")} == {
+        str(zarr.dtype.VariableLengthUTF8())
+    }
+
+
+def test_chunks_of_nan_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(bc, "SHARD_BYTES", 1)  # one subject a file
+    path = bc.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    group = zarr.open_group(path, mode="r")
+    assert group["bold"].nchunks_initialized == group["t1"].nchunks_initialized == 5
+
+
+def test_t1_may_be_stored_in_half_precision(tmp_path):
+    cohort = small_cohort()
+    again = bc.open_cohort(bc.save_cohort(cohort, tmp_path / "c.zarr", t1_dtype="float16"))
+    assert again.t1.dtype == "float32"
+    np.testing.assert_allclose(again.t1, cohort.t1, rtol=1e-3)
+
+
+def test_half_written_store_is_refused_with_its_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(bc, "SHARD_BYTES", 1)
+    monkeypatch.setattr(bc, "finish_store", lambda path: None)
+    path = bc.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    with pytest.raises(InputError, match=r"finished store .* found at most 5 of 6 subjects written"):
+        bc.open_cohort(path)
+
+
+def test_selections_stay_lazy(tmp_path):
+    cohort = bc.open_cohort(bc.save_cohort(small_cohort(), tmp_path / "c.zarr"))
+    north = cohort.sel(subject=cohort.site == "north")
+    assert is_lazy(north) and north.sizes["subject"] == 3
+    assert is_lazy(xr.concat([north, cohort.sel(subject=cohort.site != "north")], "subject"))
+    assert all(is_lazy(part) for _, part in cohort.groupby("site"))
+
+
+def test_scan_is_trimmed_and_in_seconds():
+    cohort = small_cohort()
+    bold = bc.scan(cohort, "sub-003")
+    assert bold.dims == ("roi", "time") and bold.sizes["time"] == cohort.n_volumes[3]
+    assert np.isfinite(bold).all()
+    np.testing.assert_allclose(bold.time, 0.72 * np.arange(bold.sizes["time"]))
+    assert bold.time.attrs["units"] == "s"
+
+
+@pytest.mark.parametrize(
+    ("subject", "message"),
+    [("sub-999", "a subject of this cohort, found 'sub-999'"), ("sub-001", "found none for 'sub-001'")],
+)
+def test_scan_says_what_is_missing(subject, message):
+    with pytest.raises(InputError, match=message):
+        bc.scan(small_cohort(), subject)
+
+
+def test_coarser_t1_is_a_block_mean_on_the_coarser_grid():
+    cohort = small_cohort(voxel_mm=16)
+    coarse = bc.coarsen_t1(cohort, 32)
+    for axis, values in t1_grid(32).items():
+        np.testing.assert_allclose(coarse[axis], values)
+    blocks = cohort.t1.values.reshape(6, 5, 2, 6, 2, 5, 2).mean((2, 4, 6))
+    np.testing.assert_allclose(coarse.t1, blocks, rtol=1e-6)
+    with pytest.raises(InputError, match="multiple of 16 mm .* found 24 mm"):
+        bc.coarsen_t1(cohort, 24)
+
+
+def _with(**coords):
+    return lambda c: c.assign_coords({k: ("subject", v(c)) for k, v in coords.items()})
+
+
+BAD_COHORTS = {
+    "empty": (lambda c: c.isel(subject=[]), "at least one subject, found none"),
+    "duplicate ids": (
+        lambda c: c.isel(subject=[0, 1, 1]),
+        "unique subject ids, found sub-001 more than once",
+    ),
+    "TR missing": (_with(tr=lambda c: c.tr.values * np.nan), "repetition time .* found nan"),
+    "TR zero": (_with(tr=lambda c: c.tr.values * 0), "repetition time .* found 0"),
+    "TR in ms": (_with(tr=lambda c: c.tr.values * 1000), "found 720.*milliseconds"),
+    "parcel twice": (lambda c: c.isel(roi=[0, 1, 1]), "unique parcel names"),
+    "no data": (lambda c: c.drop_vars(["bold", "t1"]), "a cohort with 'bold' or 't1'"),
+    "transposed": (lambda c: c.transpose("roi", ...), "'bold' with dims"),
+    "no site": (lambda c: c.drop_vars("site"), "the coordinate 'site' on subject"),
+    "an array": (lambda c: c.bold, "xarray.Dataset, found DataArray"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COHORTS)
+def test_bad_cohorts_are_refused_before_anything_is_written(case, tmp_path):
+    spoil, message = BAD_COHORTS[case]
+    with pytest.raises(InputError, match=message):
+        bc.save_cohort(spoil(small_cohort()), tmp_path / "c.zarr")
+    assert not (tmp_path / "c.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nowhere", "found 'nowhere'. The catalogue has"), ("no/such.zarr", "found nothing")],
+)
+def test_unknown_cohorts_are_named(name, message):
+    with pytest.raises(InputError, match=message):
+        bc.open_cohort(name)
+
+
+def test_a_store_is_not_written_over(tmp_path):
+    path = bc.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    with pytest.raises(InputError, match="Expected a new path"):
+        bc.save_cohort(small_cohort(), path)
