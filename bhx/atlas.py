@@ -1,0 +1,208 @@
+"""A parcellation as a Dataset: names, networks, centroids, vertex labels, harmonics, gradients.
+
+Everything is read from files shipped with bhx (`bhx/assets`) or with nilearn (fsaverage5), offline.
+Nothing about subjects is known here and no atlas array is computed; `assets/make_assets.py` does.
+"""
+
+from __future__ import annotations
+
+import csv
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import xarray as xr
+
+from bhx.schema import UNITS, InputError, listed
+
+ATLASES = {"schaefer100": 100, "schaefer200": 200, "schaefer400": 400}
+ORDERS = ("7networks", "17networks")
+NETWORKS = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default")
+N_FSAVERAGE5 = 10_242  # vertices of one hemisphere
+SURFACES = {"inflated": "infl", "pial": "pial", "white": "white", "flat": "flat", "sphere": "sphere"}
+
+
+def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Dataset:
+    """A Schaefer parcellation with everything bhx knows of it.
+
+    Parameters
+    ----------
+    name : "schaefer100", "schaefer200" or "schaefer400"
+    order : "7networks", or "17networks" (Schaefer-400 only): the names on `roi` and their order
+
+    Returns
+    -------
+    Dataset with the parcel names on `roi` and, along it, `network` (of the 7), `hemi`, `mni_x`,
+    `mni_y`, `mni_z` [mm], `label` (its number in the vertex labels), `name7` and, for 400,
+    `name17`; the variables
+        harmonics (roi, mode), gradients (roi, component), connectome (roi, roi_other),
+        sphere (roi, axis), labels_fsaverage5 (vertex_fsaverage5),
+        labels_fslr32k (vertex_fslr32k); left hemisphere first, 0 = no parcel.
+    """
+    _check_choice(name, order)
+    parcels, arrays = _parcels(ATLASES[name]), _arrays(name)
+    n = len(parcels["label"])
+    connectome = np.zeros((n, n), np.float32)
+    connectome[np.triu_indices(n, 1)] = arrays["connectome"]
+    connectome += connectome.T + np.eye(n, dtype=np.float32)
+    out = xr.Dataset(
+        {
+            "harmonics": (("roi", "mode"), arrays["harmonics"]),
+            "gradients": (("roi", "component"), arrays["gradients"]),
+            "connectome": (("roi", "roi_other"), connectome),
+            "sphere": (("roi", "axis"), arrays["sphere"]),
+            "labels_fsaverage5": ("vertex_fsaverage5", arrays["labels_fsaverage5"]),
+            "labels_fslr32k": ("vertex_fslr32k", arrays["labels_fslr32k"]),
+        },
+        {key: ("roi", values) for key, values in parcels.items()}
+        | {
+            "roi": parcels["name7"],
+            "roi_other": parcels["name7"],
+            "mode": np.arange(1, arrays["harmonics"].shape[1] + 1),
+            "component": np.arange(1, arrays["gradients"].shape[1] + 1),
+            "axis": list("xyz"),
+        },
+        {"atlas": name, "order": "7networks", **SOURCES},
+    )
+    for coord in ("mni_x", "mni_y", "mni_z"):
+        out[coord].attrs["units"] = UNITS[coord]
+    return out if order == "7networks" else _reordered(out)
+
+
+SOURCES = {
+    "source": "brainspace 0.3.0 (labels, connectome, conte69 mesh), CBIG (names, centroids)",
+    "licence": "BSD-3-Clause (BrainSpace), MIT (CBIG)",
+}
+
+
+def _reordered(atlas):
+    """The same parcels in the 17-network order, under their 17-network names."""
+    rank = atlas.label17.argsort().values
+    out = atlas.isel(roi=rank, roi_other=rank)
+    names = out.name17.values
+    return out.assign_coords(roi=names, roi_other=names).assign_attrs(order="17networks")
+
+
+def match_names(names, atlas: xr.Dataset | str) -> list[str]:
+    """The atlas's own name of each parcel in `names`, in the order given.
+
+    Names may be in any order, of the 7- or the 17-network kind, with or without the prefix
+    "7Networks_" or "17Networks_". Raises InputError unless they are the atlas's parcels, each once.
+    """
+    atlas = load_atlas(atlas) if isinstance(atlas, str) else atlas
+    known = {}
+    for kind in ("name7", "name17"):
+        if kind in atlas.coords:
+            for alias, name in zip(atlas[kind].values, atlas.roi.values, strict=True):
+                known[str(alias)] = known[str(alias).split("_", 1)[1]] = str(name)
+    given = [n.decode() if isinstance(n, bytes) else str(n) for n in np.asarray(names).tolist()]
+    found = [known.get(n) for n in given]
+    unknown = [n for n, f in zip(given, found, strict=True) if f is None]
+    missing = [str(n) for n in atlas.roi.values if str(n) not in set(found)]
+    if unknown or missing or len(found) != atlas.sizes["roi"]:
+        raise _names_error(atlas, given, unknown, missing)
+    return found
+
+
+def _names_error(atlas, given, unknown, missing):
+    n = atlas.sizes["roi"]
+    parts = [f"unknown: {listed(unknown)}"] if unknown else []
+    parts += [f"missing: {listed(missing)}"] if missing else []
+    if not unknown and not missing:
+        twice = sorted({g for g in given if given.count(g) > 1})
+        parts = [f"more than once: {listed(twice)}"]
+    return InputError(
+        f"Expected the {n} parcels of {atlas.attrs.get('atlas', 'the atlas')}, found {len(given)} "
+        f"names; {'; '.join(parts)}",
+        "Name the ROIs as bhx.load_atlas(name).roi does, or choose the atlas they come from",
+    )
+
+
+def load_sample() -> xr.Dataset:
+    """One real resting-state scan, Schaefer-400 parcels: bold (roi, time), TR in `attrs["tr"]`."""
+    with np.load(_asset("sample.npz").open("rb")) as file:
+        bold = file["bold"] * file["scale"][:, None]
+        tr = float(file["tr"])
+    return xr.Dataset(
+        {"bold": (("roi", "time"), bold.astype(np.float32))},
+        {"roi": _parcels(400)["name7"], "time": np.arange(bold.shape[1])},
+        {
+            "tr": tr,
+            "participant": "sub-010188",
+            "atlas": "schaefer400",
+            "source": "MPI-Leipzig Mind-Brain-Body (LEMON), sub-010188, as in brainspace 0.3.0",
+            "licence": "BSD-3-Clause (BrainSpace)",
+            "preprocessing": "denoised and band-passed upstream; mean of fsaverage5 vertices a parcel",
+        },
+    )
+
+
+def load_mesh(surface: str = "inflated", hemi: str = "left") -> tuple[np.ndarray, np.ndarray]:
+    """fsaverage5 from nilearn's wheel: coords (10242, 3) float32 [mm, MNI305], faces int32.
+
+    `surface` is "inflated", "pial", "white", "flat" or "sphere"; `hemi` is "left" or "right".
+    """
+    if surface not in SURFACES:
+        raise InputError(f"Expected a surface of {listed(SURFACES)}, found '{surface}'", "Take one")
+    arrays = _gifti(f"{SURFACES[surface]}_{_side(hemi)}.gii.gz")
+    return arrays[0].astype(np.float32), arrays[1].astype(np.int32)
+
+
+def load_sulc(hemi: str = "left") -> np.ndarray:
+    """Sulcal depth of fsaverage5 (10242,) float32, positive in sulci, from nilearn's wheel."""
+    return _gifti(f"sulc_{_side(hemi)}.gii.gz")[0].astype(np.float32)
+
+
+@cache
+def _gifti(name):
+    import nibabel
+
+    path = files("nilearn") / "datasets" / "data" / "fsaverage5" / name
+    return tuple(array.data for array in nibabel.load(str(path)).darrays)
+
+
+def _side(hemi):
+    sides = {"left": "left", "right": "right", "L": "left", "R": "right"}
+    if hemi not in sides:
+        raise InputError(f"Expected hemi 'left' or 'right', found '{hemi}'", "Take one of them")
+    return sides[hemi]
+
+
+@cache
+def _arrays(name):
+    with np.load(_asset(f"{name}.npz").open("rb")) as file:
+        return dict(file)
+
+
+@cache
+def _parcels(scale):
+    with _asset("parcels.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if int(row["scale"]) == scale]
+    names = np.array([row["name7"] for row in rows])
+    out = {
+        "network": np.array([name.split("_")[2] for name in names]),
+        "hemi": np.array([name.split("_")[1][0] for name in names]),
+        **{k: np.array([float(row[k]) for row in rows]) for k in ("mni_x", "mni_y", "mni_z")},
+        "label": np.array([int(row["label"]) for row in rows]),
+        "name7": names,
+    }
+    if scale == 400:
+        out["name17"] = np.array([row["name17"] for row in rows])
+        out["label17"] = np.array([int(row["label17"]) for row in rows])
+    return out
+
+
+def _asset(name):
+    return files("bhx") / "assets" / name
+
+
+def _check_choice(name, order):
+    if name not in ATLASES:
+        raise InputError(f"Expected an atlas of {listed(ATLASES)}, found '{name}'", "Take one of them")
+    if order not in ORDERS:
+        raise InputError(f"Expected an order of {listed(ORDERS)}, found '{order}'", "Take one of them")
+    if order == "17networks" and name != "schaefer400":
+        raise InputError(
+            f"Expected order '7networks' for {name}, found '17networks'",
+            "The 17-network order is known for schaefer400 only",
+        )
