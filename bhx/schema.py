@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from .errors import InputError, listed
+
 VERSION = "1"  # of the Datasets below, stored as attrs["bhx_schema"]
 
 # FSL's MNI152 1 mm grid, which every T1 of a cohort lives on: shape in voxels, and the world
@@ -51,21 +53,6 @@ UNITS = {
     "z": "mm",
     "onset": "s",
 }
-
-
-class InputError(ValueError):
-    """Something given to bhx does not fit: one sentence of fact, one of help."""
-
-    def __init__(self, fact: str, help: str):
-        self.fact, self.help = fact.rstrip("."), help.rstrip(".")
-        super().__init__(f"{self.fact}. {self.help}.")
-
-
-def listed(names, at_most: int = 5) -> str:
-    """Names for a sentence: the first few, and how many more."""
-    names = [str(n) for n in names]
-    more = len(names) - at_most
-    return ", ".join(names[:at_most]) + (f" and {more} more" if more > 0 else "")
 
 
 def t1_grid(voxel_mm: float = 1.0) -> dict[str, np.ndarray]:

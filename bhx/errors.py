@@ -1,0 +1,19 @@
+"""The one error of bhx, and how its sentences list names. Imports nothing of bhx."""
+
+
+class InputError(ValueError):
+    """Something given to bhx does not fit: one sentence of fact, one of help."""
+
+    def __init__(self, fact: str, help: str):
+        self.fact, self.help = fact.rstrip("."), help.rstrip(".")
+        super().__init__(f"{self.fact}. {self.help}.")
+
+    def __reduce__(self):  # survives the way back from a worker process
+        return type(self), (self.fact, self.help)
+
+
+def listed(names, at_most: int = 5) -> str:
+    """Names for a sentence: the first few, and how many more."""
+    names = [str(n) for n in names]
+    more = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,119 @@
+"""What all three networks are built of: fixed positions, attention over packed tokens, the block.
+
+Tokens of a batch lie end to end in one matrix (N, D), with the number of tokens of each sequence
+beside it; nothing is padded, so no sequence can see or change another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def sincos(positions: torch.Tensor, channels: int) -> torch.Tensor:
+    """Fixed positions (..., channels) = [sin(p w_j) | cos(p w_j)], w_j = 10000^(-2 j / channels)."""
+    half = channels // 2
+    omega = 10000 ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = positions.double().unsqueeze(-1) * omega
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def packed_attention(q, k, v, lengths):
+    """Attention inside each sequence of packed (N, heads, d) tensors; `lengths` sum to N.
+
+    Runs of sequences of one length are computed together.
+    """
+    if len(set(lengths)) == 1:
+        q, k, v = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+    parts = [x.split(list(lengths)) for x in (q, k, v)]
+    return torch.cat(
+        [packed_attention(*one, (n,)) for n, *one in zip(lengths, *parts, strict=True)]
+    )
+
+
+def attention_weights(q, k):
+    """Softmax weights (heads, queries, keys) of one sequence's (queries, heads, d) and (keys, heads, d)."""
+    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    return scores.softmax(-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q, k and v lie packed as (N, 3, heads, d)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def split(self, x):
+        """(N, D) -> q, k, v, each (N, heads, d)."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+
+    def forward(self, x, lengths):
+        return self.proj(packed_attention(*self.split(x), lengths).flatten(1))
+
+
+class MLP(nn.Module):
+    """Two linear layers with the exact GELU between."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block over packed tokens (N, D)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.drop_path = 0.0  # probability of skipping a branch for a whole sequence, in training
+
+    def forward(self, x, lengths):
+        x = x + self._keep(self.attn(self.norm1(x), lengths), lengths)
+        return x + self._keep(self.mlp(self.norm2(x)), lengths)
+
+    def _keep(self, branch, lengths):
+        if not (self.training and self.drop_path):
+            return branch
+        kept = torch.rand(len(lengths), device=branch.device) >= self.drop_path
+        each = torch.repeat_interleave(kept, torch.tensor(lengths, device=branch.device))
+        return branch * each.unsqueeze(-1) / (1 - self.drop_path)
+
+    def weights(self, x, lengths, rows):
+        """Attention weights of the query tokens `rows` (a slice) of each sequence.
+
+        Returns a list of (heads, rows, length), one sequence at a time, computed explicitly:
+        the fused kernel of `forward` never shows them.
+        """
+        q, k, _ = self.attn.split(self.norm1(x))
+        return [
+            attention_weights(a[rows], b)
+            for a, b in zip(q.split(list(lengths)), k.split(list(lengths)), strict=True)
+        ]
+
+
+def run(blocks, x, lengths):
+    """Send packed tokens (N, D) through blocks."""
+    for block in blocks:
+        x = block(x, lengths)
+    return x
+
+
+def initialise(module: nn.Module) -> None:
+    """Xavier-uniform linear layers with zero biases, as in ViT-MAE (arXiv 2111.06377, appendix A)."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
