@@ -48,7 +48,7 @@ PUBLIC = {
     "evaluation": ("probe", "compare", "connectome"),
 }
 _FILE_OF = {name: file for file, names in PUBLIC.items() for name in names}
-__all__ = [*_FILE_OF, "folders"]  # noqa: PLE0604
+__all__ = [*_FILE_OF, "folders"]
 
 
 def __getattr__(name: str):

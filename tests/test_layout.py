@@ -23,7 +23,14 @@ DATA_WING = ("schema", "geometry", "atlas", "catalog", "scans", "synthetic", "co
 MODEL_WING = ("layers", "harmonix_s", "harmonix_f", "harmonizer", "checkpoints")
 ROOMS = ("encoding", "training", "latents", "surface", "explorer", "metrics", "evaluation")
 CORRIDOR = (*BASE, *DATA_WING, *MODEL_WING, *ROOMS, "__main__")
-TORCH_ONLY_INSIDE_FUNCTIONS = ("latents", "surface", "explorer", "metrics", "evaluation", "__main__")
+TORCH_ONLY_INSIDE_FUNCTIONS = (
+    "latents",
+    "surface",
+    "explorer",
+    "metrics",
+    "evaluation",
+    "__main__",
+)
 AT_MOST_LINES = 6000  # of the whole library
 
 there = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

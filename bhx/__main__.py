@@ -1,0 +1,183 @@
+"""python -m bhx: one subcommand a job. Each is a line in `_parser` and a function that calls bhx.
+
+No computation may be here. `doctor` runs without any of the packages it looks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import bhx
+
+from .errors import InputError
+
+HERE = Path(__file__).parent
+LABEXTENSIONS = {  # what JupyterLab needs for widgets and figures -> the package that brings it
+    "@jupyter-widgets/jupyterlab-manager": "ipywidgets",
+    "anywidget": "anywidget",
+    "jupyterlab-plotly": "plotly",
+}
+
+
+def main(argv=None) -> int:
+    """Run one subcommand; 0 is success, 1 a failure it reports, 2 input that does not fit."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except InputError as error:
+        print(f"bhx: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bhx", description=bhx.__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"bhx {bhx.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+
+    doctor = commands.add_parser("doctor", help="versions, device, memory; what is missing")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _doctor(args) -> int:
+    """Print what this machine has, and what is missing; 1 when the core is not complete."""
+    packages = _packages()
+    sections = {
+        f"bhx {bhx.__version__}": _system(),
+        "device": _devices(),
+        "memory": _memory(),
+        "notebooks": _front_end(),
+        "folders": [f"{name:<8}{_state(path)}" for name, path in bhx.folders().items()],
+        "shipped": _shipped(),
+        "packages": [_row(*package) for package in packages],
+        "missing": _missing(packages),
+    }
+    for title, lines in sections.items():
+        print(title, *(f"  {line}" for line in lines or ["nothing"]), sep="\n")
+    return int(any(extra == "" and problem for _, extra, _, problem in packages))
+
+
+def _system():
+    return [f"Python {platform.python_version()} at {sys.prefix}", platform.platform()]
+
+
+def _devices():
+    lines = [f"{os.cpu_count()} CPU cores"]
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library of the build does not load
+        return [*lines, f"GPU unknown: torch does not import ({error})"]
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    mps = ["Apple GPU (mps)"] if torch.backends.mps.is_available() else []
+    return [*lines, *(names + mps or ["no GPU: bhx runs on the CPU"])]
+
+
+def _memory():
+    try:
+        import psutil
+    except ImportError:
+        return ["unknown: psutil is missing"]
+    ram = psutil.virtual_memory()
+    lines = [f"{ram.total / 2**30:.1f} GiB, {ram.available / 2**30:.1f} GiB of it free"]
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(i)
+            lines.append(f"GPU {i}: {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of it free")
+    return lines
+
+
+def _front_end():
+    """Does this environment's JupyterLab show widgets and figures?"""
+    folder = Path(sys.prefix, "share", "jupyter", "labextensions")
+    absent = [package for name, package in LABEXTENSIONS.items() if not (folder / name).is_dir()]
+    if absent:
+        return [f"figures and widgets may stay blank: {', '.join(absent)} not in {folder}"]
+    return ["JupyterLab finds ipywidgets, anywidget and plotly"]
+
+
+def _state(path: Path) -> str:
+    near = next(p for p in (path, *path.parents) if p.exists())
+    made = "" if path.exists() else ", made when needed"
+    return f"{path} ({'writable' if os.access(near, os.W_OK) else 'NOT writable'}{made})"
+
+
+def _shipped():
+    inside = HERE / "data_catalog"
+    places = {
+        "assets": HERE / "assets",
+        "weights": HERE / "weights",
+        "catalogue": inside if inside.is_dir() else HERE.parent / "data_catalog",
+    }
+    return [
+        f"{name:<11}{sum(p.is_file() for p in folder.rglob('*'))} files, "
+        f"{sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 2**20:.1f} MiB"
+        for name, folder in places.items()
+    ]
+
+
+def _packages() -> list[tuple[str, str, str, str]]:
+    """(package, extra or "" for the core, version or "", problem or "") of all that bhx can use."""
+    found = []
+    for line in _requirements():
+        name, bounds, extra = re.match(
+            r"([\w.-]+)\s*([^;]*?)\s*(?:;.*extra == ['\"](\w+)['\"])?$", line
+        ).groups(default="")
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found.append((name, extra, "", "missing"))
+        else:
+            found.append((name, extra, version, _outside(version, bounds)))
+    return sorted(found, key=lambda package: (package[1], package[0]))
+
+
+def _requirements() -> list[str]:
+    """What pyproject.toml asks for: from the file beside bhx, or from the installed package."""
+    project = HERE.parent / "pyproject.toml"
+    if not project.is_file():
+        return metadata.requires("bhx") or []
+    import tomllib
+
+    table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    extras = table["optional-dependencies"].items()
+    optional = [f'{line}; extra == "{extra}"' for extra, lines in extras for line in lines]
+    return table["dependencies"] + optional
+
+
+def _outside(version: str, bounds: str) -> str:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # comes with several core packages; one of them is missing then
+        return ""
+    fits = SpecifierSet(bounds).contains(version, prereleases=True)
+    return "" if fits else f"needs {bounds}"
+
+
+def _row(name, extra, version, problem):
+    where = f"extra '{extra}'" if extra else "core"
+    return f"{name:<16}{version or '-':<16}{where:<20}{problem}".rstrip()
+
+
+def _missing(packages):
+    """A line for the core and one for each extra: what is wrong, and the command that mends it."""
+    wrong = {}
+    for name, extra, _, problem in packages:
+        if problem:
+            wrong.setdefault(extra, []).append(f"{name} {problem}")
+    checkout = (HERE.parent / "pyproject.toml").is_file()
+    before, name = ("--editable ", ".") if checkout else ("", "bhx")
+    return [
+        f"{extra or 'CORE'}: {', '.join(problems)}; "
+        f'pip install --upgrade {before}"{name}{extra and f"[{extra}]"}"'
+        for extra, problems in wrong.items()
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
