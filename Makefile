@@ -41,16 +41,20 @@ demo: env  ## scans to tokens, scores and one page of figures, in demo/
 test: lint unit nbval  ## style, layout, unit tests, notebooks with their outputs compared
 
 lint: env
-	$(PY) -m ruff check bhx tests benchmarks
-	$(PY) -m ruff format --check bhx tests benchmarks
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m pytest -q tests/test_layout.py
 
 unit: env
 	$(ONE_THREAD) $(PY) -m pytest -q -n $(JOBS) --dist loadscope --ignore=tests/test_layout.py
 
 nbval: env
+ifeq ($(NOTEBOOKS),)
+	@echo "no notebooks yet"
+else
 	$(ONE_THREAD) $(PY) -m pytest -q -n $(JOBS) --dist loadscope -p no:cacheprovider \
 		--nbval notebooks --nbval-sanitize-with notebooks/nbval_sanitize.cfg
+endif
 
 lab: env  ## JupyterLab on the notebooks
 	$(PY) -m jupyter lab notebooks
@@ -60,7 +64,7 @@ weights: env  ## train the shipped workshop weights again
 
 assets: env  ## build bhx/assets again from the brainspace package
 	$(PY) -m pip install --quiet --editable '.[$(EXTRAS),assets]'
-	$(PY) -m bhx.atlas
+	$(PY) bhx/assets/make_assets.py
 
 notebooks: env  ## execute every notebook in place
 	$(ONE_THREAD) $(PY) -m jupyter nbconvert --to notebook --inplace --execute $(NOTEBOOKS)
