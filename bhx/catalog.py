@@ -72,7 +72,9 @@ def catalog_files(catalog: str | Path | None = None) -> dict[str, Path]:
     """Every entry's file by its name; entries of the user's own folder come first."""
     own = catalog or os.environ.get(USER_FOLDER)
     if own and not Path(own).is_dir():
-        raise InputError(f"Expected a folder of catalogue entries, found none at {own}", "Create it")
+        raise InputError(
+            f"Expected a folder of catalogue entries, found none at {own}", "Create it"
+        )
     folders = [shipped_folder(), *([Path(own)] if own else [])]
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 

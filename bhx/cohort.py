@@ -6,13 +6,16 @@ somebody computes them; labels are in memory.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from bhx.catalog import load_entry
-from bhx.schema import T1_SHAPE, InputError, build_cohort, check, listed
+from bhx.schema import ROI_COORDS, T1_SHAPE, InputError, build_cohort, check, listed
 
 SHARD_BYTES = 64e6  # of one file of a store; a store of one file a subject chokes file systems
 FLOAT16_MAX = 6e4
@@ -72,6 +75,133 @@ def scan(cohort: xr.Dataset, subject) -> xr.DataArray:
     bold = row.bold.isel(time=slice(0, int(row.n_volumes)))
     seconds = ("time", np.arange(bold.sizes["time"]) * float(row.tr), {"units": "s"})
     return bold.assign_coords(time=seconds)
+
+
+def split(
+    cohort: xr.Dataset,
+    *,
+    shares: dict[str, float] | None = None,
+    stratify: str | list[str] = (),
+    leave_out: str | None = None,
+    repeats: int = 1,
+    seed: int = 0,
+    path=None,
+) -> xr.DataArray:
+    """Cut a cohort into parts by participant: all scans of one participant share a part.
+
+    Parameters
+    ----------
+    shares : share of the participants in each part, by default train 0.6, validation 0.2, test 0.2
+    stratify : subject coordinates whose combinations every part gets its share of, such as
+        ["site", "diagnosis"]; a participant counts with its first scan
+    leave_out : subject coordinate, such as "site": one repeat for each of its values, whose
+        participants are "test" and all others "train"
+    repeats, seed : how many independent cuts, and where the random numbers start
+    path : of a JSON file that keeps the split with the cohort's hash; when it is there already, the
+        split is read from it
+
+    Returns
+    -------
+    DataArray (repeat, subject) of part names; `cohort.sel(subject=parts[0] == "train")`
+
+    Raises
+    ------
+    InputError
+        A coordinate is missing, the shares do not sum to 1, a participant has two values of
+        `leave_out`, or the kept split was made from other subjects or with other options.
+    """
+    check(cohort, "cohort")
+    shares = shares or {"train": 0.6, "validation": 0.2, "test": 0.2}
+    stratify = [stratify] if isinstance(stratify, str) else list(stratify)
+    _check_split(cohort, shares, stratify, leave_out)
+    made_by = {
+        "cohort_sha256": cohort_hash(cohort),
+        "seed": seed,
+        "shares": shares,
+        "stratify": stratify,
+        "leave_out": leave_out,
+        "repeats": repeats,
+    }
+    if path is not None and Path(path).exists():
+        return _read_split(cohort, path, made_by)
+    names = [*stratify, leave_out] if leave_out else stratify
+    rows = pd.DataFrame({name: cohort[name].values for name in ["participant", *names]})
+    people = rows.drop_duplicates("participant").set_index("participant")
+    if leave_out:
+        values = people[leave_out]
+        cuts = {v: np.where(values == v, "test", "train") for v in sorted(values.unique())}
+    else:
+        cuts = {i: _cut(people, shares, seed + i) for i in range(repeats)}
+    parts = [pd.Series(cut, people.index)[rows.participant].to_numpy(str) for cut in cuts.values()]
+    parts = _as_split(list(cuts), cohort.subject.values, np.stack(parts), made_by)
+    if path is not None:
+        kept = {"repeat": list(cuts), "subject": parts.subject.values.tolist()}
+        kept |= {"part": parts.values.tolist(), "made_by": made_by}
+        Path(path).write_text(json.dumps(kept, indent=1, default=str), encoding="utf8")
+    return parts
+
+
+def cohort_hash(cohort: xr.Dataset) -> str:
+    """SHA-256 of who is in a cohort: the ids and participants of its rows, in their order."""
+    rows = zip(cohort.subject.values.tolist(), cohort.participant.values.tolist(), strict=True)
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
+
+
+def _cut(people, shares, seed):
+    """A part for each participant: strata in turn, each member to the part furthest behind."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(people))
+    if len(people.columns):
+        strata = people.astype(str).agg(" / ".join, axis=1).to_numpy(str)
+        order = order[np.argsort(strata[order], kind="stable")]
+    names, wanted = list(shares), np.array(list(shares.values()))
+    given, parts = np.zeros(len(names)), np.empty(len(people), object)
+    for i, person in enumerate(order):
+        behind = int(np.argmax(wanted * (i + 1) - given))
+        given[behind] += 1
+        parts[person] = names[behind]
+    return parts
+
+
+def _check_split(cohort, shares, stratify, leave_out):
+    for name in [*stratify, *([leave_out] if leave_out else [])]:
+        if name not in cohort.coords or cohort[name].dims != ("subject",):
+            on_subject = [n for n, c in cohort.coords.items() if c.dims == ("subject",)]
+            raise InputError(
+                f"Expected a coordinate on subject to split by, found '{name}'",
+                f"This cohort has {listed(on_subject, 20)}",
+            )
+    if not np.isclose(sum(shares.values()), 1) or min(shares.values()) <= 0:
+        raise InputError(
+            f"Expected positive shares that sum to 1, found {shares}",
+            "Give for instance shares={'train': 0.8, 'test': 0.2}",
+        )
+    if leave_out:
+        several = pd.Series(cohort[leave_out].values).groupby(cohort.participant.values).nunique()
+        if (several > 1).any():
+            raise InputError(
+                f"Expected one {leave_out} for each participant, found several for "
+                f"{listed(several.index[several > 1])}",
+                f"Choose the scans of one {leave_out} for them",
+            )
+
+
+def _read_split(cohort, path, made_by):
+    """A kept split, when it was made from these subjects with these options."""
+    kept = json.loads(Path(path).read_text(encoding="utf8"))
+    for name, value in made_by.items():
+        if kept["made_by"].get(name) != value:
+            raise InputError(
+                f"Expected the split in {path} to be made with {name}={value}, found "
+                f"{kept['made_by'].get(name)}",
+                "Give the same subjects and options, or another path for a new split",
+            )
+    return _as_split(kept["repeat"], kept["subject"], np.array(kept["part"]), made_by)
+
+
+def _as_split(repeats, subjects, parts, made_by):
+    coords = {"repeat": repeats, "subject": subjects}
+    return xr.DataArray(parts, coords, ("repeat", "subject"), "part", made_by)
 
 
 def coarsen_t1(cohort: xr.Dataset, voxel_mm: float) -> xr.Dataset:
@@ -148,7 +278,8 @@ def _open_store(path):
 
     if not (path / "zarr.json").exists():
         raise InputError(
-            f"Expected a zarr v3 store at {path}, found {'no zarr.json' if path.exists() else 'nothing'}",
+            f"Expected a zarr v3 store at {path}, found "
+            + ("no zarr.json" if path.exists() else "nothing"),
             "Write one with bhx.save_cohort or bhx.prepare",
         )
     cohort = xr.open_zarr(path, chunks={}, consolidated=False)
@@ -196,30 +327,29 @@ def _open_sample(entry):
     from bhx.atlas import load_atlas, load_sample
     from bhx.scans import read_template_t1
 
-    bold = load_sample()  # (roi, time)
-    atlas = load_atlas("schaefer400").sel(roi=bold.roi.values)
-    n = bold.sizes["time"]
-    series = da.from_array(bold.values.astype("float32")[None], chunks=-1)
+    real = load_sample()
+    atlas = load_atlas("schaefer400").sel(roi=real.roi.values)
+    series = da.from_array(real.bold.values[None], chunks=-1)
     template = da.from_delayed(dask.delayed(read_template_t1)(), T1_SHAPE, "float32")[None]
+    ids = [real.attrs["participant"], "mni152"]
     return build_cohort(
         da.concatenate([series, da.full_like(series, np.nan)]),
         da.concatenate([da.full_like(template, np.nan), template]),
         subject={
-            "subject": ["sub-010188", "mni152"],
-            "participant": ["sub-010188", "mni152"],
+            "subject": ids,
+            "participant": ids,
             "site": ["leipzig", "montreal"],
-            "tr": [float(bold.attrs["tr"]), np.nan],
-            "n_volumes": [n, 0],
+            "tr": [real.attrs["tr"], np.nan],
+            "n_volumes": [real.sizes["time"], 0],
             "has_bold": [True, False],
             "has_t1": [False, True],
         },
-        roi={"roi": bold.roi.values}
-        | {name: atlas[name].values for name in ("network", "hemi", "mni_x", "mni_y", "mni_z")},
+        roi={"roi": real.roi.values, **{name: atlas[name].values for name in ROI_COORDS}},
         attrs={
             "atlas": "schaefer400",
             "source": entry.name,
             "licence": entry.licence,
-            "preprocessing": str(bold.attrs.get("preprocessing", "")),
+            "preprocessing": real.attrs["preprocessing"],
         },
     )
 

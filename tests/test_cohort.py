@@ -1,4 +1,4 @@
-"""Laws of a cohort: what is saved comes back lazily and unchanged, and what does not fit is said."""
+"""Laws of a cohort: what is saved comes back lazily and unchanged; what does not fit is said."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from bhx.schema import InputError, build_cohort, t1_grid
 
 
 def small_cohort(n=6, rois=5, times=40, voxel_mm=32, seed=0):
-    """Noise in the shape of a cohort: scans of different lengths, one without BOLD, one without T1."""
+    """Noise as a cohort: scans of different lengths, one without BOLD, one without T1."""
     rng = np.random.default_rng(seed)
     n_volumes = rng.integers(20, times + 1, n)
     n_volumes[1], has_bold, has_t1 = 0, np.arange(n) != 1, np.arange(n) != 2
@@ -41,9 +41,11 @@ def test_saved_cohort_comes_back_lazily_and_unchanged(tmp_path):
     cohort = small_cohort()
     path = bc.save_cohort(cohort, tmp_path / "c.zarr")
     again = bc.open_cohort(path)
-    assert is_lazy(again) and again.bold.chunks[0] == (1,) * 6
+    assert is_lazy(again)
+    assert again.bold.chunks[0] == (1,) * 6
     xr.testing.assert_equal(again.drop_attrs(), cohort.drop_attrs())
-    assert {n: c.dtype for n, c in again.coords.items()} == {n: c.dtype for n, c in cohort.coords.items()}
+    for name, coord in cohort.coords.items():
+        assert again[name].dtype == coord.dtype
     assert again.attrs == cohort.attrs | {"complete": True}
 
 
@@ -88,14 +90,17 @@ def test_half_written_store_is_refused_with_its_count(tmp_path, monkeypatch):
     monkeypatch.setattr(bc, "SHARD_BYTES", 1)
     monkeypatch.setattr(bc, "finish_store", lambda path: None)
     path = bc.save_cohort(small_cohort(), tmp_path / "c.zarr")
-    with pytest.raises(InputError, match=r"finished store .* found at most 5 of 6 subjects written"):
+    with pytest.raises(
+        InputError, match=r"finished store .* found at most 5 of 6 subjects written"
+    ):
         bc.open_cohort(path)
 
 
 def test_selections_stay_lazy(tmp_path):
     cohort = bc.open_cohort(bc.save_cohort(small_cohort(), tmp_path / "c.zarr"))
     north = cohort.sel(subject=cohort.site == "north")
-    assert is_lazy(north) and north.sizes["subject"] == 3
+    assert is_lazy(north)
+    assert north.sizes["subject"] == 3
     assert is_lazy(xr.concat([north, cohort.sel(subject=cohort.site != "north")], "subject"))
     assert all(is_lazy(part) for _, part in cohort.groupby("site"))
 
@@ -103,7 +108,8 @@ def test_selections_stay_lazy(tmp_path):
 def test_scan_is_trimmed_and_in_seconds():
     cohort = small_cohort()
     bold = bc.scan(cohort, "sub-003")
-    assert bold.dims == ("roi", "time") and bold.sizes["time"] == cohort.n_volumes[3]
+    assert bold.dims == ("roi", "time")
+    assert bold.sizes["time"] == cohort.n_volumes[3]
     assert np.isfinite(bold).all()
     np.testing.assert_allclose(bold.time, 0.72 * np.arange(bold.sizes["time"]))
     assert bold.time.attrs["units"] == "s"
@@ -111,7 +117,10 @@ def test_scan_is_trimmed_and_in_seconds():
 
 @pytest.mark.parametrize(
     ("subject", "message"),
-    [("sub-999", "a subject of this cohort, found 'sub-999'"), ("sub-001", "found none for 'sub-001'")],
+    [
+        ("sub-999", "a subject of this cohort, found 'sub-999'"),
+        ("sub-001", "found none for 'sub-001'"),
+    ],
 )
 def test_scan_says_what_is_missing(subject, message):
     with pytest.raises(InputError, match=message):
@@ -125,7 +134,7 @@ def test_coarser_t1_is_a_block_mean_on_the_coarser_grid():
         np.testing.assert_allclose(coarse[axis], values)
     blocks = cohort.t1.values.reshape(6, 5, 2, 6, 2, 5, 2).mean((2, 4, 6))
     np.testing.assert_allclose(coarse.t1, blocks, rtol=1e-6)
-    with pytest.raises(InputError, match="multiple of 16 mm .* found 24 mm"):
+    with pytest.raises(InputError, match=r"multiple of 16 mm .* found 24 mm"):
         bc.coarsen_t1(cohort, 24)
 
 
@@ -171,3 +180,81 @@ def test_a_store_is_not_written_over(tmp_path):
     path = bc.save_cohort(small_cohort(), tmp_path / "c.zarr")
     with pytest.raises(InputError, match="Expected a new path"):
         bc.save_cohort(small_cohort(), path)
+
+
+def two_scans_each(n=40):
+    """A cohort of n participants at two sites, two scans each."""
+    cohort = small_cohort(2 * n)
+    people = np.array([f"p{i:02d}" for i in range(n)])
+    return cohort.assign_coords(
+        participant=("subject", np.repeat(people, 2)),
+        site=("subject", np.repeat(np.array(["a", "b"])[(np.arange(n) >= 10).astype(int)], 2)),
+        sex=("subject", np.repeat(np.array(["F", "M"])[np.arange(n) % 2], 2)),
+    )
+
+
+def test_a_participant_is_never_in_two_parts():
+    cohort = two_scans_each()
+    parts = bc.split(cohort, repeats=5, stratify=["site", "sex"])
+    assert parts.dims == ("repeat", "subject")
+    for one in parts:
+        assert one.groupby(cohort.participant).map(lambda p: p.isel(subject=0) == p).all()
+
+
+def test_strata_get_their_shares():
+    cohort = two_scans_each()
+    for one in bc.split(cohort, repeats=3, stratify=["site", "sex"]):
+        for _, stratum in one.groupby(cohort.site.str.cat(cohort.sex)):
+            n = stratum.sizes["subject"] / 2
+            for part, share in {"train": 0.6, "validation": 0.2, "test": 0.2}.items():
+                assert abs((stratum == part).sum() / 2 - share * n) <= 1
+
+
+def test_leave_site_out_tests_each_site_once():
+    cohort = two_scans_each()
+    parts = bc.split(cohort, leave_out="site")
+    assert parts.repeat.values.tolist() == ["a", "b"]
+    for one in parts:
+        assert set(cohort.site.values[one == "test"]) == {one.repeat.item()}
+        assert one.repeat.item() not in cohort.site.values[one == "train"]
+
+
+def test_splits_repeat_with_their_seed_and_differ_without():
+    cohort = two_scans_each()
+    assert bc.split(cohort, seed=3).identical(bc.split(cohort, seed=3))
+    assert not bc.split(cohort, seed=3).equals(bc.split(cohort, seed=4))
+
+
+def test_a_kept_split_is_read_again_and_tied_to_its_cohort(tmp_path):
+    cohort = two_scans_each()
+    first = bc.split(cohort, stratify="site", path=tmp_path / "split.json")
+    assert bc.split(cohort, stratify="site", path=tmp_path / "split.json").identical(first)
+    with pytest.raises(InputError, match="cohort_sha256"):
+        bc.split(cohort.isel(subject=slice(1, None)), stratify="site", path=tmp_path / "split.json")
+    with pytest.raises(InputError, match="made with seed=1, found 0"):
+        bc.split(cohort, stratify="site", seed=1, path=tmp_path / "split.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stratify": "hospital"}, "coordinate on subject to split by, found 'hospital'"),
+        ({"shares": {"train": 0.8, "test": 0.3}}, "shares that sum to 1, found"),
+        ({"leave_out": "age"}, "one age for each participant, found several for p00"),
+    ],
+)
+def test_bad_splits_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        bc.split(two_scans_each(), **options)
+
+
+def test_the_sample_has_one_scan_and_one_t1():
+    sample = bc.open_cohort("sample", voxel_mm=4)
+    assert sample.has_bold.values.tolist() == [True, False]
+    assert sample.has_t1.values.tolist() == [False, True]
+    assert bc.scan(sample, "sub-010188").time[-1] == pytest.approx(651 * 1.4)
+    t1 = sample.t1.sel(subject="mni152").values
+    brain_ml = (t1 > 0).sum() * 0.064
+    assert 1500 < brain_ml < 2300
+    assert (t1[[0, -1]] == 0).all()
+    assert (t1[:, [0, -1]] == 0).all()
