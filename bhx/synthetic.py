@@ -1,0 +1,592 @@
+"""A cohort of synthetic brains with planted, documented effects, computed when it is read.
+
+Brain activity is the exact solution of a linear stochastic whole-brain model, written as a
+function of continuous time, so that one scan can be sampled at any TR. Anatomy is the MNI152
+template under smooth warps. Every number that a test or a lesson may look for is in `SIZES`,
+`SITES` and `attrs["truth"]`. These brains show how the tools work; they are no evidence about
+real ones. No file of a user is read here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from scipy import ndimage
+
+from bhx.atlas import ATLASES, load_atlas
+from bhx.schema import ROI_COORDS, InputError, build_cohort, check_tr, listed, t1_grid
+
+
+@dataclass(frozen=True)
+class Site:
+    """A scanner and its protocol; what it does to the data is undone by no one but the analyst."""
+
+    name: str
+    tr: float  # s
+    minutes: float  # length of a BOLD scan
+    noise: float = 0.4  # share of white noise in the variance of BOLD
+    gain: float = 1.0  # of both modalities, times about 1000 (T1) and 10 000 (BOLD)
+    bias: tuple[float, float, float] = (0.0, 0.0, 0.0)  # log intensity from one side to the other
+
+    @property
+    def n_volumes(self) -> int:
+        return int(self.minutes * 60 / self.tr + 1e-9)
+
+
+SITES = {
+    site.name: site
+    for site in (
+        Site("A", 0.72, 8.0, 0.40, 1.00, (0.00, 0.10, 0.10)),
+        Site("B", 0.80, 6.0, 0.44, 1.30, (0.20, -0.10, 0.00)),
+        Site("C", 1.50, 7.0, 0.34, 0.80, (-0.15, 0.15, 0.25)),
+        Site("D", 2.00, 8.0, 0.47, 1.10, (0.00, -0.30, 0.15)),
+        Site("E", 3.00, 6.0, 0.38, 0.90, (-0.25, 0.00, -0.20)),
+    )
+}
+
+# The planted effects, each multiplied by its entry in `effects`. Couplings and lengths are natural
+# logarithms of a factor; SD is one standard deviation of the age or the trait.
+SIZES = {
+    "age": {
+        "ventricle_border_mm_per_decade": 0.5,
+        "cortex_lost_per_decade": 0.04,  # share of grey matter: 0.1 mm of 2.5 mm
+        "within_network_coupling_per_sd": -0.15,
+        "between_network_coupling_per_sd": 0.15,
+    },
+    "diagnosis": {"default_mode_coupling_of_patients": -0.7},
+    "sex": {"head_length_of_men": 0.018, "head_length_of_women": -0.018},
+    "motion": {"median_fd_control_mm": 0.12, "log_fd_of_patients": 0.7, "percent_signal_per_mm": 5.0},
+    "fusion": {
+        "structure_elongation_per_sd": 0.03,  # longer and as much narrower, of the same volume
+        "function_sensory_coupling_per_sd": 0.5,  # within and between Vis and SomMot
+        "correlation_of_traits": 0.5,
+    },
+    "site": {},
+}
+EFFECTS = tuple(SIZES)
+AGES = (20.0, 80.0)  # years, uniform
+
+_NEURAL, _HAEMODYNAMIC, _STAGES = 0.4, 1.2, 3  # s, s, and how many low-pass stages of the latter
+_COUPLING = 0.88  # distance to instability is 1 minus this, in every brain
+_LOCAL = 0.3  # share of the coupling along the cortical sheet, from its harmonics
+_INDIVIDUAL = 0.3  # SD of the log of each connection over participants: their fingerprint
+_PERIOD, _HIGHEST = 1024.0, 0.5  # s and Hz: resolution and end of the spectrum
+_SHARED_NOISE = 0.5  # of the measurement noise, how much parcels share as they share signal
+_SIGNAL = 0.8  # percent, SD of the brain's part
+_EVENT_EVERY, _EVENT_LASTS, _EVENT_REACH = 40.0, 3.0, 30.0  # s, s, mm: head movements
+_WARP, _WARP_REACH = 1.5, 28.0  # mm, mm: individual anatomy
+_CENTRE = (0.0, -20.0, 12.0)  # mm, what heads are scaled about
+_MARGIN = 16  # mm of template kept around the T1 grid
+_PEOPLE, _WIRING, _ACTIVITY, _NOISE, _MOTION, _ANATOMY, _SCANNER = range(7)  # random streams
+
+
+def synthetic_cohort(
+    n: int = 200,
+    seed: int = 0,
+    *,
+    atlas: str = "schaefer100",
+    sites: Sequence[str | Site] = tuple(SITES),
+    voxel_mm: float = 4.0,
+    minutes: float | None = None,
+    tr: float | None = None,
+    effects: bool | Mapping[str, float] = True,
+    missing: float = 0.06,
+    repeats: float = 0.0,
+) -> xr.Dataset:
+    """A cohort of `n` participants with known ground truth, nothing computed until it is read.
+
+    Parameters
+    ----------
+    n : participants. The first ten of 200 are the same people, byte for byte, as ten of ten.
+    seed : another seed is another cohort
+    atlas : "schaefer100", "schaefer200" or "schaefer400"
+    sites : names of `SITES`, or `Site` objects; participants take turns
+    voxel_mm : voxel of the T1 [mm]
+    minutes : length of every BOLD scan; None for each site's own
+    tr : sample every scan at this repetition time [s] instead of the site's. Brain, noise and
+        movement stay the same, so two cohorts that differ in `tr` alone agree exactly at every
+        moment that both sample.
+    effects : True for all planted effects, False for none, or name -> factor on its planted size
+        (`EFFECTS`); names left out keep their size
+    missing : share of participants with one modality only, half of them without T1
+    repeats : share of participants with a second session one year later
+
+    Returns
+    -------
+    Cohort Dataset; `attrs["truth"]` (JSON) says what was planted. `trait_structure` and
+    `trait_function` are ground truth: never features. `fusion` says which of the two is larger:
+    either alone is right in two thirds of people at best, both together always.
+
+    Raises
+    ------
+    InputError
+        For what is out of range or unknown.
+    """
+    effects = _check_effects(effects)
+    _check_sizes(n, seed, atlas, missing, repeats)
+    sites = _check_sites(sites, minutes, tr)
+    rows = [row for i in range(n) for row in _participant(i, seed, sites, effects, missing, repeats)]
+    labels = load_atlas(atlas)
+    n_time = max(site.n_volumes for site in sites)
+    shape = tuple(len(axis) for axis in t1_grid(voxel_mm).values())
+    return build_cohort(
+        _lazily(_bold, rows, (labels.sizes["roi"], n_time), atlas=atlas, effects=effects),
+        _lazily(_t1, rows, shape, voxel_mm=voxel_mm, effects=effects),
+        _labels(rows),
+        {name: labels[name].values for name in ("roi", *ROI_COORDS)},
+        {
+            "atlas": atlas,
+            "source": "synthetic",
+            "licence": "BSD-3-Clause; T1 derived from the ICBM 2009a template, (C) 1993-2004 "
+            "Louis Collins, McConnell Brain Imaging Centre, free with this notice",
+            "preprocessing": "none: simulated on the grid; BOLD in scanner units, baseline "
+            "10 000 times the site's gain, so 1 % signal change is 100 times the gain",
+            "seed": seed,
+            "truth": json.dumps(_truth(sites, effects)),
+        },
+        voxel_mm,
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One session of one participant: labels, and the key of every random number in it."""
+
+    seed: int
+    number: int  # of the participant, from 0
+    session: int  # from 1
+    n_sessions: int
+    site: Site
+    age: float
+    sex: str
+    diagnosis: str
+    mean_fd: float
+    trait_structure: float
+    trait_function: float
+    has_bold: bool
+    has_t1: bool
+
+    def rng(self, stream: int, lasting: bool = False) -> np.random.Generator:
+        """A generator of its own for each participant, stream and (unless lasting) session."""
+        session = 0 if lasting else self.session
+        return np.random.default_rng([self.seed, self.number, stream, session])
+
+    @property
+    def decades(self) -> float:
+        return (self.age - np.mean(AGES)) / 10
+
+    @property
+    def age_sd(self) -> float:
+        return (self.age - np.mean(AGES)) / (np.ptp(AGES) / np.sqrt(12))
+
+
+def _participant(number, seed, sites, effects, missing, repeats) -> list[_Row]:
+    """The sessions of one participant; draws in a fixed order, whatever the options."""
+    rng = np.random.default_rng([seed, number, _PEOPLE, 0])
+    age, man, patient, lacks, repeated = rng.random(5)
+    fd, structure, other = np.clip(rng.standard_normal(3), -2.5, 2.5)
+    shared = SIZES["fusion"]["correlation_of_traits"]
+    diagnosis = "patient" if patient < 0.5 else "control"
+    motion = SIZES["motion"]
+    median = np.log(motion["median_fd_control_mm"])
+    if diagnosis == "patient":
+        median += motion["log_fd_of_patients"] * effects["motion"]
+    first = _Row(
+        seed=seed,
+        number=number,
+        session=1,
+        n_sessions=2 if repeated < repeats else 1,
+        site=sites[number % len(sites)],
+        age=round(AGES[0] + np.ptp(AGES) * age, 1),
+        sex="M" if man < 0.5 else "F",
+        diagnosis=diagnosis,
+        mean_fd=round(float(np.exp(median + 0.4 * fd)), 3),
+        trait_structure=float(structure),
+        trait_function=float(shared * structure + np.sqrt(1 - shared**2) * other),
+        has_bold=bool(lacks <= 1 - missing / 2),
+        has_t1=bool(lacks >= missing / 2),
+    )
+    later = (replace(first, session=s, age=first.age + s - 1) for s in range(2, first.n_sessions + 1))
+    return [first, *later]
+
+
+def _labels(rows) -> dict[str, np.ndarray]:
+    """Coordinates on subject."""
+    participant = [f"sub-{row.number + 1:04d}" for row in rows]
+    ids = [
+        f"{name}/ses-{row.session}" if row.n_sessions > 1 else name
+        for name, row in zip(participant, rows, strict=True)
+    ]
+    has_bold = np.array([row.has_bold for row in rows])
+    out = {"subject": ids, "participant": participant}
+    out["session"] = [str(row.session) for row in rows]
+    out["site"] = [row.site.name for row in rows]
+    out["tr"] = np.where(has_bold, [row.site.tr for row in rows], np.nan)
+    out["n_volumes"] = np.where(has_bold, [row.site.n_volumes for row in rows], 0)
+    out["mean_fd"] = np.where(has_bold, [row.mean_fd for row in rows], np.nan)
+    out["coverage"] = has_bold.astype(float)
+    for name in ("age", "sex", "diagnosis", "has_bold", "has_t1", "trait_structure", "trait_function"):
+        out[name] = [getattr(row, name) for row in rows]
+    ahead = np.asarray(out["trait_function"]) > np.asarray(out["trait_structure"])
+    out["fusion"] = np.where(ahead, "function-led", "structure-led")
+    return out
+
+
+def _lazily(compute, rows, shape, **options) -> da.Array:
+    """`compute(row, shape, **options)` of every row as a Dask array, one chunk a row."""
+    index = da.arange(len(rows), chunks=1)
+    chunks = ((1,) * len(rows), *((length,) for length in shape))
+    return da.map_blocks(
+        _one_row, index, compute, tuple(rows), shape, options,
+        new_axis=list(range(1, len(shape) + 1)), chunks=chunks, dtype="float32", meta=np.empty((0,) * (len(shape) + 1), "float32"),
+    )
+
+
+def _one_row(index, compute, rows, shape, options):
+    return compute(rows[int(index[0])], shape, **options)[None].astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------- BOLD
+
+
+def _bold(row: _Row, shape, atlas: str, effects) -> np.ndarray:
+    """One scan (roi, time) in scanner units, NaN behind its end."""
+    out = np.full(shape, np.nan, np.float32)
+    if not row.has_bold:
+        return out
+    site = row.site if effects["site"] else replace(row.site, noise=Site.noise, gain=Site.gain)
+    seconds = site.tr * np.arange(site.n_volumes)
+    brain = _group_brain(atlas)
+    percent = _activity(row, brain, seconds, effects)
+    percent += _SIGNAL * np.sqrt(site.noise / (1 - site.noise)) * _scanner_noise(row, brain, seconds)
+    percent += effects["motion"] * _movement(row, brain, seconds)
+    baseline = 10_000 * site.gain * np.exp(0.05 * row.rng(_WIRING, lasting=True).standard_normal(shape[0]))
+    out[:, : len(seconds)] = (baseline * (1 + percent / 100)).T
+    return out
+
+
+def _activity(row, brain, seconds, effects):
+    """The whole-brain model's haemodynamic signal [percent] at any moments, (time, roi).
+
+    dx = (-1 + c W) x dt / tau + dn, then low-pass stages; solved in the frequency domain, where
+    every eigenmode of W is its own filter: h(w) = 1 / ((1 - c l) / tau + i w) / (1 + i w th)^m.
+    White noise n is shared between parcels by `brain["drive"]`.
+    """
+    coupling = _coupling(row, brain, effects)
+    value, mode = np.linalg.eigh(coupling)
+    period = _PERIOD * np.ceil((row.site.minutes * 60) / (0.9 * _PERIOD))
+    omega = _frequencies(period)
+    white = row.rng(_ACTIVITY).standard_normal((2, len(omega), len(value)))
+    spectrum = ((white[0] + 1j * white[1]) @ brain["drive"]) @ mode
+    spectrum *= _response(value, omega).T * np.sqrt(_PERIOD / period)
+    cosine, sine = _waves(tuple(seconds[:2]), len(seconds), period)
+    return _SIGNAL * ((cosine @ spectrum.real - sine @ spectrum.imag) @ mode.T)
+
+
+def _response(value, omega):
+    """Each mode's filter from noise to haemodynamic signal, (mode, frequency)."""
+    neural = 1 / ((1 - _COUPLING * value)[:, None] / _NEURAL + 1j * omega)
+    return neural / (1 + 1j * omega * _HAEMODYNAMIC) ** _STAGES
+
+
+def _frequencies(period):
+    return 2 * np.pi * np.arange(1, round(_HIGHEST * period) + 1) / period  # rad/s
+
+
+@lru_cache(maxsize=16)
+def _waves(first_two, n, period):
+    phase = np.outer(first_two[1] * np.arange(n), _frequencies(period))
+    return np.cos(phase), np.sin(phase)
+
+
+def _coupling(row, brain, effects):
+    """This participant's coupling W: the group's, its fingerprint and its planted effects."""
+    same, default, sensory = brain["same_network"], brain["default_mode"], brain["sensory"]
+    age, fusion = SIZES["age"], SIZES["fusion"]
+    n = len(same)
+    noise = row.rng(_WIRING, lasting=True).standard_normal((n + 1, n))[1:]
+    log = _INDIVIDUAL * (noise + noise.T) / np.sqrt(2)
+    within, between = age["within_network_coupling_per_sd"], age["between_network_coupling_per_sd"]
+    log += effects["age"] * row.age_sd * np.where(same, within, between)
+    if row.diagnosis == "patient":
+        change = SIZES["diagnosis"]["default_mode_coupling_of_patients"]
+        log += effects["diagnosis"] * change * default
+    log += effects["fusion"] * row.trait_function * fusion["function_sensory_coupling_per_sd"] * sensory
+    coupling = brain["coupling"] * np.exp(log)
+    return coupling / np.linalg.eigvalsh(coupling)[-1]
+
+
+@lru_cache(maxsize=4)
+def _group_brain(atlas):
+    """What all participants share: coupling, shared drive, noise, networks, distances."""
+    labels = load_atlas(atlas)
+    network = labels.network.values
+    place = np.stack([labels[f"mni_{axis}"].values for axis in "xyz"], 1)  # mm
+    distance = np.linalg.norm(place[:, None] - place[None], axis=2)
+    connectome = labels.connectome.values.astype(float)
+    sensory = np.isin(network, ("Vis", "SomMot"))
+    coupling = _group_coupling(connectome, labels.harmonics.values)
+    shared = _SHARED_NOISE * connectome + (1 - _SHARED_NOISE) * np.eye(len(connectome))
+    return {
+        "coupling": coupling,
+        "drive": _drive(coupling, connectome),
+        "noise": _root(shared),
+        "near": _root(np.exp(-((distance / _EVENT_REACH) ** 2) / 2)),
+        "same_network": network[:, None] == network[None],
+        "default_mode": np.outer(network == "Default", network == "Default"),
+        "sensory": np.outer(sensory, sensory),
+    }
+
+
+def _group_coupling(connectome, harmonics, n_harmonics: int = 50):
+    """Positive, symmetric coupling of largest eigenvalue 1: long-range and along the sheet."""
+    basis = np.linalg.qr(harmonics[:, :n_harmonics].astype(float))[0]
+    local = (basis * np.exp(-np.arange(basis.shape[1]) / 15)) @ basis.T
+    out = 0
+    for weights, share in ((connectome**2 * (connectome > 0), 1 - _LOCAL), (local.clip(0), _LOCAL)):
+        weights = weights - np.diag(np.diag(weights))
+        degree = np.sqrt(weights.sum(1))
+        out = out + share * weights / np.outer(degree, degree)
+    return out / np.linalg.eigvalsh(out)[-1]
+
+
+def _drive(coupling, target):
+    """Root of the noise covariance with which `coupling` has the stationary covariance `target`."""
+    value, mode = np.linalg.eigh(coupling)
+    response = _response(value, _frequencies(_PERIOD))
+    gain = (response @ response.conj().T).real
+    return _root(mode @ ((mode.T @ target @ mode) / gain) @ mode.T)
+
+
+def _root(covariance):
+    """Symmetric square root of a covariance, negative eigenvalues set to 0."""
+    value, vector = np.linalg.eigh((covariance + covariance.T) / 2)
+    return (vector * np.sqrt(value.clip(0))) @ vector.T
+
+
+def _scanner_noise(row, brain, seconds):
+    """White noise of variance 1, (time, roi): a function of the moment in ms, not of the TR."""
+    bits = np.random.Philox(key=row.rng(_NOISE).integers(2**63, size=2, dtype=np.uint64))
+    normal, state = np.random.Generator(bits).standard_normal, bits.state
+    out = np.empty((len(seconds), len(brain["noise"])))
+    for volume, moment in zip(out, np.rint(1000 * seconds).astype(np.uint64), strict=True):
+        state["state"]["counter"][:] = (0, moment, 0, 0)
+        bits.state = state
+        normal(out=volume)
+    return out @ brain["noise"]
+
+
+def _movement(row, brain, seconds):
+    """What head movements leave in the signal [percent], (time, roi).
+
+    Events come at random; each drops the whole brain and adds a pattern of _EVENT_REACH mm, so
+    parcels close to each other look more connected: the field's distance-dependent artefact.
+    """
+    rng = row.rng(_MOTION)
+    most = int(np.ceil(4 * row.site.minutes * 60 / _EVENT_EVERY)) + 8
+    onset = np.cumsum(rng.exponential(_EVENT_EVERY, most))
+    size = row.mean_fd * SIZES["motion"]["percent_signal_per_mm"] * rng.exponential(1, most)
+    pattern = rng.standard_normal((most, len(brain["near"]))) @ brain["near"] - 1
+    since = seconds[:, None] - onset
+    return (np.where(since >= 0, np.exp(-since.clip(0) / _EVENT_LASTS), 0) * size) @ pattern
+
+
+# ------------------------------------------------------------------------------------------ T1
+
+
+def _t1(row: _Row, shape, voxel_mm: float, effects) -> np.ndarray:
+    """One anatomy (x, y, z) in scanner units, 0 outside the brain, NaN where there is none."""
+    if not row.has_t1:
+        return np.full(shape, np.nan, np.float32)
+    step = max(1, int(voxel_mm) // 2)  # mm, the grid on which anatomy is made before averaging
+    head = _template(step)
+    lost = effects["age"] * row.decades * SIZES["age"]["cortex_lost_per_decade"]
+    source = _source(row, head, effects)
+    image = ndimage.map_coordinates(head["image"] - lost * head["cortex"], source, order=1)
+    return _block_mean(_scanned(row, image, effects), int(voxel_mm) // step)
+
+
+def _source(row, head, effects):
+    """Where in the template each voxel comes from: (3, x, y, z) in template voxels."""
+    rng = row.rng(_ANATOMY, lasting=True)
+    length = 0.93 * np.exp(0.02 * rng.standard_normal())
+    length *= 1 + effects["sex"] * SIZES["sex"][f"head_length_of_{'men' if row.sex == 'M' else 'women'}"]
+    longer = effects["fusion"] * SIZES["fusion"]["structure_elongation_per_sd"] * row.trait_structure
+    scale = length * np.exp(longer * np.array([-0.5, 1.0, -0.5]))
+    wider = effects["age"] * row.decades * SIZES["age"]["ventricle_border_mm_per_decade"]
+    out = np.empty((3, *head["shape"]), np.float32)
+    for axis, grid in enumerate(head["grid"]):  # mm
+        along = [-1 if a == axis else 1 for a in range(3)]
+        out[axis] = (_CENTRE[axis] + (grid - _CENTRE[axis]) / scale[axis]).reshape(along)
+        out[axis] += _WARP * _smooth_field(rng, head["grid"])
+        out[axis] -= wider * head["outward"][axis]
+        out[axis] = (out[axis] - head["origin"][axis]) / head["step"][axis]
+    return out
+
+
+def _smooth_field(rng, grid):
+    """A Gaussian random field of variance 1 and reach _WARP_REACH on the grid."""
+    centres = [np.arange(g.min() - _WARP_REACH, g.max() + 2 * _WARP_REACH, _WARP_REACH) for g in grid]
+    field = rng.standard_normal([len(c) for c in centres])
+    for g, c in zip(grid, centres, strict=True):
+        basis = np.exp(-(((g[:, None] - c) / _WARP_REACH) ** 2) / 2)
+        basis /= np.linalg.norm(basis, axis=1, keepdims=True)
+        field = np.tensordot(field, basis, ((0,), (1,)))  # the axes rotate back into place
+    return field
+
+
+def _scanned(row, image, effects):
+    """The anatomy as the site's scanner sees it: noise, gain, bias field."""
+    site = row.site if effects["site"] else Site("", row.site.tr, row.site.minutes)
+    brain = image > 0.15
+    image = image + 0.03 * row.rng(_SCANNER).standard_normal(image.shape, dtype=np.float32)
+    across = [np.linspace(-0.5, 0.5, n, dtype=np.float32) for n in image.shape]
+    x, y, z = np.ix_(*(b * a for b, a in zip(site.bias, across, strict=True)))
+    image *= 1000 * site.gain * np.exp(x) * np.exp(y) * np.exp(z)
+    return np.where(brain, image.clip(0), 0)
+
+
+@lru_cache(maxsize=2)
+def _template(step):
+    """The template at `step` mm around the T1 grid, its cortex and its ventricles' outward normal."""
+    image, grey = (_on_grid(v, step) for v in _template_volumes())
+    inside = image > 0.15
+    depth = ndimage.distance_transform_edt(inside, sampling=step)  # mm
+    cortex = np.where(depth < 30, grey * (image - 0.3).clip(0), 0)
+    parts, _ = ndimage.label((image < 0.5) & (depth > 25))
+    ventricles = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    trim = _MARGIN // step
+    inner = (slice(trim, -trim),) * 3
+    grid = tuple(t1_grid(step).values())
+    toward = np.array([np.sign(g[1] - g[0]) for g in grid])
+    return {
+        "image": image,
+        "cortex": cortex.astype(np.float32),
+        "outward": _outward(ventricles, step)[(slice(None), *inner)] * toward[:, None, None, None],
+        "grid": grid,
+        "shape": tuple(len(g) for g in grid),
+        "step": toward * step,
+        "origin": [g[0] - t * _MARGIN for g, t in zip(grid, toward, strict=True)],
+    }
+
+
+def _outward(part, step, reach: float = 8.0):
+    """Unit vectors away from a part of the brain, (3, x, y, z) in array axes, fading in mm."""
+    edt = ndimage.distance_transform_edt
+    distance = edt(~part, sampling=step) - edt(part, sampling=step)
+    normal = np.stack(np.gradient(distance, step)) * np.exp(-((distance / reach) ** 2) / 2)
+    return np.stack([ndimage.gaussian_filter(n, 2 / step) for n in normal]).astype(np.float32)
+
+
+def _template_volumes():
+    """MNI152 (ICBM 2009a) T1 and grey matter as nilearn ships them, in 0 to 1, 1 mm."""
+    from nilearn import datasets  # slow to import
+
+    t1, grey = datasets.load_mni152_template(resolution=1), datasets.load_mni152_gm_template(resolution=1)
+    brain = t1.get_fdata(dtype=np.float32)
+    brain = np.where(ndimage.binary_fill_holes(brain > 0.2), brain, 0)
+    return (brain, t1.affine), (grey.get_fdata(dtype=np.float32), grey.affine)
+
+
+def _on_grid(volume, step):
+    """A 1 mm volume cut to the T1 grid and its margin, then averaged over blocks of `step` mm."""
+    values, affine = volume
+    for axis, world in enumerate(t1_grid(1).values()):
+        along = world[1] - world[0]
+        wanted = world[0] + along * np.arange(-_MARGIN, len(world) + _MARGIN)
+        index = np.rint((wanted - affine[axis, 3]) / affine[axis, axis]).astype(int)
+        known = (index >= 0) & (index < values.shape[axis])
+        cut = np.take(values, np.where(known, index, 0), axis)
+        values = cut * known.reshape([-1 if a == axis else 1 for a in range(3)])
+    return _block_mean(values, step)
+
+
+def _block_mean(volume, k):
+    x, y, z = (n // k for n in volume.shape)
+    return volume.reshape(x, k, y, k, z, k).mean((1, 3, 5), dtype=np.float32)
+
+
+# ----------------------------------------------------------------------------------- what is true
+
+
+def _truth(sites, effects):
+    """What was planted, for `attrs["truth"]`."""
+    out = {name: {"factor": effects[name], **SIZES[name]} for name in EFFECTS}
+    out["site"] |= {site.name: asdict(site) for site in sites}
+    correlation = SIZES["fusion"]["correlation_of_traits"]
+    alone = 0.5 + np.arcsin(np.sqrt((1 - correlation) / 2)) / np.pi
+    out["fusion"]["label"] = "function-led where trait_function > trait_structure"
+    out["fusion"]["best_accuracy"] = {"structure": alone, "function": alone, "both": 1.0}
+    return out
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def _check_effects(effects):
+    if isinstance(effects, bool):
+        return dict.fromkeys(EFFECTS, float(effects))
+    if not isinstance(effects, Mapping) or not set(effects) <= set(EFFECTS):
+        found = listed(sorted(map(str, effects))) if isinstance(effects, Mapping) else repr(effects)
+        raise InputError(
+            f"Expected effects among {listed(EFFECTS, 9)}, found {found}",
+            "Give True, False or a mapping such as {'age': 0, 'motion': 2}",
+        )
+    for name, factor in effects.items():
+        if not (np.isscalar(factor) and np.isfinite(factor) and 0 <= factor <= 3):
+            raise InputError(
+                f"Expected a factor between 0 and 3 for the effect '{name}', found {factor!r}",
+                "0 leaves the effect out, 1 is its planted size",
+            )
+    return dict.fromkeys(EFFECTS, 1.0) | {name: float(f) for name, f in effects.items()}
+
+
+def _check_sizes(n, seed, atlas, missing, repeats):
+    for name, value, least in (("n", n, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise InputError(
+                f"Expected {name} to be a whole number of at least {least}, found {value!r}",
+                f"Give {name}={max(least, 0) or 0}" if name == "seed" else "Give n=10, for example",
+            )
+    if atlas not in ATLASES:
+        raise InputError(f"Expected an atlas among {listed(ATLASES)}, found {atlas!r}", "Take one of these")
+    for name, share in (("missing", missing), ("repeats", repeats)):
+        if not 0 <= share <= 1:
+            raise InputError(f"Expected {name} as a share from 0 to 1, found {share!r}", "Give 0.06, say")
+
+
+def _check_sites(sites, minutes, tr):
+    """Sites as `Site` objects with the overriding length and TR, checked."""
+    chosen = [sites] if isinstance(sites, str | Site) else list(sites)
+    unknown = [s for s in chosen if not isinstance(s, Site) and s not in SITES]
+    if unknown or not chosen:
+        raise InputError(
+            f"Expected sites among {listed(SITES)}, found {listed(unknown) or 'none'}",
+            "Name some of these, or give bhx.synthetic.Site(name, tr, minutes) objects",
+        )
+    chosen = [s if isinstance(s, Site) else SITES[s] for s in chosen]
+    if tr is not None:
+        chosen = [replace(site, tr=tr) for site in chosen]
+    if minutes is not None:
+        chosen = [replace(site, minutes=minutes) for site in chosen]
+    check_tr([site.tr for site in chosen], [f"site {site.name}" for site in chosen])
+    for site in chosen:
+        if not (0 < site.minutes <= 120 and site.n_volumes >= 2):
+            raise InputError(
+                f"Expected scans of two volumes to 120 minutes, found {site.minutes!r} minutes at "
+                f"TR {site.tr:g} s at site {site.name}",
+                "Lengths are in minutes, repetition times in seconds",
+            )
+        if not (0 <= site.noise < 1 and site.gain > 0 and len(site.bias) == 3):
+            raise InputError(
+                f"Expected noise in [0, 1), a positive gain and three bias slopes at site "
+                f"{site.name}, found {site.noise!r}, {site.gain!r} and {site.bias!r}",
+                "See bhx.synthetic.SITES for examples",
+            )
+    return tuple(chosen)
