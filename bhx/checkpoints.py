@@ -61,7 +61,9 @@ def _tuples(values):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def _preset(name, atlas, voxel_mm, cube, width, depth, heads, inner, inner_depth, inner_heads, hubs):
+def _preset(
+    name, atlas, voxel_mm, cube, width, depth, heads, inner, inner_depth, inner_heads, hubs
+):
     """A smaller model; `inner` sizes are those of the predictor and both decoders."""
     shape = tuple(round(n / voxel_mm) for n in (160, 192, 160))
     common = {"width": width, "depth": depth, "heads": heads}
@@ -71,9 +73,17 @@ def _preset(name, atlas, voxel_mm, cube, width, depth, heads, inner, inner_depth
     parcels = int(atlas.removeprefix("schaefer"))
     dynamics = DynamicsConfig(parcels=parcels, **common, **predictor)
     harmonizer = HarmonizerConfig(
-        parcels, dynamics.max_patches, structure.tokens, hubs, **common, **decoder, target_width=width
+        parcels,
+        dynamics.max_patches,
+        structure.tokens,
+        hubs,
+        **common,
+        **decoder,
+        target_width=width,
     )
-    return HarmonixConfig(name, atlas, structure=structure, dynamics=dynamics, harmonizer=harmonizer)
+    return HarmonixConfig(
+        name, atlas, structure=structure, dynamics=dynamics, harmonizer=harmonizer
+    )
 
 
 PRESETS = {
@@ -144,7 +154,7 @@ def save_weights(model: Harmonix, folder, provenance: dict | None = None) -> Pat
 
 
 def read_weights(source) -> Harmonix:
-    """Networks from the name of shipped weights, a folder of save_weights, or "release:<folder>"."""
+    """Networks from shipped weights, a folder of save_weights, or "release:<folder>"."""
     source = str(source)
     if source.startswith("release:"):
         return _read_release(Path(source.removeprefix("release:")).expanduser())
@@ -245,9 +255,9 @@ def _find(folder, path):
     for place in (folder / path, folder / Path(path).name):
         if place.is_file() and not (place.name == "model.pth" and place.parent == folder):
             return place
+    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     raise InputError(
-        f"Expected the released file '{path}' in '{folder}', found "
-        f"{listed(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else 'no such folder'}",
+        f"Expected the released file '{path}' in '{folder}', found {listed(there) or 'nothing'}",
         f"The folder must hold {listed([*RELEASED.values(), *TABLES.values()])}",
     )
 
@@ -320,7 +330,8 @@ def _fill(part, state, where):
         own = getattr(part, name)
         if own.shape != table.shape:
             raise InputError(
-                f"Expected '{name}' of shape {tuple(own.shape)} in {where}, found {tuple(table.shape)}",
+                f"Expected '{name}' of shape {tuple(own.shape)} in {where}, "
+                f"found {tuple(table.shape)}",
                 "Are these weights of another size",
             )
         own.copy_(table)

@@ -94,7 +94,7 @@ class StructureDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, encoded, visible, total: int):
-        """[CLS | tokens of the cubes `visible`] (B, 1 + n, width) to all cubes (B, total, voxels)."""
+        """[CLS | visible cubes] (B, 1 + n, width) to all cubes (B, total, voxels)."""
         seen = self.decoder_embed(encoded)
         full = self.mask_token.to(seen).expand(len(seen), total, -1)
         full = full.scatter(1, visible.unsqueeze(-1).expand(-1, -1, full.shape[-1]), seen[:, 1:])
@@ -128,7 +128,7 @@ def cubes(t1, edge: int):
     size = t1.shape[1:]
     if any(n % edge or n < edge for n in size):
         raise InputError(
-            f"Expected a T1 whose sides are multiples of the cube's {edge} voxels, found {tuple(size)}",
+            f"Expected a T1 whose sides are multiples of {edge} voxels, found {tuple(size)}",
             "Put it on the model's grid, bhx.schema.t1_grid(model.config.structure.voxel_mm)",
         )
     x, y, z = (n // edge for n in size)

@@ -120,7 +120,9 @@ class Harmonizer(nn.Module):
             layers = _layers(method, len(self.blocks))
             hub = slice(-self.config.hubs, None)
             each = [self.blocks[i].weights(inputs[i], lengths, hub) for i in layers]
-            maps = [torch.stack([w.mean(0) for w in one]).mean(0) for one in zip(*each, strict=True)]
+            maps = [
+                torch.stack([w.mean(0) for w in one]).mean(0) for one in zip(*each, strict=True)
+            ]
         data = [m[:, 1 : -self.config.hubs] for m in maps]
         return [m / m.sum(-1, keepdim=True) for m in data]
 
@@ -176,7 +178,9 @@ class Harmonizer(nn.Module):
         """The released objective: one mean over all positions, those of patches that a scan does
         not have included (as zeros), each target normalised over its channels."""
         full = torch.arange(1, 1 + self.config.data_tokens, device=self.pos_embed.device)
-        decoded = self.decode(self(tokens, rows), [full] * len(tokens)).unflatten(0, (len(tokens), -1))
+        decoded = self.decode(self(tokens, rows), [full] * len(tokens)).unflatten(
+            0, (len(tokens), -1)
+        )
         target = torch.zeros_like(decoded)
         for one, data, at in zip(target, tokens, rows, strict=True):
             one[at - 1] = data.to(one)
@@ -192,7 +196,7 @@ def _layers(method, depth):
     if isinstance(method, int) and -depth <= method < depth:
         return [method]
     raise InputError(
-        f"Expected attention of 'last', 'mean', 'rollout' or a layer below {depth}, found {method!r}",
+        f"Expected 'last', 'mean', 'rollout' or a layer below {depth}, found {method!r}",
         "Choose one of these",
     )
 

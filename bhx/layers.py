@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def sincos(positions: torch.Tensor, channels: int) -> torch.Tensor:
-    """Fixed positions (..., channels) = [sin(p w_j) | cos(p w_j)], w_j = 10000^(-2 j / channels)."""
+    """Fixed positions (..., channels): [sin(p w_j) | cos(p w_j)], w_j = 10000^(-2 j / channels)."""
     half = channels // 2
     omega = 10000 ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = positions.double().unsqueeze(-1) * omega
@@ -34,13 +34,13 @@ def packed_attention(q, k, v, lengths):
 
 
 def attention_weights(q, k):
-    """Softmax weights (heads, queries, keys) of one sequence's (queries, heads, d) and (keys, heads, d)."""
+    """Softmax weights (heads, queries, keys) of q (queries, heads, d) and k (keys, heads, d)."""
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
     return scores.softmax(-1)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; q, k and v lie packed as (N, 3, heads, d)."""
+    """The projections of multi-head self-attention; q, k and v lie packed as (N, 3, heads, d)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -51,9 +51,6 @@ class Attention(nn.Module):
     def split(self, x):
         """(N, D) -> q, k, v, each (N, heads, d)."""
         return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-
-    def forward(self, x, lengths):
-        return self.proj(packed_attention(*self.split(x), lengths).flatten(1))
 
 
 class MLP(nn.Module):
@@ -80,15 +77,26 @@ class Block(nn.Module):
         self.drop_path = 0.0  # probability of skipping a branch for a whole sequence, in training
 
     def forward(self, x, lengths):
-        x = x + self._keep(self.attn(self.norm1(x), lengths), lengths)
-        return x + self._keep(self.mlp(self.norm2(x)), lengths)
+        q, k, v = self.before(x)
+        return self.after(x, packed_attention(q, k, v, lengths), self._keep(x, lengths))
 
-    def _keep(self, branch, lengths):
+    def before(self, x):
+        """All that comes ahead of the attention; like `after`, it sees tokens one by one."""
+        return self.attn.split(self.norm1(x))
+
+    def after(self, x, mixed, keep=None):
+        """All that follows the attention; `keep` (2, N, 1) scales the two branches."""
+        branch = self.attn.proj(mixed.flatten(1))
+        x = x + (branch if keep is None else branch * keep[0])
+        branch = self.mlp(self.norm2(x))
+        return x + (branch if keep is None else branch * keep[1])
+
+    def _keep(self, x, lengths):
         if not (self.training and self.drop_path):
-            return branch
-        kept = torch.rand(len(lengths), device=branch.device) >= self.drop_path
-        each = torch.repeat_interleave(kept, torch.tensor(lengths, device=branch.device))
-        return branch * each.unsqueeze(-1) / (1 - self.drop_path)
+            return None
+        kept = torch.rand(2, len(lengths), 1, device=x.device) >= self.drop_path
+        each = kept.repeat_interleave(torch.tensor(lengths, device=x.device), dim=1)
+        return each.to(x) / (1 - self.drop_path)
 
     def weights(self, x, lengths, rows):
         """Attention weights of the query tokens `rows` (a slice) of each sequence.
@@ -96,7 +104,7 @@ class Block(nn.Module):
         Returns a list of (heads, rows, length), one sequence at a time, computed explicitly:
         the fused kernel of `forward` never shows them.
         """
-        q, k, _ = self.attn.split(self.norm1(x))
+        q, k, _ = self.before(x)
         return [
             attention_weights(a[rows], b)
             for a, b in zip(q.split(list(lengths)), k.split(list(lengths)), strict=True)
@@ -111,7 +119,7 @@ def run(blocks, x, lengths):
 
 
 def initialise(module: nn.Module) -> None:
-    """Xavier-uniform linear layers with zero biases, as in ViT-MAE (arXiv 2111.06377, appendix A)."""
+    """Xavier-uniform linear layers with zero biases, as in the MAE paper (arXiv 2111.06377)."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)

@@ -115,7 +115,7 @@ def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
     for name in REQUIRED[kind]:
         if name not in obj:
             raise InputError(
-                f"Expected {kind} with the variable '{name}', found {listed(obj.data_vars) or 'none'}",
+                f"Expected {kind} with the variable '{name}', found {listed(obj) or 'none'}",
                 f"Is this Dataset really {kind}",
             )
     for name, dims in DIMS[kind].items():
@@ -133,7 +133,9 @@ def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
 
 def _check_subjects(obj, kind):
     if obj.sizes.get("subject", 0) == 0:
-        raise InputError(f"Expected {kind} with at least one subject, found none", "Check the selection")
+        raise InputError(
+            f"Expected {kind} with at least one subject, found none", "Check the selection"
+        )
     if "subject" not in obj.indexes:
         raise InputError(
             f"Expected {kind} with unique ids on the dim 'subject', found no ids",
@@ -156,8 +158,8 @@ def _check_subjects(obj, kind):
 def _check_cohort(obj):
     if "bold" not in obj and "t1" not in obj:
         raise InputError(
-            f"Expected a cohort with 'bold' or 't1', found {listed(obj.data_vars) or 'no variables'}",
-            "See docs of bhx.schema for the names",
+            f"Expected a cohort with 'bold' or 't1', found {listed(obj.data_vars) or 'none'}",
+            "bhx.schema.DIMS lists the names",
         )
     for name in SUBJECT_COORDS:
         if name not in obj.coords or obj[name].dims != ("subject",):
@@ -183,6 +185,7 @@ def check_tr(tr, where=()) -> None:
         of = f" of {where[first]}" if len(where) == len(tr) else ""
         unit = "; this looks like milliseconds" if tr[first] > 20 else ""
         raise InputError(
-            f"Expected a repetition time in seconds, above 0 and at most 20, found {tr[first]:g}{of}{unit}",
+            "Expected a repetition time in seconds, above 0 and at most 20, "
+            f"found {tr[first]:g}{of}{unit}",
             "Set it: cohort.assign_coords(tr=('subject', seconds))",
         )
