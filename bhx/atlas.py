@@ -7,6 +7,7 @@ Nothing about subjects is known here and no atlas array is computed; `assets/mak
 from __future__ import annotations
 
 import csv
+import json
 from functools import cache
 from importlib.resources import files
 
@@ -17,9 +18,14 @@ from bhx.schema import UNITS, InputError, listed
 
 ATLASES = {"schaefer100": 100, "schaefer200": 200, "schaefer400": 400}
 ORDERS = ("7networks", "17networks")
-NETWORKS = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default")
 N_FSAVERAGE5 = 10_242  # vertices of one hemisphere
-SURFACES = {"inflated": "infl", "pial": "pial", "white": "white", "flat": "flat", "sphere": "sphere"}
+SURFACES = {
+    "inflated": "infl",
+    "pial": "pial",
+    "white": "white",
+    "flat": "flat",
+    "sphere": "sphere",
+}
 
 
 def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Dataset:
@@ -59,20 +65,24 @@ def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Datase
             "roi": parcels["name7"],
             "roi_other": parcels["name7"],
             "mode": np.arange(1, arrays["harmonics"].shape[1] + 1),
+            "eigenvalue": ("mode", arrays["eigenvalue"], {"units": "mm^-2"}),
             "component": np.arange(1, arrays["gradients"].shape[1] + 1),
             "axis": list("xyz"),
         },
-        {"atlas": name, "order": "7networks", **SOURCES},
+        {"atlas": name, "order": "7networks"},
     )
-    for coord in ("mni_x", "mni_y", "mni_z"):
-        out[coord].attrs["units"] = UNITS[coord]
+    out = _with_provenance(out, float(arrays["agreement"]))
     return out if order == "7networks" else _reordered(out)
 
 
-SOURCES = {
-    "source": "brainspace 0.3.0 (labels, connectome, conte69 mesh), CBIG (names, centroids)",
-    "licence": "BSD-3-Clause (BrainSpace), MIT (CBIG)",
-}
+def _with_provenance(atlas, agreement):
+    told = _provenance()
+    for name, variable in atlas.data_vars.items():
+        variable.attrs |= told[name]
+    for name in ("mni_x", "mni_y", "mni_z"):
+        atlas[name].attrs |= {"units": UNITS[name], **told["mni"]}
+    atlas["labels_fsaverage5"].attrs["agreement"] = agreement
+    return atlas.assign_attrs(told["atlas"])
 
 
 def _reordered(atlas):
@@ -98,42 +108,32 @@ def match_names(names, atlas: xr.Dataset | str) -> list[str]:
     given = [n.decode() if isinstance(n, bytes) else str(n) for n in np.asarray(names).tolist()]
     found = [known.get(n) for n in given]
     unknown = [n for n, f in zip(given, found, strict=True) if f is None]
-    missing = [str(n) for n in atlas.roi.values if str(n) not in set(found)]
-    if unknown or missing or len(found) != atlas.sizes["roi"]:
-        raise _names_error(atlas, given, unknown, missing)
+    once = set(found)
+    missing = [str(n) for n in atlas.roi.values if str(n) not in once]
+    twice = [n for i, n in enumerate(given) if found[i] is not None and found[i] in found[:i]]
+    if unknown or missing or twice:
+        raise _names_error(atlas, given, unknown=unknown, missing=missing, repeated=twice)
     return found
 
 
-def _names_error(atlas, given, unknown, missing):
-    n = atlas.sizes["roi"]
-    parts = [f"unknown: {listed(unknown)}"] if unknown else []
-    parts += [f"missing: {listed(missing)}"] if missing else []
-    if not unknown and not missing:
-        twice = sorted({g for g in given if given.count(g) > 1})
-        parts = [f"more than once: {listed(twice)}"]
+def _names_error(atlas, given, **wrong):
+    found = "; ".join(f"{kind}: {listed(names)}" for kind, names in wrong.items() if names)
+    name = atlas.attrs.get("atlas", "the atlas")
     return InputError(
-        f"Expected the {n} parcels of {atlas.attrs.get('atlas', 'the atlas')}, found {len(given)} "
-        f"names; {'; '.join(parts)}",
+        f"Expected the {atlas.sizes['roi']} parcels of {name}, found {len(given)} names; {found}",
         "Name the ROIs as bhx.load_atlas(name).roi does, or choose the atlas they come from",
     )
 
 
 def load_sample() -> xr.Dataset:
     """One real resting-state scan, Schaefer-400 parcels: bold (roi, time), TR in `attrs["tr"]`."""
-    with np.load(_asset("sample.npz").open("rb")) as file:
+    with _asset("sample.npz").open("rb") as raw, np.load(raw) as file:
         bold = file["bold"] * file["scale"][:, None]
         tr = float(file["tr"])
     return xr.Dataset(
         {"bold": (("roi", "time"), bold.astype(np.float32))},
         {"roi": _parcels(400)["name7"], "time": np.arange(bold.shape[1])},
-        {
-            "tr": tr,
-            "participant": "sub-010188",
-            "atlas": "schaefer400",
-            "source": "MPI-Leipzig Mind-Brain-Body (LEMON), sub-010188, as in brainspace 0.3.0",
-            "licence": "BSD-3-Clause (BrainSpace)",
-            "preprocessing": "denoised and band-passed upstream; mean of fsaverage5 vertices a parcel",
-        },
+        {"tr": tr, **_provenance()["sample"]},
     )
 
 
@@ -168,15 +168,13 @@ def _side(hemi):
     return sides[hemi]
 
 
-@cache
 def _arrays(name):
-    with np.load(_asset(f"{name}.npz").open("rb")) as file:
+    with _asset(f"{name}.npz").open("rb") as raw, np.load(raw) as file:
         return dict(file)
 
 
-@cache
 def _parcels(scale):
-    with _asset("parcels.csv").open() as file:
+    with _asset("parcels.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if int(row["scale"]) == scale]
     names = np.array([row["name7"] for row in rows])
     out = {
@@ -192,15 +190,23 @@ def _parcels(scale):
     return out
 
 
+def _provenance():
+    return json.loads(_asset("provenance.json").read_text(encoding="utf-8"))
+
+
 def _asset(name):
     return files("bhx") / "assets" / name
 
 
 def _check_choice(name, order):
     if name not in ATLASES:
-        raise InputError(f"Expected an atlas of {listed(ATLASES)}, found '{name}'", "Take one of them")
+        raise InputError(
+            f"Expected an atlas of {listed(ATLASES)}, found '{name}'", "Take one of them"
+        )
     if order not in ORDERS:
-        raise InputError(f"Expected an order of {listed(ORDERS)}, found '{order}'", "Take one of them")
+        raise InputError(
+            f"Expected an order of {listed(ORDERS)}, found '{order}'", "Take one of them"
+        )
     if order == "17networks" and name != "schaefer400":
         raise InputError(
             f"Expected order '7networks' for {name}, found '17networks'",

@@ -39,11 +39,10 @@ def harmonics(coords, faces, n_modes: int, mask=None) -> tuple[np.ndarray, np.nd
     """
     coords, faces, mask = _checked_mesh(coords, faces, mask)
     kept, coords, faces = _cut(coords, faces, mask)
-    if not 1 <= n_modes < len(coords) - 1:
+    if not 1 <= n_modes <= len(coords):
         raise InputError(
-            f"Expected at most {max(len(coords) - 2, 0)} modes on {len(coords)} vertices, "
-            f"found n_modes={n_modes}",
-            "Ask for fewer modes, at least 1",
+            f"Expected 1 to {len(coords)} modes on {len(coords)} vertices, found {n_modes}",
+            "Ask for as many modes as the mesh has vertices at most, far fewer to be accurate",
         )
     stiffness, mass = _laplacian(coords, faces)
     values, vectors = _solve_pieces(stiffness, mass, n_modes)
@@ -62,6 +61,11 @@ def parcel_means(values, labels, n_parcels: int) -> np.ndarray:
         raise InputError(
             f"Expected one label for each of {len(values)} vertices, found {len(labels)}",
             "Take the labels and the values from the same mesh",
+        )
+    if labels.min() < 0 or labels.max() > n_parcels:
+        raise InputError(
+            f"Expected labels from 0 to {n_parcels}, found {labels.min()} to {labels.max()}",
+            "Number the parcels 1 to n_parcels, 0 for none",
         )
     flat = values.reshape(len(values), -1)
     good = (labels > 0) & ~np.isnan(flat).all(axis=1)
@@ -135,7 +139,8 @@ MIRROR = np.diag([-1.0, 1.0, 1.0])  # left to right
 
 def random_rotations(n: int, seed: int) -> np.ndarray:
     """Rotation matrices (n, 3, 3), uniform over all rotations."""
-    return spatial.transform.Rotation.random(n, rng=np.random.default_rng(seed)).as_matrix()
+    quaternions = np.random.default_rng(seed).standard_normal((n, 4))
+    return spatial.transform.Rotation.from_quat(quaternions).as_matrix()
 
 
 def normalised_angle(rows) -> np.ndarray:
@@ -183,11 +188,11 @@ def _laplacian(coords, faces):
 
 
 def _solve_pieces(stiffness, mass, n_modes):
-    n_pieces, piece = csgraph.connected_components(stiffness, directed=False)
+    n_pieces, piece = csgraph.connected_components(mass, directed=False)
     values, vectors = [np.zeros(n_pieces)], [_constants(mass, piece, n_pieces)]
     for p in range(n_pieces):
         here = np.flatnonzero(piece == p)
-        wanted = min(n_modes + 1, len(here) - 1)
+        wanted = min(n_modes + 1, len(here))
         w, v = _solve(stiffness[here][:, here], mass[here][:, here], wanted)
         padded = np.zeros((len(piece), wanted - 1))
         padded[here] = v[:, 1:]
@@ -199,9 +204,11 @@ def _solve_pieces(stiffness, mass, n_modes):
 
 
 def _solve(stiffness, mass, n_modes):
-    """Smallest eigenpairs by shift-invert, from a fixed start vector."""
+    """Smallest eigenpairs, ascending: shift-invert from a fixed start vector, or dense if few."""
+    n = mass.shape[0]
+    if 3 * n_modes >= n:
+        return linalg.eigh(stiffness.toarray(), mass.toarray(), subset_by_index=(0, n_modes - 1))
     shift = -1 / mass.sum()  # below 0 by 1 / area: the same problem at every scale
-    start = np.random.default_rng(0).standard_normal(mass.shape[0])
     factor = sparse_linalg.splu(
         (stiffness - shift * mass).tocsc(),
         permc_spec="MMD_AT_PLUS_A",
@@ -209,7 +216,12 @@ def _solve(stiffness, mass, n_modes):
         options={"SymmetricMode": True},
     )
     inverse = sparse_linalg.LinearOperator(mass.shape, factor.solve, dtype=float)
-    return sparse_linalg.eigsh(stiffness, n_modes, mass, sigma=shift, v0=start, OPinv=inverse)
+    start = np.random.default_rng(0).standard_normal(n)
+    values, vectors = sparse_linalg.eigsh(
+        stiffness, n_modes, mass, sigma=shift, v0=start, OPinv=inverse
+    )
+    order = values.argsort()
+    return values[order], vectors[:, order]
 
 
 def _constants(mass, piece, n_pieces):
@@ -239,10 +251,12 @@ def _checked_mesh(coords, faces, mask):
             f"Expected finite coordinates, found NaN or infinity at vertex {listed(bad)}",
             "Repair the mesh or read the file again",
         )
-    if not np.issubdtype(faces.dtype, np.integer) or faces.min() < 0 or faces.max() >= len(coords):
+    whole = np.issubdtype(faces.dtype, np.integer) and faces.size > 0
+    if not whole or faces.min() < 0 or faces.max() >= len(coords):
+        found = f"{faces.min()} to {faces.max()}" if faces.size else "no triangle"
         raise InputError(
-            f"Expected faces as whole numbers from 0 to {len(coords) - 1}, found "
-            f"{faces.min()} to {faces.max()} ({faces.dtype})",
+            f"Expected faces as whole numbers from 0 to {len(coords) - 1}, found {found} "
+            f"({faces.dtype})",
             "Number the vertices from 0, and pass coords and faces of the same mesh",
         )
     mask = np.ones(len(coords), bool) if mask is None else np.asarray(mask)
@@ -311,7 +325,8 @@ def _checked_connectome(connectome, n_components):
 
 def _strongest(connectome, keep):
     """Each row's largest entries, the rest 0; nothing negative is kept."""
-    threshold = np.quantile(connectome, 1 - keep, axis=1, keepdims=True)
+    n_kept = max(1, round(keep * len(connectome)))
+    threshold = np.sort(connectome, axis=1)[:, [-n_kept]]
     rows = np.where((connectome >= threshold) & (connectome > 0), connectome, 0)
     empty = np.flatnonzero(~rows.any(axis=1))
     if len(empty):
