@@ -21,6 +21,8 @@ PY := .venv/bin/python
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # several processes share the cores, so each keeps to one thread
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+# figures as plotly's JSON alone, so that stored and fresh outputs can be compared
+IN_NOTEBOOKS := $(ONE_THREAD) PLOTLY_RENDERER=plotly_mimetype
 
 .PHONY: help env demo test lint unit nbval lab weights assets notebooks clean
 
@@ -31,8 +33,8 @@ env: .venv/.made  ## the environment in .venv/
 
 .venv/.made: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet '$(TORCH)'
-	$(PY) -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(PY) -m pip install -qq '$(TORCH)'
+	$(PY) -m pip install -qq --editable '.[$(EXTRAS)]'
 	touch $@
 
 demo: env  ## scans to tokens, scores and one page of figures, in demo/
@@ -52,8 +54,8 @@ nbval: env
 ifeq ($(NOTEBOOKS),)
 	@echo "no notebooks yet"
 else
-	$(ONE_THREAD) $(PY) -m pytest -q -n $(JOBS) --dist loadscope -p no:cacheprovider \
-		--nbval notebooks --nbval-sanitize-with notebooks/nbval_sanitize.cfg
+	$(IN_NOTEBOOKS) $(PY) -m pytest -q -n $(JOBS) --dist loadscope -p no:cacheprovider \
+		--nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks
 endif
 
 lab: env  ## JupyterLab on the notebooks
@@ -63,11 +65,12 @@ weights: env  ## train the shipped workshop weights again
 	$(PY) -m bhx pretrain --preset workshop --out bhx/weights
 
 assets: env  ## build bhx/assets again from the brainspace package
-	$(PY) -m pip install --quiet --editable '.[$(EXTRAS),assets]'
+	$(PY) -m pip install -qq --editable '.[$(EXTRAS),assets]'
 	$(PY) bhx/assets/make_assets.py
 
-notebooks: env  ## execute every notebook in place
-	$(ONE_THREAD) $(PY) -m jupyter nbconvert --to notebook --inplace --execute $(NOTEBOOKS)
+notebooks: env  ## execute every notebook in place and strip what should not be stored
+	$(IN_NOTEBOOKS) $(PY) -m jupyter nbconvert --config notebooks/nbconvert_config.py \
+		--to notebook --inplace --execute $(NOTEBOOKS)
 
 clean:  ## remove what the targets above wrote, except .venv/
 	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .screenshots
