@@ -1,0 +1,153 @@
+"""ComBat equals neuroCombat, nothing is fitted at transform, and matching balances."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from sklearn.base import clone
+
+from bhx.confounds import ComBat, ConfoundRegression, match_subjects
+from bhx.errors import InputError
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Simulated data of three sites, and what neuroCombat 0.2.12 makes of it."""
+    table = pd.read_csv(DATA / "neurocombat_0.2.12.csv")
+    return {
+        "x": table.filter(regex=r"^x\d+$").values,
+        "site": table[["site"]].values.astype(float),
+        "covariates": table[["sex", "age"]].values.astype(float),
+        "plain": table.filter(regex="^plain").values,
+        "kept": table.filter(regex="^covariates").values,
+    }
+
+
+def test_combat_equals_neurocombat(published):
+    x, site, covariates = published["x"], published["site"], published["covariates"]
+    plain = ComBat().fit_transform(np.hstack([x, site]))
+    kept = ComBat(covariates=2).fit_transform(np.hstack([x, covariates, site]))
+    np.testing.assert_allclose(plain, published["plain"], atol=1e-6)
+    np.testing.assert_allclose(kept, published["kept"], atol=1e-6)
+
+
+def test_combat_removes_what_it_should_and_keeps_the_covariates(published):
+    rng = np.random.default_rng(0)
+    n = 600
+    site, age = rng.integers(0, 4, n), rng.normal(0, 1, n)
+    shift, scale = rng.normal(0, 2, (4, 30)), rng.uniform(0.5, 2, (4, 30))
+    seen = 0.7 * age[:, None] + rng.normal(size=(n, 30)) * scale[site] + shift[site]
+    out = ComBat(covariates=1).fit_transform(np.column_stack([seen, age, site]))
+    rest = out - 0.7 * age[:, None]
+    means = np.stack([rest[site == s].mean(0) for s in range(4)])
+    spread = np.stack([rest[site == s].std(0) for s in range(4)])
+    assert means.std(0).max() < 0.1 * shift.std(0).mean()
+    assert (spread.std(0) / spread.mean(0)).mean() < 0.2 * (scale.std(0) / scale.mean(0)).mean()
+    r = [np.corrcoef(out[:, k], age)[0, 1] for k in range(30)]
+    assert np.mean(r) > 0.5
+
+
+def test_transform_uses_no_statistic_of_the_rows_it_is_given(published):
+    x = np.hstack([published["x"], published["site"]])
+    fitted = ComBat().fit(x[::2])
+    together = fitted.transform(x[1::2])
+    alone = np.vstack([fitted.transform(row[None]) for row in x[1::2]])
+    np.testing.assert_allclose(together, alone, atol=1e-10)
+
+
+def test_unseen_sites_are_kept_estimated_or_refused(published):
+    x, site = published["x"], published["site"][:, 0]
+    known = np.column_stack([x, site])[site < 2]
+    new = np.column_stack([x, site])[site == 2]
+    np.testing.assert_allclose(ComBat().fit(known).transform(new), x[site == 2])
+    moved = ComBat(unseen="estimate").fit(known).transform(new)
+    target = x[site < 2].mean(0)
+    before = np.abs(x[site == 2].mean(0) - target).mean()
+    assert np.abs(moved.mean(0) - target).mean() < before / 2
+    with pytest.raises(InputError, match="Expected the sites 0.0, 1.0 .*found 2"):
+        ComBat(unseen="error").fit(known).transform(new)
+
+
+def test_site_with_one_row_and_constant_features_pass(published):
+    x = np.column_stack([published["x"], np.full(36, 3.0), published["site"]])
+    few = np.vstack([x[:26], x[26:27]])
+    out = ComBat().fit_transform(few)
+    assert np.isfinite(out).all()
+    np.testing.assert_array_equal(out[:, -1], 3.0)
+
+
+def test_combat_refuses_covariates_that_are_the_site(published):
+    site = published["site"]
+    with pytest.raises(InputError, match="found one that the sites determine"):
+        ComBat(covariates=1).fit(np.hstack([published["x"], site == 1, site]))
+    with pytest.raises(InputError, match="Expected unseen as one of keep, estimate, error"):
+        ComBat(unseen="drop").fit(np.hstack([published["x"], site]))
+    with pytest.raises(InputError, match=r"Expected \[features \| 3 covariates"):
+        ComBat(covariates=3).fit(np.zeros((5, 3)))
+
+
+def test_regression_removes_the_linear_effect_and_nothing_of_the_test_rows():
+    rng = np.random.default_rng(1)
+    confound = rng.normal(size=(200, 2))
+    clean = rng.normal(size=(200, 5))
+    x = clean + confound @ rng.normal(size=(2, 5)) + 4
+    both = np.hstack([x, confound])
+    fitted = ConfoundRegression(2).fit(both[:150])
+    train, test = fitted.transform(both[:150]), fitted.transform(both[150:])
+    r = np.corrcoef(train.T, confound[:150].T)[:5, 5:]
+    np.testing.assert_allclose(r, 0, atol=1e-10)
+    np.testing.assert_allclose(train.mean(0), x[:150].mean(0))
+    np.testing.assert_allclose(test, np.vstack([fitted.transform(r[None]) for r in both[150:]]))
+    assert np.corrcoef(test[:, 0], clean[150:, 0])[0, 1] > 0.95
+    with pytest.raises(InputError, match=r"Expected \[features \| 5 confounds\], found 5 columns"):
+        ConfoundRegression(5).fit(x)
+
+
+@pytest.mark.parametrize("estimator", [ComBat(), ConfoundRegression(1)])
+def test_scikit_learn_contract(estimator, published):
+    x = np.hstack([published["x"], published["site"]])
+    copy = clone(estimator)
+    before = x.copy()
+    first = copy.fit(x).transform(x)
+    np.testing.assert_array_equal(x, before)
+    np.testing.assert_array_equal(first, clone(estimator).fit_transform(x))
+    assert first.shape == published["x"].shape
+    with pytest.raises(ValueError, match="features"):
+        copy.transform(x[:, 1:])
+    with pytest.raises(ValueError, match="NaN"):
+        clone(estimator).fit(np.where(x == x[0, 0], np.nan, x))
+
+
+def test_matched_pairs_are_alike_where_the_groups_were_not():
+    rng = np.random.default_rng(0)
+    n = 200
+    patient = np.arange(n) % 2 == 0
+    motion = rng.normal(0.2, 0.05, n) + 0.06 * patient
+    data = xr.Dataset(
+        coords={
+            "subject": [f"s{i}" for i in range(n)],
+            "diagnosis": ("subject", np.where(patient, "patient", "control")),
+            "mean_fd": ("subject", np.where(np.arange(n) == 3, np.nan, motion)),
+            "site": ("subject", np.array(list("ABC"))[rng.integers(0, 3, n)]),
+        }
+    )
+    pairs = match_subjects(data, "diagnosis", on=("mean_fd",), exact=("site",), caliper=0.2)
+    groups = pairs.groupby("diagnosis").groups
+    assert len(groups["patient"]) == len(groups["control"]) > 25
+    fd = pairs.mean_fd
+    gap = abs(fd[groups["patient"]].mean() - fd[groups["control"]].mean())
+    assert gap < 0.2 * data.mean_fd.std()
+    assert "s3" not in pairs.subject.values
+    for site in "ABC":
+        labels = pairs.diagnosis[pairs.site.values == site].values
+        assert (labels == "patient").sum() == (labels == "control").sum()
+    with pytest.raises(InputError, match="Expected pairs within 0 standard deviations"):
+        match_subjects(data, "diagnosis", on=("mean_fd",), caliper=0)
+    with pytest.raises(InputError, match="Expected 'iq' as a coordinate"):
+        match_subjects(data, "diagnosis", on=("iq",))
+    with pytest.raises(InputError, match="Expected two labels in 'site'"):
+        match_subjects(data, "site", on=("mean_fd",))
