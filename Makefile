@@ -3,10 +3,10 @@
 #
 #   make test PYTHON=python3.12     another interpreter (3.11 to 3.13)
 #   make test EXTRAS=notebooks,test,umap,interpret
-#   make demo TORCH="torch --index-url ADDRESS"
-#       TORCH is handed to pip install. Without a GPU it is one fixed release; on Linux the plain
-#       package index serves that release with gigabytes of CUDA, so give the address of PyTorch's
-#       own CPU index (on pytorch.org under Get Started) or of a local folder of wheels.
+#   make demo TORCH_FROM="--index-url ADDRESS"
+#       Without a GPU, TORCH is one fixed release. On Linux the plain package index serves it with
+#       gigabytes of CUDA: give the address of PyTorch's own CPU index (pytorch.org, Get Started)
+#       or `--find-links FOLDER` with a wheel of the CPU build. pip's own configuration serves too.
 
 PYTHON ?= python3
 EXTRAS ?= notebooks,test
@@ -16,6 +16,7 @@ TORCH ?= torch==2.13.0
 else
 TORCH ?= torch>=2.13,<3
 endif
+TORCH_FROM ?=
 
 PY := .venv/bin/python
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
@@ -32,8 +33,10 @@ help:  ## this list
 env: .venv/.made  ## the environment in .venv/
 
 .venv/.made: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+		|| { echo 'bhx needs Python 3.11 to 3.13: make env PYTHON=python3.12, say'; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install -qq '$(TORCH)'
+	$(PY) -m pip install -qq '$(TORCH)' $(TORCH_FROM)
 	$(PY) -m pip install -qq --editable '.[$(EXTRAS)]'
 	touch $@
 
@@ -74,4 +77,5 @@ notebooks: env  ## execute every notebook in place and strip what should not be 
 
 clean:  ## remove what the targets above wrote, except .venv/
 	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .screenshots
-	find bhx tests benchmarks notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) \
+		-prune -exec rm -rf {} +
