@@ -312,6 +312,14 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
     -------
     DataArray on roi; on (cx, cy, cz); or on modality
     """
+    values = each_token(latents, of=of, subjects=subjects)
+    values = values.isel(token=_tokens(latents, token)).mean("token", keep_attrs=True)
+    which = "all tokens" if token is None else f"token {listed(np.atleast_1d(token))}"
+    return values.assign_attrs(long_name=f"attention of {which}")
+
+
+def each_token(latents: xr.Dataset, *, of: str = "roi", subjects=None) -> xr.DataArray:
+    """The maps of all tokens, averaged over subjects: DataArray (token, ...); see `region_map`."""
     if of not in MAPS:
         raise InputError(f"Expected of to be {listed(MAPS)}, found '{of}'", "Choose one of them")
     check(latents, "latents")
@@ -330,10 +338,8 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
             "Expected at least one subject with this modality, found none in the selection",
             "Choose other subjects, or the other modality's map",
         )
-    values = values.isel(subject=np.flatnonzero(chosen)).mean("subject")
-    values = values.isel(token=_tokens(latents, token)).mean("token")
-    which = "all tokens" if token is None else f"token {listed(np.atleast_1d(token))}"
-    return values.assign_attrs(long_name=f"attention of {which}", n_subjects=int(chosen.sum()))
+    out = values.isel(subject=np.flatnonzero(chosen)).mean("subject")
+    return out.assign_attrs(n_subjects=int(chosen.sum()))
 
 
 def spin_test(values: xr.DataArray, other, atlas: xr.Dataset, *, n_spins=1000, seed=0):
