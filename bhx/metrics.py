@@ -8,7 +8,10 @@ participant bootstrap is one call.
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import false_discovery_control, norm
+from scipy.stats import t as student
+
+from .errors import InputError
 
 NUMBER = ("r", "r2", "mae")
 LABEL = ("balanced_accuracy", "auroc", "auprc", "macro_f1", "accuracy", "positive_f1")
@@ -145,6 +148,117 @@ def interval(estimate, draws, level: float = 0.95) -> tuple[np.ndarray, np.ndarr
         ]
         ends.append(np.reshape(flat, estimate.shape))
     return tuple(ends)
+
+
+def permuted_rows(units, strata, rng, families=None) -> np.ndarray:
+    """An order of the rows under which labels are exchangeable when they mean nothing.
+
+    Parameters
+    ----------
+    units : participant of each row; all rows of one move together
+    strata : site of each row; labels stay within
+    families : of each row; whole families of like make-up are exchanged, then members within
+    """
+    order = np.arange(len(units))
+    units, strata = np.asarray(units), np.asarray(strata)
+    if families is not None:
+        order = order[_exchange(order, np.asarray(families), units, strata, rng)]
+        strata = np.char.add(np.asarray(families).astype(str), np.char.add("|", strata.astype(str)))
+    return order[_exchange(order, units, units, strata, rng)]
+
+
+def _exchange(order, blocks, units, strata, rng):
+    """Shuffle whole blocks whose rows have the same strata and the same pattern of units."""
+    rows = {}
+    for row in np.lexsort((units, -_counts(units))):
+        rows.setdefault(blocks[row], []).append(row)
+    alike = {}
+    for block, members in rows.items():
+        _, sizes = np.unique(units[members], return_counts=True)
+        key = (tuple(sorted(sizes)), tuple(strata[members]))
+        alike.setdefault(key, []).append(block)
+    out = np.arange(len(order))
+    for group in alike.values():
+        for to, origin in zip(group, rng.permutation(len(group)), strict=True):
+            out[rows[to]] = rows[group[origin]]
+    return out
+
+
+def _counts(units):
+    _, of_row, counts = np.unique(units, return_inverse=True, return_counts=True)
+    return counts[of_row]
+
+
+def permutation_p(observed, null, lower_is_better: bool = False) -> float:
+    """Share of the null that is at least as good, the observation counted among it."""
+    null = np.asarray(null, float)
+    null = null[np.isfinite(null)]
+    better = null <= observed if lower_is_better else null >= observed
+    return float((1 + better.sum()) / (1 + len(null)))
+
+
+def corrected_t(differences, test_share: float) -> tuple[float, float]:
+    """Two-sided t-test of a difference between models over the folds they share: (t, p).
+
+    `test_share` is test rows over training rows. Folds share training rows, so the variance of
+    their mean is larger than independent draws would have it. Source: Nadeau and Bengio, Machine
+    Learning 2003.
+    """
+    d = np.asarray(differences, float)
+    d = d[np.isfinite(d)]
+    if len(d) < 2:
+        return np.nan, np.nan
+    variance = d.var(ddof=1) * (1 / len(d) + test_share)
+    if variance <= 0:
+        return (0.0, 1.0) if d.mean() == 0 else (np.sign(d.mean()) * np.inf, 0.0)
+    statistic = d.mean() / np.sqrt(variance)
+    return float(statistic), float(2 * student.sf(abs(statistic), len(d) - 1))
+
+
+def adjust_p(p, method: str = "holm") -> np.ndarray:
+    """P values adjusted for several tests; NaN stays NaN and does not count as a test.
+
+    "holm" bounds the chance of any false alarm, "fdr" the share of false alarms among the alarms
+    (Benjamini and Hochberg).
+    """
+    p = np.asarray(p, float)
+    out, known = np.full(p.shape, np.nan), np.isfinite(p)
+    tests = p[known]
+    if method == "fdr":
+        out[known] = false_discovery_control(tests) if len(tests) else tests
+    elif method == "holm":
+        order = np.argsort(tests, kind="stable")
+        steps = np.maximum.accumulate(tests[order] * np.arange(len(tests), 0, -1))
+        tests[order] = np.minimum(steps, 1)
+        out[known] = tests
+    else:
+        raise InputError(f"Expected method as 'holm' or 'fdr', found '{method}'", "Choose one")
+    return out
+
+
+def calibration(truth, probability, bins: int = 10) -> dict[str, np.ndarray | float]:
+    """Predicted against observed frequency in bins of equal count, and their mean distance.
+
+    Returns
+    -------
+    dict with `predicted`, `observed` and `count` (bin,), and `error`: the expected calibration
+    error, the distance averaged over rows; 0 is perfect.
+    """
+    truth, probability = np.asarray(truth, float), np.asarray(probability, float)
+    order = np.argsort(probability, kind="stable")
+    parts = [part for part in np.array_split(order, min(bins, len(order))) if len(part)]
+    predicted = np.array([probability[part].mean() for part in parts])
+    observed = np.array([truth[part].mean() for part in parts])
+    count = np.array([len(part) for part in parts])
+    error = float((count * np.abs(predicted - observed)).sum() / count.sum())
+    return {"predicted": predicted, "observed": observed, "count": count, "error": error}
+
+
+def threshold_for(truth, score, sensitivity: float) -> float:
+    """The highest threshold (score >= threshold is positive) that finds this share of positives."""
+    positives = np.sort(np.asarray(score, float)[np.asarray(truth, bool)])
+    missed = int(np.floor((1 - sensitivity) * len(positives) + 1e-9))
+    return float(positives[min(missed, len(positives) - 1)])
 
 
 def _weights(weights, like):

@@ -8,6 +8,7 @@ from scipy.stats import pearsonr
 from sklearn import metrics as oracle
 
 from bhx import metrics
+from bhx.errors import InputError
 
 
 def cases(seed, n, labels):
@@ -104,3 +105,79 @@ def test_interval_is_the_percentile_interval_when_draws_are_unbiased():
     np.testing.assert_allclose([low, high], np.quantile(draws, [0.025, 0.975]), atol=0.01)
     low2, _ = metrics.interval(np.array(np.median(draws) + 0.5), draws)
     assert low2 > low  # draws lie too low: both ends move up
+
+
+def test_permutations_keep_participants_whole_and_within_their_site():
+    rng = np.random.default_rng(0)
+    units = np.array(list("aabbccddefgh"))
+    sites = np.array([*"XXXXYYYYXXYY"])
+    label = {u: i for i, u in enumerate("abcdefgh")}
+    values = np.array([label[u] for u in units])
+    seen = set()
+    for _ in range(50):
+        order = metrics.permuted_rows(units, sites, rng)
+        assert sorted(order) == list(range(12))
+        np.testing.assert_array_equal(sites[order], sites)
+        moved = values[order]
+        assert all(len(set(moved[units == u])) == 1 for u in "abcdefgh")
+        seen.add(tuple(moved))
+    assert len(seen) > 8
+
+
+def test_permutations_exchange_families_whole():
+    rng = np.random.default_rng(0)
+    family = np.array(["f1", "f1", "f2", "f2", "f3", "f4"])
+    units, sites = np.array(list("abcdef")), np.full(6, "X")
+    orders = {tuple(metrics.permuted_rows(units, sites, rng, family)) for _ in range(400)}
+    for order in orders:
+        origin = family[list(order)]
+        assert origin[0] == origin[1]
+        assert origin[2] == origin[3]
+    assert len(orders) == 2 * 2 * 2 * 2  # two pairs swapped, members of each, two singletons
+
+
+def test_permutation_p_counts_the_observation():
+    assert metrics.permutation_p(5.0, np.arange(99) / 100) == pytest.approx(0.01)
+    assert metrics.permutation_p(0.5, [0.4, np.nan, 0.6], lower_is_better=True) == pytest.approx(
+        2 / 3
+    )
+
+
+def test_corrected_t_is_the_t_test_without_overlap_and_keeps_its_level_with_it():
+    d = np.random.default_rng(0).normal(0.3, 1, 12)
+    from scipy.stats import ttest_1samp
+
+    plain = ttest_1samp(d, 0)
+    np.testing.assert_allclose(metrics.corrected_t(d, 0), [plain.statistic, plain.pvalue])
+    assert metrics.corrected_t(d, 0.25)[1] > plain.pvalue
+    assert metrics.corrected_t(np.zeros(5), 0.25) == (0.0, 1.0)
+    assert np.isnan(metrics.corrected_t([1.0], 0.25)).all()
+
+
+def test_adjusted_p_values_by_hand():
+    p = [0.01, 0.04, np.nan, 0.03]
+    np.testing.assert_allclose(metrics.adjust_p(p), [0.03, 0.06, np.nan, 0.06])
+    np.testing.assert_allclose(metrics.adjust_p(p, "fdr"), [0.03, 0.04, np.nan, 0.04])
+    with pytest.raises(InputError, match="Expected method as 'holm' or 'fdr', found 'none'"):
+        metrics.adjust_p(p, "none")
+
+
+def test_calibration_error_is_small_for_true_probabilities_only():
+    rng = np.random.default_rng(0)
+    p = rng.random(20_000)
+    truth = rng.random(20_000) < p
+    assert metrics.calibration(truth, p)["error"] < 0.02
+    assert metrics.calibration(truth, p**3)["error"] > 0.15
+    assert metrics.calibration(truth, p)["count"].sum() == 20_000
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.05, 1.0))
+def test_threshold_reaches_the_sensitivity_and_no_higher_one_does(seed, share):
+    rng = np.random.default_rng(seed)
+    truth, score = rng.random(40) < 0.4, rng.random(40)
+    truth[0] = True
+    at = metrics.threshold_for(truth, score, share)
+    assert (score[truth] >= at).mean() >= share - 1e-9
+    above = score[truth][score[truth] > at]
+    assert len(above) == 0 or (score[truth] >= above.min()).mean() < share
