@@ -47,15 +47,11 @@ def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Datase
     """
     _check_choice(name, order)
     parcels, arrays = _parcels(ATLASES[name]), _arrays(name)
-    n = len(parcels["label"])
-    connectome = np.zeros((n, n), np.float32)
-    connectome[np.triu_indices(n, 1)] = arrays["connectome"]
-    connectome += connectome.T + np.eye(n, dtype=np.float32)
     out = xr.Dataset(
         {
             "harmonics": (("roi", "mode"), arrays["harmonics"]),
             "gradients": (("roi", "component"), arrays["gradients"]),
-            "connectome": (("roi", "roi_other"), connectome),
+            "connectome": (("roi", "roi_other"), _symmetric(arrays["connectome"])),
             "sphere": (("roi", "axis"), arrays["sphere"]),
             "labels_fsaverage5": ("vertex_fsaverage5", arrays["labels_fsaverage5"]),
             "labels_fslr32k": ("vertex_fslr32k", arrays["labels_fslr32k"]),
@@ -73,6 +69,14 @@ def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Datase
     )
     out = _with_provenance(out, float(arrays["agreement"]))
     return out if order == "7networks" else _reordered(out)
+
+
+def _symmetric(upper):
+    """The whole matrix, diagonal 1, from its upper triangle without the diagonal."""
+    n = round((1 + (1 + 8 * len(upper)) ** 0.5) / 2)
+    out = np.zeros((n, n), np.float32)
+    out[np.triu_indices(n, 1)] = upper
+    return out + out.T + np.eye(n, dtype=np.float32)
 
 
 def _with_provenance(atlas, agreement):
@@ -141,6 +145,7 @@ def load_mesh(surface: str = "inflated", hemi: str = "left") -> tuple[np.ndarray
     """fsaverage5 from nilearn's wheel: coords (10242, 3) float32 [mm, MNI305], faces int32.
 
     `surface` is "inflated", "pial", "white", "flat" or "sphere"; `hemi` is "left" or "right".
+    The flat surface is cut open, so some vertices are in no triangle of it.
     """
     if surface not in SURFACES:
         raise InputError(f"Expected a surface of {listed(SURFACES)}, found '{surface}'", "Take one")

@@ -93,7 +93,7 @@ def gradients(connectome, n_components: int, *, keep: float = 0.1) -> np.ndarray
 
     Source: Margulies et al., PNAS 2016; Coifman and Lafon, 2006; Vos de Wael et al., 2020.
     """
-    connectome = _checked_connectome(connectome, n_components)
+    connectome = _checked_connectome(connectome, n_components, keep)
     affinity = normalised_angle(_strongest(connectome, keep))
     return _diffusion_map(affinity, n_components)
 
@@ -198,9 +198,17 @@ def _solve_pieces(stiffness, mass, n_modes):
         padded[here] = v[:, 1:]
         values.append(w[1:])
         vectors.append(padded)
-    values, vectors = np.concatenate(values), np.concatenate(vectors, axis=1)
-    order = np.argsort(values, kind="stable")[:n_modes]
-    return values[order], vectors[:, order]
+    order = _ascending(values)[:n_modes]
+    return np.concatenate(values)[order], np.concatenate(vectors, axis=1)[:, order]
+
+
+def _ascending(values):
+    """Order of the eigenvalues of all pieces; equal ones (1e-9) in the order of the pieces."""
+    piece = np.repeat(np.arange(len(values)), [len(v) for v in values])
+    values = np.concatenate(values)
+    order = np.argsort(values, kind="stable")
+    step = np.diff(values[order], prepend=0) > 1e-9 * values[order]
+    return order[np.lexsort((piece[order], np.cumsum(step)))]
 
 
 def _solve(stiffness, mass, n_modes):
@@ -300,7 +308,7 @@ def _cut(coords, faces, mask):
     return kept, coords, faces
 
 
-def _checked_connectome(connectome, n_components):
+def _checked_connectome(connectome, n_components, keep):
     connectome = np.asarray(connectome, float)
     n = len(connectome)
     if connectome.shape != (n, n) or not np.isfinite(connectome).all():
@@ -317,8 +325,12 @@ def _checked_connectome(connectome, n_components):
         )
     if not 1 <= n_components < n:
         raise InputError(
-            f"Expected at most {n - 1} components of {n} parcels, found {n_components}",
+            f"Expected 1 to {n - 1} components of {n} parcels, found {n_components}",
             "Ask for fewer components, at least 1",
+        )
+    if not 0 < keep <= 1:
+        raise InputError(
+            f"Expected keep as a share above 0 and at most 1, found {keep}", "Take 0.1, a tenth"
         )
     return connectome
 
