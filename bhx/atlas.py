@@ -40,7 +40,7 @@ def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Datase
     -------
     Dataset with the parcel names on `roi` and, along it, `network` (of the 7), `hemi`, `mni_x`,
     `mni_y`, `mni_z` [mm], `label` (its number in the vertex labels), `name7` and, for 400,
-    `name17`; the variables
+    `name17` and `label17`; the variables
         harmonics (roi, mode), gradients (roi, component), connectome (roi, roi_other),
         sphere (roi, axis), labels_fsaverage5 (vertex_fsaverage5),
         labels_fslr32k (vertex_fslr32k); left hemisphere first, 0 = no parcel.
@@ -160,7 +160,7 @@ def load_sulc(hemi: str = "left") -> np.ndarray:
 
 @cache
 def _gifti(name):
-    import nibabel
+    import nibabel  # heavy, and importing nilearn.datasets instead takes two seconds more
 
     path = files("nilearn") / "datasets" / "data" / "fsaverage5" / name
     return tuple(array.data for array in nibabel.load(str(path)).darrays)
