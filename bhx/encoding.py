@@ -390,10 +390,8 @@ def _windows(patches, most):
 
 def encode(networks: Harmonix, readings, device, want=(), attention="last"):
     """Readings of a batch to a list of dicts of float32 arrays: "hub" and what `want` names."""
-    dynamics = _encode_windows(networks, readings, device)
-    structure = _encode_t1(networks, readings, device)
-    tokens, rows, owner = _sequences(networks.config, readings, dynamics, structure)
-    rows = [r.to(device) for r in rows]
+    dynamics, structure = encode_parts(networks, readings, device)
+    tokens, rows, owner = sequences(networks.config, readings, dynamics, structure)
     hub = networks.harmonizer(tokens, rows)[:, 1:].float().cpu()
     maps = networks.harmonizer.attention(tokens, rows, attention) if "attention" in want else None
     out = []
@@ -412,6 +410,11 @@ def encode(networks: Harmonix, readings, device, want=(), attention="last"):
             one |= _read_maps(networks.config, [(maps[j], rows[j]) for j in mine], weight)
         out.append(one)
     return out
+
+
+def encode_parts(networks, readings, device):
+    """Dynamics tokens of each subject's windows, and structure tokens of each subject."""
+    return _encode_windows(networks, readings, device), _encode_t1(networks, readings, device)
 
 
 def _encode_windows(networks, readings, device):
@@ -444,8 +447,11 @@ def _encode_t1(networks, readings, device):
     return out
 
 
-def _sequences(config, readings, dynamics, structure):
-    """What the harmonizer reads: one sequence a window, each with the whole structure."""
+def sequences(config, readings, dynamics, structure):
+    """What the harmonizer reads: one sequence a window, each with the whole structure.
+
+    Returns tokens [(n, width)], the rows of their positions [(n,)], and whose they are.
+    """
     c, tokens, rows, owner = config.harmonizer, [], [], []
     for i, r in enumerate(readings):
         windows = [
@@ -457,7 +463,7 @@ def _sequences(config, readings, dynamics, structure):
         for window in windows or [None]:
             parts = ([window] if window else []) + cube
             tokens.append(torch.cat([p[0] for p in parts]))
-            rows.append(torch.cat([p[1] for p in parts]))
+            rows.append(torch.cat([p[1] for p in parts]).to(tokens[-1].device))
             owner.append(i)
     return tokens, rows, owner
 

@@ -175,9 +175,7 @@ class DynamicsEncoder(nn.Module):
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(1, config.width, (1, config.kernel))
         self.pos_embed = PlacePositions(config, harmonics, gradients)
-        self.blocks = nn.ModuleList(
-            Block(config.width, config.heads) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self._resized = {}  # k -> (version of the weight, kernel), outside training
         initialise(self)
@@ -253,8 +251,8 @@ class DynamicsPredictor(nn.Module):
 
 
 def jepa_loss(encoder, predictor, teacher, patches, keep, hide):
-    """Smooth-L1 between predicted and the teacher's tokens: mean over channels, then over the
-    hidden tokens of each scan, then over scans (Assran et al., arXiv 2301.08243)."""
+    """Smooth-L1 between predicted and the teacher's tokens of each scan (B,): mean over channels,
+    then over its hidden tokens (Assran et al., arXiv 2301.08243)."""
     with torch.no_grad():
         target, lengths = teacher(patches)
         target = F.layer_norm(target, target.shape[-1:], eps=1e-5).split(lengths)
@@ -262,7 +260,7 @@ def jepa_loss(encoder, predictor, teacher, patches, keep, hide):
     context, _ = encoder(patches, keep)
     guess = predictor(context, keep, hide, [p.shape[1] for p in patches])
     error = F.smooth_l1_loss(guess, target, reduction="none").mean(-1)
-    return torch.stack([e.mean() for e in error.split([len(h) for h in hide])]).mean()
+    return torch.stack([e.mean() for e in error.split([len(h) for h in hide])])
 
 
 def jepa_masks(parcels: int, patches: int, random: np.random.Generator):

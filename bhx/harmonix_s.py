@@ -116,11 +116,11 @@ def reconstruct(encoder, decoder, t1, hidden):
 
 
 def mae_loss(encoder, decoder, t1, hidden):
-    """Mean squared error of the removed cubes, each target normalised by its own cube
-    (He et al., arXiv 2111.06377)."""
+    """Mean squared error of the removed cubes of each volume (B,), each target normalised by its
+    own cube (He et al., arXiv 2111.06377)."""
     target = normalised_cubes(t1, encoder.config.cube)
     error = (reconstruct(encoder, decoder, t1, hidden) - target).pow(2).mean(-1)
-    return (error * hidden).sum() / hidden.sum()
+    return (error * hidden).sum(1) / hidden.sum(1)
 
 
 def cubes(t1, edge: int):

@@ -42,6 +42,10 @@ class HarmonizerConfig:
         """Rows of a T1's tokens (cubes,)."""
         return 1 + self.parcels * self.max_patches + torch.arange(self.cubes)
 
+    def is_structure(self, rows):
+        """Which rows are a T1's."""
+        return rows > self.parcels * self.max_patches
+
 
 class Harmonizer(nn.Module):
     """A subject's data tokens to hub tokens, and back through the decoder.
@@ -156,27 +160,26 @@ class Harmonizer(nn.Module):
         x = torch.cat([s[1 : 1 + len(r)] for s, r in zip(x.split(lengths), rows, strict=True)])
         return self.decoder_pred(self.decoder_norm(x))
 
-    def loss(self, tokens, rows, targets, target_rows):
-        """The paper's two terms over valid tokens: the mean squared error of each modality's
-        tokens, averaged over the subjects that have it, and added.
+    def losses(self, tokens, rows, targets, target_rows):
+        """The paper's two terms: the mean squared error of each modality's valid tokens.
 
-        What is fed in (`tokens`, `rows`) may lack a modality that `targets` has: the hub tokens
-        must then guess it.
+        Returns `loss_bold` and `loss_t1`, one value for each subject that has the modality among
+        its targets. What is fed in (`tokens`, `rows`) may lack it: the hub tokens must then guess.
         """
         decoded = self.decode(self(tokens, rows), target_rows)
         decoded = decoded.split([len(r) for r in target_rows])
-        terms = ([], [])
+        terms = {"loss_bold": [], "loss_t1": []}
         for guess, target, at in zip(decoded, targets, target_rows, strict=True):
             error = (guess - target).pow(2).mean(-1)
-            is_structure = at > self.config.parcels * self.config.max_patches
-            for term, chosen in zip(terms, (~is_structure, is_structure), strict=True):
+            is_t1 = self.config.is_structure(at)
+            for name, chosen in (("loss_bold", ~is_t1), ("loss_t1", is_t1)):
                 if chosen.any():
-                    term.append(error[chosen].mean())
-        return sum(torch.stack(t).mean() for t in terms if t)
+                    terms[name].append(error[chosen].mean())
+        return {k: torch.stack(v) if v else decoded[0].new_zeros(0) for k, v in terms.items()}
 
     def release_loss(self, tokens, rows):
-        """The released objective: one mean over all positions, those of patches that a scan does
-        not have included (as zeros), each target normalised over its channels."""
+        """The released objective of each subject (B,): one mean over all positions, those of
+        patches that a scan does not have included (as zeros), targets normalised over channels."""
         full = torch.arange(1, 1 + self.config.data_tokens, device=self.pos_embed.device)
         decoded = self.decode(self(tokens, rows), [full] * len(tokens)).unflatten(
             0, (len(tokens), -1)
@@ -185,7 +188,7 @@ class Harmonizer(nn.Module):
         for one, data, at in zip(target, tokens, rows, strict=True):
             one[at - 1] = data.to(one)
         mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
-        return (decoded - (target - mean) / (var + 1e-6).sqrt()).pow(2).mean()
+        return (decoded - (target - mean) / (var + 1e-6).sqrt()).pow(2).mean((1, 2))
 
 
 def _layers(method, depth):
