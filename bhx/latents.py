@@ -378,6 +378,313 @@ def spin_test(values: xr.DataArray, other, atlas: xr.Dataset, *, n_spins=1000, s
     return out.assign_attrs(n_spins=n_spins, seed=seed)
 
 
+def lesion(
+    cohort: xr.Dataset,
+    model,
+    *,
+    roi=None,
+    network: str | None = None,
+    modality: str | None = None,
+    seconds: tuple[float, float] | None = None,
+    box: dict | None = None,
+    intact: xr.Dataset | None = None,
+    predict=None,
+) -> xr.Dataset:
+    """Remove a part of every scan, embed again, and measure how each hub token moves.
+
+    What is removed is absent, not zero: its tokens are not computed and nothing can read them.
+    Large parts move tokens more than small ones, so compare with as many parcels drawn at random.
+
+    Parameters
+    ----------
+    cohort, model : as for `embed`; subjects who would have nothing left are left out
+    roi : parcel names
+    network : a value of `network` on roi, such as "Default"
+    modality : "bold" or "t1"
+    seconds : start and end of a time span of every scan [s]
+    box : MNI bounds [mm], such as {"x": (-90, 0), "y": (-110, -60)}: parcels with their centre,
+        and T1 cubes with any voxel, inside
+    intact : the latents of the same cohort, where they are there already
+    predict : a function from features (`pool`) to one number a subject
+
+    Returns
+    -------
+    Dataset with `moved` (subject, token), the Euclidean distance; `relative`, the same over the
+    root mean square distance of people from the mean person, so that 1 is as far as another
+    person; `hub`, the tokens after; with `predict`, `prediction` (subject, state)
+    """
+    from bhx.encoding import embed
+
+    cut = _without(check(cohort, "cohort"), roi, network, modality, seconds, box)
+    before = embed(cohort, model) if intact is None else intact
+    before = before.hub.sel(subject=cut.subject.values).compute()
+    after = embed(cut, model, missing_parcels="leave out").compute()
+    moved = np.sqrt(((after.hub - before) ** 2).sum("feature"))
+    spread = np.sqrt(before.var("subject").sum("feature"))
+    out = after[["hub"]].assign(moved=moved, relative=moved / spread)
+    if predict is not None:
+        states = [predict(pool(d)) for d in (before.to_dataset(name="hub"), after)]
+        out["prediction"] = (("subject", "state"), np.stack(states, 1))
+        out = out.assign_coords(state=["intact", "lesioned"])
+    return out
+
+
+def _without(cohort, roi, network, modality, seconds, box):
+    """The cohort with NaN where something is removed, or without the modality."""
+    if roi is network is modality is seconds is box is None:
+        raise InputError(
+            "Expected something to remove, found nothing",
+            "Give roi, network, modality, seconds or box",
+        )
+    box = {} if box is None else _checked_box(box)
+    out = cohort
+    if "bold" in out:
+        gone = _parcels(out, roi, network, box)
+        out = out.assign(
+            bold=out.bold.where(~(gone | _span(out, seconds))).transpose(*out.bold.dims)
+        )
+        if gone.all():
+            modality = "bold"
+    if "t1" in out and box:
+        out = out.assign(t1=out.t1.where(~_inside(box, out)))
+    if modality not in (None, "bold", "t1"):
+        raise InputError(f"Expected modality bold or t1, found '{modality}'", "Choose one of them")
+    if modality is not None:
+        out = out.assign_coords({f"has_{modality}": xr.zeros_like(out[f"has_{modality}"], bool)})
+    left = (out.has_bold.astype(bool) | out.has_t1.astype(bool)).values
+    if not left.any():
+        raise InputError("Expected subjects with something left, found none", "Remove less")
+    return out.isel(subject=np.flatnonzero(left))
+
+
+def _parcels(cohort, roi, network, box):
+    """Which parcels are removed, (roi)."""
+    gone = xr.zeros_like(cohort.roi, bool)
+    for name, asked in (("roi", roi), ("network", network)):
+        asked = [] if asked is None else np.atleast_1d(asked).tolist()
+        known = cohort[name].values if asked else ()
+        unknown = [a for a in asked if a not in known]
+        if unknown:
+            raise InputError(
+                f"Expected {name} among {listed(np.unique(known), 8)}, found {listed(unknown)}",
+                f"See cohort.{name}",
+            )
+        gone = gone | cohort[name].isin(asked) if asked else gone
+    return gone | _inside(box, cohort, "mni_") if box else gone
+
+
+def _span(cohort, seconds):
+    """Which volumes are removed, (subject, time)."""
+    if seconds is None:
+        return False
+    onset = cohort.tr * xr.DataArray(np.arange(cohort.sizes["time"]), dims="time")
+    return (onset >= seconds[0]) & (onset < seconds[1])
+
+
+def _inside(box, places, prefix=""):
+    """What lies in the box, over the dims of its axes' coordinates."""
+    inside = True
+    for axis, (low, high) in box.items():
+        inside = inside & (places[prefix + axis] >= low) & (places[prefix + axis] < high)
+    return inside
+
+
+def _checked_box(box):
+    if not box or set(box) - set("xyz") or any(not low < high for low, high in box.values()):
+        raise InputError(
+            f"Expected bounds (low, high) [mm] on x, y or z, found {box}",
+            'Give for example box={"y": (-110, -60)}',
+        )
+    return box
+
+
+def map_controls(
+    cohort: xr.Dataset, model, *, subjects=None, attention: str | int = "last", seed: int = 0
+) -> xr.Dataset:
+    """Would the same map come out without what it is said to show?
+
+    The region maps of all tokens, averaged over subjects, of the model and of its controls: the
+    same network with random weights; the parcels' series under shuffled names; and the first and
+    the second half of every scan. A map that random weights or shuffled parcels also give says
+    nothing about what was learnt or about these brains.
+
+    Returns
+    -------
+    Dataset with `map` (version, token, roi) and `agreement` (control, token), the correlations
+    over parcels of the model's map with those of "random weights" and "shuffled parcels", and
+    "retest", of the two halves with one another
+    """
+    from bhx.encoding import embed, random_model
+
+    cohort = check(cohort, "cohort")
+    chosen = _chosen(cohort, subjects) & cohort.has_bold.values.astype(bool)
+    cohort = cohort.isel(subject=np.flatnonzero(chosen))
+    order = np.random.default_rng(seed).permutation(cohort.sizes["roi"])
+    late = xr.DataArray(np.arange(cohort.sizes["time"]), dims="time") >= cohort.n_volumes / 2
+    shuffled = cohort.bold.isel(roi=order).assign_coords(cohort.roi.coords)
+    versions = {
+        "model": (cohort, model),
+        "random weights": (cohort, random_model(model.config, seed=seed)),
+        "shuffled parcels": (cohort.assign(bold=shuffled), model),
+        "first half": (cohort.assign(bold=cohort.bold.where(~late)), model),
+        "second half": (cohort.assign(bold=cohort.bold.where(late)), model),
+    }
+    options = {"keep": ("attention",), "attention": attention, "missing_parcels": "leave out"}
+    each = [each_token(embed(c, m, **options)).compute() for c, m in versions.values()]
+    maps = xr.concat(
+        each, xr.Variable("version", list(versions)), coords="minimal", compat="override"
+    )
+    unit = maps.copy(data=_standard(maps.transpose("version", "token", "roi").values))
+    pairs = {
+        "random weights": ("model", "random weights"),
+        "shuffled parcels": ("model", "shuffled parcels"),
+        "retest": ("first half", "second half"),
+    }
+    agreement = [
+        (unit.sel(version=a, drop=True) * unit.sel(version=b, drop=True)).sum("roi")
+        for a, b in pairs.values()
+    ]
+    return xr.Dataset(
+        {"map": maps, "agreement": xr.concat(agreement, xr.Variable("control", list(pairs)))}
+    )
+
+
+def integrated_gradients(
+    cohort: xr.Dataset, model, subject: str, token: int, *, steps: int = 16
+) -> xr.Dataset:
+    """How much each parcel's and cube's own values move one hub token away from an empty scan.
+
+    Gradients of the token's output along its own displacement are summed on the straight way from
+    an empty scan (every scaled value 0) to this one, so that all parts together add up to the
+    distance moved. Only the first window of a long scan is read.
+
+    Returns
+    -------
+    Dataset with `roi_part` (roi) and `t1_part` (cx, cy, cz), in units of the token's distance;
+    attrs `distance`, and `gap`: the share of it that the sum misses, smaller with more `steps`
+
+    Source: Sundararajan et al., ICML 2017 (arXiv 1703.01365), Gauss-Legendre quadrature.
+    """
+    import torch
+
+    from bhx.encoding import encode_parts, sequences
+
+    reading = _reading(cohort, model, subject)
+    inputs = [x for x in (*reading.windows, reading.t1) if x is not None]
+    whole = [x.nan_to_num() for x in inputs]
+
+    def output(share):
+        """The hub token of the scan times `share`, and the scaled inputs it was made of."""
+        scaled = [(share * x).requires_grad_() for x in whole]
+        reading.windows = scaled[: len(reading.windows)]
+        reading.t1 = None if reading.t1 is None else scaled[-1]
+        parts = encode_parts(model.networks, [reading], model.device)
+        tokens, rows, _ = sequences(model.config, [reading], *parts)
+        return model.networks.harmonizer(tokens, rows)[0, 1 + token], scaled
+
+    with torch.no_grad():
+        way = output(1.0)[0] - output(0.0)[0]
+    distance = way.norm()
+    totals = [torch.zeros_like(x) for x in whole]
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+        out, scaled = output(float(node))
+        gradients = torch.autograd.grad(out @ way / distance, scaled)
+        for total, gradient, x in zip(totals, gradients, whole, strict=True):
+            total += float(weight) * gradient * x
+    return _parts(totals, reading, model, float(distance))
+
+
+def _reading(cohort, model, subject):
+    """One subject as the networks read it, first window only."""
+    from bhx.atlas import match_names
+    from bhx.encoding import read_subject
+
+    one = check(cohort, "cohort").sel(subject=_one(cohort, subject)).compute()
+    bold = None
+    if "bold" in one and bool(one.has_bold):
+        named = one.bold.assign_coords(roi=match_names(one.roi.values, model.atlas))
+        bold = named.sel(roi=model.atlas.roi.values).values[:, : int(one.n_volumes)]
+    t1 = one.t1.values if "t1" in one and bool(one.has_t1) else None
+    reading = read_subject(bold, float(one.tr), t1, model.config)
+    reading.windows, reading.tokens = reading.windows[:1], reading.tokens[:1]
+    return reading
+
+
+def _parts(totals, reading, model, distance):
+    """Attributions of patches and voxels, summed to parcels and cubes."""
+    out = xr.Dataset(attrs={"distance": distance})
+    if reading.windows:
+        roi = model.atlas.roi.drop_vars("roi_other", errors="ignore")
+        out["roi_part"] = roi.copy(data=totals[0].sum((1, 2)).numpy()).drop_attrs()
+    if reading.t1 is not None:
+        grid = model.config.structure.grid
+        shape = [n for size, g in zip(totals[-1].shape, grid, strict=True) for n in (g, size // g)]
+        out["t1_part"] = (("cx", "cy", "cz"), totals[-1].reshape(shape).sum((1, 3, 5)).numpy())
+    total = sum(float(v.sum()) for v in out.data_vars.values())
+    return out.assign_attrs(gap=1 - total / distance)
+
+
+def reconstruction(cohort: xr.Dataset, model) -> xr.Dataset:
+    """How much of each parcel's and cube's tokens can be had back from the hub tokens?
+
+    The decoder's guess is scored against the tokens it was asked for, over the first window of
+    each scan, beside the best guess that knows no subject: the mean token at that place.
+
+    Returns
+    -------
+    Dataset with `explained` (roi) and `explained_t1` (cx, cy, cz): 1 - squared error over the
+    squared distance to the mean; 0 means nothing of the person is left, below 0 is worse
+    """
+    import torch
+
+    from bhx.encoding import embed
+
+    c = model.config.harmonizer
+    latents = embed(cohort, model, keep=("dynamics", "structure"))
+    places = 1 + c.data_tokens
+    width = model.config.dynamics.width
+    count, error, total, square = (np.zeros(places) for _ in range(4))
+    total = np.zeros((places, width))
+    for subject in latents.subject.values:
+        tokens, rows = _data_tokens(latents.sel(subject=subject).compute(), c)
+        with torch.no_grad():
+            data = torch.from_numpy(tokens).to(model.device)
+            hub = model.networks.harmonizer([data], [torch.from_numpy(rows)])
+            guess = model.networks.harmonizer.decode(hub, [torch.from_numpy(rows)]).cpu().numpy()
+        count[rows] += 1
+        total[rows] += tokens
+        square[rows] += (tokens**2).sum(1)
+        error[rows] += ((guess - tokens) ** 2).sum(1)
+    spread = square - (total**2).sum(1) / np.maximum(count, 1)
+    return _explained(error, spread, count > 1, model)
+
+
+def _data_tokens(one, config):
+    """Finite tokens (n, width) of one subject's first window and cubes, and their rows."""
+    dynamics = one.dynamics.values[:, : config.max_patches]
+    tokens = np.concatenate([x.reshape(-1, x.shape[-1]) for x in (dynamics, one.structure.values)])
+    rows = [config.dynamics_rows(dynamics.shape[1]), config.structure_rows()]
+    rows = np.concatenate([r.numpy() for r in rows])
+    known = np.isfinite(tokens).all(1)
+    return tokens[known], rows[known]
+
+
+def _explained(error, spread, known, model):
+    """Sums over places to parcels and cubes."""
+    c = model.config.harmonizer
+    error, spread = (np.where(known, x, 0)[1:] for x in (error, spread))
+    n = c.parcels * c.max_patches
+    by_roi = [x[:n].reshape(c.parcels, -1).sum(1) for x in (error, spread)]
+    grid = model.config.structure.grid
+    with np.errstate(invalid="ignore", divide="ignore"):
+        roi, cubes = 1 - by_roi[0] / by_roi[1], 1 - (error[n:] / spread[n:]).reshape(grid)
+    return xr.Dataset(
+        {"explained": ("roi", roi), "explained_t1": (("cx", "cy", "cz"), cubes)},
+        {name: model.atlas[name] for name in ("roi", "network", "hemi")},
+    )
+
+
 def _features(data):
     """The DataArray (subject, feature) of features, or of latents' mean token."""
     if not isinstance(data, xr.Dataset) or "features" not in data:

@@ -215,3 +215,179 @@ def test_bad_input_is_named(call, says):
     with pytest.raises(InputError) as caught:
         call()
     assert says in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def brains():
+    """Four short scans with T1, in memory, and an untrained workshop model."""
+    from bhx import synthetic_cohort
+    from bhx.encoding import random_model
+
+    cohort = synthetic_cohort(4, seed=3, sites=("C", "D"), minutes=4, missing=0).compute()
+    return cohort, random_model("workshop", seed=1)
+
+
+@pytest.fixture(scope="module")
+def intact(brains):
+    from bhx import embed
+
+    return embed(*brains, keep=("attention",)).compute()
+
+
+def test_lesion_of_a_modality_is_the_cohort_without_it(brains, intact):
+    from bhx import embed
+
+    cohort, model = brains
+    gone = space.lesion(cohort, model, modality="t1", intact=intact)
+    alone = embed(cohort.drop_vars("t1").assign_coords(has_t1=~cohort.has_bold), model)
+    np.testing.assert_allclose(gone.hub, alone.hub, atol=1e-5)
+    expected = np.linalg.norm(alone.hub.values - intact.hub.values, axis=-1)
+    np.testing.assert_allclose(gone.moved, expected, rtol=1e-4)
+
+
+def test_lesion_by_network_names_its_parcels_and_box_finds_them(brains, intact):
+    cohort, model = brains
+    by_name = cohort.roi.values[cohort.network == "Limbic"]
+    network = space.lesion(cohort, model, network="Limbic", intact=intact)
+    named = space.lesion(cohort, model, roi=by_name, intact=intact)
+    xr.testing.assert_identical(network, named)
+    assert (network.moved > 0).all()
+    boxed = space._without(cohort, None, None, None, None, {"x": (0, 100), "z": (40, 100)})
+    gone = np.isnan(boxed.bold).all(["time", "subject"])
+    np.testing.assert_array_equal(gone, (cohort.mni_x >= 0) & (cohort.mni_z >= 40))
+    inside = (boxed.x >= 0) & (boxed.z >= 40)
+    assert np.isnan(boxed.t1.where(inside, drop=True)).all()
+    assert not np.isnan(boxed.t1.where(~inside, 0)).any()
+
+
+def test_lesion_of_a_span_leaves_the_other_volumes(brains):
+    cohort, _ = brains
+    cut = space._without(cohort, None, None, None, (60, 120), None)
+    onset = cohort.tr * xr.DataArray(np.arange(cohort.sizes["time"]), dims="time")
+    gone = (onset >= 60) & (onset < 120)
+    assert np.isnan(cut.bold.where(gone)).all()
+    xr.testing.assert_equal(cut.bold.where(~gone), cohort.bold.where(~gone))
+
+
+def test_lesion_tells_how_predictions_move(brains, intact):
+    cohort, model = brains
+    weights = np.random.default_rng(0).standard_normal(intact.sizes["feature"])
+    found = space.lesion(
+        cohort, model, modality="bold", intact=intact, predict=lambda f: f.features.values @ weights
+    )
+    expected = space.pool(intact).features.values @ weights
+    np.testing.assert_allclose(found.prediction.sel(state="intact"), expected, rtol=1e-5)
+    assert (abs(found.prediction.diff("state")) > 0).all()
+
+
+def test_who_has_nothing_left_is_left_out(brains):
+    cohort, _ = brains
+    some = cohort.assign_coords(has_t1=("subject", [True, False, True, True]))
+    left = space._without(some, None, None, "bold", None, None)
+    np.testing.assert_array_equal(left.subject, some.subject[[0, 2, 3]])
+
+
+def test_integrated_gradients_add_up_to_the_distance(brains):
+    cohort, model = brains
+    found = space.integrated_gradients(cohort, model, cohort.subject.values[0], 5, steps=12)
+    assert abs(found.attrs["gap"]) < 1e-3
+    total = float(found.roi_part.sum() + found.t1_part.sum())
+    assert total == pytest.approx(found.attrs["distance"], rel=1e-3)
+    assert found.roi_part.sizes == {"roi": 100}
+
+
+def test_integrated_gradients_follow_parcel_names(brains):
+    cohort, model = brains
+    order = np.random.default_rng(0).permutation(100)
+    who = cohort.subject.values[1]
+    straight, mixed = (
+        space.integrated_gradients(
+            c.isel(time=slice(0, 80)).drop_vars("t1"), model, who, 0, steps=2
+        )
+        for c in (cohort, cohort.isel(roi=order))
+    )
+    xr.testing.assert_allclose(straight, mixed, rtol=1e-4)
+
+
+def test_controls_of_an_untrained_model_are_itself(brains):
+    """Random weights agree with themselves wholly, and every agreement is a correlation."""
+    cohort, model = brains
+    found = space.map_controls(cohort, model, subjects=cohort.subject.values[:2], seed=1)
+    np.testing.assert_allclose(found.agreement.sel(control="random weights"), 1, atol=1e-5)
+    retest = found.agreement.sel(control="retest", token=4)
+    halves = found["map"].sel(token=4, version=["first half", "second half"])
+    assert float(retest) == pytest.approx(np.corrcoef(halves)[0, 1], abs=1e-5)
+    model_map = found["map"].sel(version="model")
+    np.testing.assert_allclose(model_map.sum("roi"), 1 - _t1_share(cohort, model), atol=1e-4)
+
+
+def _t1_share(cohort, model):
+    from bhx import embed
+
+    two = embed(cohort.isel(subject=[0, 1]), model, keep=("attention",))
+    return two.modality_share.sel(modality="t1").mean("subject").compute()
+
+
+def test_reconstruction_by_the_mean_explains_nothing(brains):
+    """A decoder that always answers the mean token of each place explains exactly zero."""
+    import torch
+
+    cohort, model = brains
+    c = model.config.harmonizer
+    from bhx import embed
+
+    kept = embed(cohort, model, keep=("dynamics", "structure")).compute()
+    each = [space._data_tokens(kept.sel(subject=s), c) for s in kept.subject.values]
+    total, count = np.zeros((1 + c.data_tokens, model.config.dynamics.width)), 0
+    for tokens, rows in each:
+        total[rows] += tokens
+        count += np.isin(np.arange(len(total)), rows)
+    mean = torch.from_numpy((total / np.maximum(count, 1)[:, None]).astype("float32"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.networks.harmonizer, "decode", lambda hub, rows: mean[rows[0]])
+        found = space.reconstruction(cohort, model)
+    np.testing.assert_allclose(found.explained, 0, atol=1e-3)
+    np.testing.assert_allclose(found.explained_t1, 0, atol=1e-3)
+
+
+def bad_lesions():
+    yield {}, "found nothing"
+    yield {"network": "Amygdala"}, "found Amygdala"
+    yield {"roi": ["Vis"]}, "found Vis"
+    yield {"modality": "pet"}, "found 'pet'"
+    yield {"box": {"x": (5, -5)}}, "(5, -5)"
+    yield {"box": {"t": (0, 5)}}, "'t'"
+
+
+@pytest.mark.parametrize("asked, says", list(bad_lesions()))
+def test_bad_lesions_are_named(brains, asked, says):
+    with pytest.raises(InputError) as caught:
+        space.lesion(*brains, **asked)
+    assert says in str(caught.value)
+
+
+def spinning(seed):
+    from bhx.atlas import load_atlas
+
+    atlas = load_atlas("schaefer100")
+    values = np.random.default_rng(seed).standard_normal(100)
+    return atlas, xr.DataArray(values, {"roi": atlas.roi.values}, ["roi"])
+
+
+def test_spin_test_finds_a_map_in_itself_and_not_in_noise():
+    atlas, noise = spinning(0)
+    same = space.spin_test(noise, noise, atlas, n_spins=99)
+    assert float(same.statistic) == pytest.approx(1)
+    assert float(same.p) == 0.01
+    p = [float(space.spin_test(noise, spinning(i)[1], atlas, n_spins=99).p) for i in range(1, 9)]
+    assert np.mean(p) > 0.2
+
+
+def test_spin_test_of_networks_is_the_difference_of_means():
+    atlas, noise = spinning(0)
+    raised = noise + 3 * (atlas.network == "Vis").values
+    found = space.spin_test(raised[::-1], "network", atlas, n_spins=99)
+    inside = raised.values[atlas.network.values == "Vis"].mean()
+    outside = raised.values[atlas.network.values != "Vis"].mean()
+    assert float(found.statistic.sel(network="Vis")) == pytest.approx(inside - outside)
+    assert float(found.p.sel(network="Vis")) < 0.05
