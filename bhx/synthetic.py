@@ -13,11 +13,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from threading import Lock
 
 import dask.array as da
 import numpy as np
 import xarray as xr
 from scipy import ndimage
+from scipy.special import ndtr
+from threadpoolctl import ThreadpoolController
 
 from bhx.atlas import ATLASES, load_atlas
 from bhx.schema import ROI_COORDS, InputError, build_cohort, check_tr, listed, t1_grid
@@ -56,21 +59,26 @@ SIZES = {
     "age": {
         "ventricle_border_mm_per_decade": 0.5,
         "cortex_lost_per_decade": 0.04,  # share of grey matter: 0.1 mm of 2.5 mm
-        "within_network_coupling_per_sd": -0.15,
-        "between_network_coupling_per_sd": 0.15,
+        "within_network_coupling_per_sd": -0.2,
+        "between_network_coupling_per_sd": 0.2,
     },
-    "diagnosis": {"default_mode_coupling_of_patients": -0.7},
+    "diagnosis": {"default_mode_coupling_of_patients": -1.0},
     "sex": {"head_length_of_men": 0.018, "head_length_of_women": -0.018},
-    "motion": {"median_fd_control_mm": 0.12, "log_fd_of_patients": 0.7, "percent_signal_per_mm": 5.0},
-    "fusion": {
-        "structure_elongation_per_sd": 0.03,  # longer and as much narrower, of the same volume
-        "function_sensory_coupling_per_sd": 0.5,  # within and between Vis and SomMot
-        "correlation_of_traits": 0.5,
+    "motion": {
+        "median_fd_control_mm": 0.11,
+        "log_fd_of_patients": 0.85,
+        "percent_signal_per_mm": 3.0,
     },
-    "site": {},
+    "fusion": {
+        "structure_elongation_per_sd": 0.035,  # longer and as much narrower, of the same volume
+        "function_sensory_coupling_per_sd": 0.8,  # within and between Vis and SomMot
+        "trait_shift": 0.5,  # SD: function up and structure down, or the other way
+    },
+    "site": {},  # see SITES
 }
 EFFECTS = tuple(SIZES)
 AGES = (20.0, 80.0)  # years, uniform
+TRAITS = ("trait_structure", "trait_function")
 
 _NEURAL, _HAEMODYNAMIC, _STAGES = 0.4, 1.2, 3  # s, s, and how many low-pass stages of the latter
 _COUPLING = 0.88  # distance to instability is 1 minus this, in every brain
@@ -79,11 +87,13 @@ _INDIVIDUAL = 0.3  # SD of the log of each connection over participants: their f
 _PERIOD, _HIGHEST = 1024.0, 0.5  # s and Hz: resolution and end of the spectrum
 _SHARED_NOISE = 0.5  # of the measurement noise, how much parcels share as they share signal
 _SIGNAL = 0.8  # percent, SD of the brain's part
-_EVENT_EVERY, _EVENT_LASTS, _EVENT_REACH = 40.0, 3.0, 30.0  # s, s, mm: head movements
+_EVENT_EVERY, _EVENT_LASTS, _EVENT_REACH = 12.0, 3.0, 30.0  # s, s, mm: head movements
 _WARP, _WARP_REACH = 1.5, 28.0  # mm, mm: individual anatomy
 _CENTRE = (0.0, -20.0, 12.0)  # mm, what heads are scaled about
 _MARGIN = 16  # mm of template kept around the T1 grid
-_PEOPLE, _WIRING, _ACTIVITY, _NOISE, _MOTION, _ANATOMY, _SCANNER = range(7)  # random streams
+# random streams
+_PEOPLE, _WIRING, _LEVEL, _ACTIVITY, _NOISE, _MOTION, _ANATOMY, _SCANNER = range(8)
+_ONE_BY_ONE, _TEMPLATE = Lock(), Lock()  # a limit on BLAS threads is the whole process's
 
 
 def synthetic_cohort(
@@ -111,17 +121,19 @@ def synthetic_cohort(
     minutes : length of every BOLD scan; None for each site's own
     tr : sample every scan at this repetition time [s] instead of the site's. Brain, noise and
         movement stay the same, so two cohorts that differ in `tr` alone agree exactly at every
-        moment that both sample.
+        moment that both sample, to the rounding of float32.
     effects : True for all planted effects, False for none, or name -> factor on its planted size
-        (`EFFECTS`); names left out keep their size
+        (`EFFECTS`); names left out keep their size. Without "site", sites still differ in TR and
+        length; without "motion", movement leaves no trace and does not follow the diagnosis.
     missing : share of participants with one modality only, half of them without T1
     repeats : share of participants with a second session one year later
 
     Returns
     -------
-    Cohort Dataset; `attrs["truth"]` (JSON) says what was planted. `trait_structure` and
-    `trait_function` are ground truth: never features. `fusion` says which of the two is larger:
-    either alone is right in two thirds of people at best, both together always.
+    Cohort Dataset; `attrs["truth"]` (JSON) says what was planted. `fusion` says whether a trait of
+    function (sensory coupling) or a trait of structure (elongation of the head) is the larger:
+    knowing either is right in 72 % of people at best, knowing both in all. The traits themselves
+    are on `subject` as ground truth, `trait_structure` and `trait_function`: never features.
 
     Raises
     ------
@@ -130,8 +142,10 @@ def synthetic_cohort(
     """
     effects = _check_effects(effects)
     _check_sizes(n, seed, atlas, missing, repeats)
-    sites = _check_sites(sites, minutes, tr)
-    rows = [row for i in range(n) for row in _participant(i, seed, sites, effects, missing, repeats)]
+    sites = [_scaled(site, effects["site"]) for site in _check_sites(sites, minutes, tr)]
+    rows = [
+        row for i in range(n) for row in _participant(i, seed, sites, effects, missing, repeats)
+    ]
     labels = load_atlas(atlas)
     n_time = max(site.n_volumes for site in sites)
     shape = tuple(len(axis) for axis in t1_grid(voxel_mm).values())
@@ -152,6 +166,13 @@ def synthetic_cohort(
         },
         voxel_mm,
     )
+
+
+def _scaled(site: Site, factor: float) -> Site:
+    """A site whose noise, gain and bias differ from the neutral ones by `factor` as much."""
+    noise = float(np.clip(Site.noise + factor * (site.noise - Site.noise), 0, 0.95))
+    bias = tuple(factor * slope for slope in site.bias)
+    return replace(site, noise=noise, gain=site.gain**factor, bias=bias)
 
 
 @dataclass(frozen=True)
@@ -190,8 +211,11 @@ def _participant(number, seed, sites, effects, missing, repeats) -> list[_Row]:
     """The sessions of one participant; draws in a fixed order, whatever the options."""
     rng = np.random.default_rng([seed, number, _PEOPLE, 0])
     age, man, patient, lacks, repeated = rng.random(5)
-    fd, structure, other = np.clip(rng.standard_normal(3), -2.5, 2.5)
-    shared = SIZES["fusion"]["correlation_of_traits"]
+    lacks = lacks if number else 0.5  # the first participant is complete
+    function_led = rng.random() < 0.5
+    fd, both = np.clip(rng.standard_normal(2), -2.5, 2.5)
+    shift = SIZES["fusion"]["trait_shift"] * (1 if function_led else -1)
+    both *= np.sqrt(1 - shift**2)
     diagnosis = "patient" if patient < 0.5 else "control"
     motion = SIZES["motion"]
     median = np.log(motion["median_fd_control_mm"])
@@ -207,12 +231,14 @@ def _participant(number, seed, sites, effects, missing, repeats) -> list[_Row]:
         sex="M" if man < 0.5 else "F",
         diagnosis=diagnosis,
         mean_fd=round(float(np.exp(median + 0.4 * fd)), 3),
-        trait_structure=float(structure),
-        trait_function=float(shared * structure + np.sqrt(1 - shared**2) * other),
+        trait_structure=float(both - shift),
+        trait_function=float(both + shift),
         has_bold=bool(lacks <= 1 - missing / 2),
         has_t1=bool(lacks >= missing / 2),
     )
-    later = (replace(first, session=s, age=first.age + s - 1) for s in range(2, first.n_sessions + 1))
+    later = (
+        replace(first, session=s, age=first.age + s - 1) for s in range(2, first.n_sessions + 1)
+    )
     return [first, *later]
 
 
@@ -231,7 +257,7 @@ def _labels(rows) -> dict[str, np.ndarray]:
     out["n_volumes"] = np.where(has_bold, [row.site.n_volumes for row in rows], 0)
     out["mean_fd"] = np.where(has_bold, [row.mean_fd for row in rows], np.nan)
     out["coverage"] = has_bold.astype(float)
-    for name in ("age", "sex", "diagnosis", "has_bold", "has_t1", "trait_structure", "trait_function"):
+    for name in ("age", "sex", "diagnosis", "has_bold", "has_t1", *TRAITS):
         out[name] = [getattr(row, name) for row in rows]
     ahead = np.asarray(out["trait_function"]) > np.asarray(out["trait_structure"])
     out["fusion"] = np.where(ahead, "function-led", "structure-led")
@@ -240,16 +266,23 @@ def _labels(rows) -> dict[str, np.ndarray]:
 
 def _lazily(compute, rows, shape, **options) -> da.Array:
     """`compute(row, shape, **options)` of every row as a Dask array, one chunk a row."""
-    index = da.arange(len(rows), chunks=1)
-    chunks = ((1,) * len(rows), *((length,) for length in shape))
+    people = np.empty(len(rows), object)
+    people[:] = rows
     return da.map_blocks(
-        _one_row, index, compute, tuple(rows), shape, options,
-        new_axis=list(range(1, len(shape) + 1)), chunks=chunks, dtype="float32", meta=np.empty((0,) * (len(shape) + 1), "float32"),
+        _one_row,
+        da.from_array(people, chunks=1),
+        compute=compute,
+        shape=shape,
+        options=options,
+        new_axis=list(range(1, len(shape) + 1)),
+        chunks=((1,) * len(rows), *((length,) for length in shape)),
+        dtype=np.float32,
+        meta=np.empty((0,) * (len(shape) + 1), np.float32),
     )
 
 
-def _one_row(index, compute, rows, shape, options):
-    return compute(rows[int(index[0])], shape, **options)[None].astype(np.float32)
+def _one_row(people, compute, shape, options):
+    return compute(people[0], shape, **options)[None].astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------- BOLD
@@ -260,13 +293,14 @@ def _bold(row: _Row, shape, atlas: str, effects) -> np.ndarray:
     out = np.full(shape, np.nan, np.float32)
     if not row.has_bold:
         return out
-    site = row.site if effects["site"] else replace(row.site, noise=Site.noise, gain=Site.gain)
-    seconds = site.tr * np.arange(site.n_volumes)
-    brain = _group_brain(atlas)
-    percent = _activity(row, brain, seconds, effects)
-    percent += _SIGNAL * np.sqrt(site.noise / (1 - site.noise)) * _scanner_noise(row, brain, seconds)
-    percent += effects["motion"] * _movement(row, brain, seconds)
-    baseline = 10_000 * site.gain * np.exp(0.05 * row.rng(_WIRING, lasting=True).standard_normal(shape[0]))
+    site, seconds = row.site, row.site.tr * np.arange(row.site.n_volumes)
+    with _ONE_BY_ONE, _blas().limit(limits=1):  # more threads are slower here and round otherwise
+        brain = _group_brain(atlas)
+        percent = _activity(row, brain, seconds, effects)
+        percent += np.sqrt(site.noise / (1 - site.noise)) * _scanner_noise(row, brain, seconds)
+        percent += effects["motion"] * _movement(row, brain, seconds)
+    level = 0.05 * row.rng(_LEVEL, lasting=True).standard_normal(shape[0])
+    baseline = 10_000 * site.gain * np.exp(level)
     out[:, : len(seconds)] = (baseline * (1 + percent / 100)).T
     return out
 
@@ -310,16 +344,26 @@ def _coupling(row, brain, effects):
     same, default, sensory = brain["same_network"], brain["default_mode"], brain["sensory"]
     age, fusion = SIZES["age"], SIZES["fusion"]
     n = len(same)
-    noise = row.rng(_WIRING, lasting=True).standard_normal((n + 1, n))[1:]
+    noise = row.rng(_WIRING, lasting=True).standard_normal((n, n))
     log = _INDIVIDUAL * (noise + noise.T) / np.sqrt(2)
     within, between = age["within_network_coupling_per_sd"], age["between_network_coupling_per_sd"]
     log += effects["age"] * row.age_sd * np.where(same, within, between)
     if row.diagnosis == "patient":
         change = SIZES["diagnosis"]["default_mode_coupling_of_patients"]
         log += effects["diagnosis"] * change * default
-    log += effects["fusion"] * row.trait_function * fusion["function_sensory_coupling_per_sd"] * sensory
+    log += (
+        effects["fusion"]
+        * row.trait_function
+        * fusion["function_sensory_coupling_per_sd"]
+        * sensory
+    )
     coupling = brain["coupling"] * np.exp(log)
     return coupling / np.linalg.eigvalsh(coupling)[-1]
+
+
+@lru_cache(maxsize=1)
+def _blas():
+    return ThreadpoolController()  # finds the libraries once
 
 
 @lru_cache(maxsize=4)
@@ -371,7 +415,7 @@ def _root(covariance):
 
 
 def _scanner_noise(row, brain, seconds):
-    """White noise of variance 1, (time, roi): a function of the moment in ms, not of the TR."""
+    """White noise as large as the signal, (time, roi), by the moment in ms and not by the TR."""
     bits = np.random.Philox(key=row.rng(_NOISE).integers(2**63, size=2, dtype=np.uint64))
     normal, state = np.random.Generator(bits).standard_normal, bits.state
     out = np.empty((len(seconds), len(brain["noise"])))
@@ -379,7 +423,7 @@ def _scanner_noise(row, brain, seconds):
         state["state"]["counter"][:] = (0, moment, 0, 0)
         bits.state = state
         normal(out=volume)
-    return out @ brain["noise"]
+    return _SIGNAL * out @ brain["noise"]
 
 
 def _movement(row, brain, seconds):
@@ -404,23 +448,27 @@ def _t1(row: _Row, shape, voxel_mm: float, effects) -> np.ndarray:
     """One anatomy (x, y, z) in scanner units, 0 outside the brain, NaN where there is none."""
     if not row.has_t1:
         return np.full(shape, np.nan, np.float32)
-    step = max(1, int(voxel_mm) // 2)  # mm, the grid on which anatomy is made before averaging
-    head = _template(step)
+    with _TEMPLATE:
+        head = _template(voxel_mm)
     lost = effects["age"] * row.decades * SIZES["age"]["cortex_lost_per_decade"]
     source = _source(row, head, effects)
     image = ndimage.map_coordinates(head["image"] - lost * head["cortex"], source, order=1)
-    return _block_mean(_scanned(row, image, effects), int(voxel_mm) // step)
+    return _scanned(row, image)
 
 
 def _source(row, head, effects):
     """Where in the template each voxel comes from: (3, x, y, z) in template voxels."""
     rng = row.rng(_ANATOMY, lasting=True)
-    length = 0.93 * np.exp(0.02 * rng.standard_normal())
-    length *= 1 + effects["sex"] * SIZES["sex"][f"head_length_of_{'men' if row.sex == 'M' else 'women'}"]
-    longer = effects["fusion"] * SIZES["fusion"]["structure_elongation_per_sd"] * row.trait_structure
+    length = 0.9 * np.exp(0.02 * rng.standard_normal())
+    length *= (
+        1 + effects["sex"] * SIZES["sex"][f"head_length_of_{'men' if row.sex == 'M' else 'women'}"]
+    )
+    longer = (
+        effects["fusion"] * SIZES["fusion"]["structure_elongation_per_sd"] * row.trait_structure
+    )
     scale = length * np.exp(longer * np.array([-0.5, 1.0, -0.5]))
     wider = effects["age"] * row.decades * SIZES["age"]["ventricle_border_mm_per_decade"]
-    out = np.empty((3, *head["shape"]), np.float32)
+    out = np.empty((3, *map(len, head["grid"])), np.float32)
     for axis, grid in enumerate(head["grid"]):  # mm
         along = [-1 if a == axis else 1 for a in range(3)]
         out[axis] = (_CENTRE[axis] + (grid - _CENTRE[axis]) / scale[axis]).reshape(along)
@@ -432,7 +480,9 @@ def _source(row, head, effects):
 
 def _smooth_field(rng, grid):
     """A Gaussian random field of variance 1 and reach _WARP_REACH on the grid."""
-    centres = [np.arange(g.min() - _WARP_REACH, g.max() + 2 * _WARP_REACH, _WARP_REACH) for g in grid]
+    centres = [
+        np.arange(g.min() - _WARP_REACH, g.max() + 2 * _WARP_REACH, _WARP_REACH) for g in grid
+    ]
     field = rng.standard_normal([len(c) for c in centres])
     for g, c in zip(grid, centres, strict=True):
         basis = np.exp(-(((g[:, None] - c) / _WARP_REACH) ** 2) / 2)
@@ -441,38 +491,41 @@ def _smooth_field(rng, grid):
     return field
 
 
-def _scanned(row, image, effects):
+def _scanned(row, image):
     """The anatomy as the site's scanner sees it: noise, gain, bias field."""
-    site = row.site if effects["site"] else Site("", row.site.tr, row.site.minutes)
     brain = image > 0.15
-    image = image + 0.03 * row.rng(_SCANNER).standard_normal(image.shape, dtype=np.float32)
+    image = image + 0.02 * row.rng(_SCANNER).standard_normal(image.shape, dtype=np.float32)
     across = [np.linspace(-0.5, 0.5, n, dtype=np.float32) for n in image.shape]
-    x, y, z = np.ix_(*(b * a for b, a in zip(site.bias, across, strict=True)))
-    image *= 1000 * site.gain * np.exp(x) * np.exp(y) * np.exp(z)
+    x, y, z = np.ix_(*(b * a for b, a in zip(row.site.bias, across, strict=True)))
+    image *= 1000 * row.site.gain * np.exp(x) * np.exp(y) * np.exp(z)
     return np.where(brain, image.clip(0), 0)
 
 
 @lru_cache(maxsize=2)
-def _template(step):
-    """The template at `step` mm around the T1 grid, its cortex and its ventricles' outward normal."""
-    image, grey = (_on_grid(v, step) for v in _template_volumes())
-    inside = image > 0.15
-    depth = ndimage.distance_transform_edt(inside, sampling=step)  # mm
+def _template(voxel_mm):
+    """The template seen with voxels of `voxel_mm`, its cortex, the way out of its ventricles.
+
+    Images stay on a finer grid, `step` [mm], that reaches _MARGIN beyond the T1 grid.
+    """
+    step = 1 if voxel_mm <= 2 else 2
+    image, grey = (_on_grid(volume, step) for volume in _template_volumes())
+    depth = ndimage.distance_transform_edt(image > 0.15, sampling=step)  # mm
     cortex = np.where(depth < 30, grey * (image - 0.3).clip(0), 0)
     parts, _ = ndimage.label((image < 0.5) & (depth > 25))
     ventricles = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
-    trim = _MARGIN // step
-    inner = (slice(trim, -trim),) * 3
-    grid = tuple(t1_grid(step).values())
-    toward = np.array([np.sign(g[1] - g[0]) for g in grid])
+    grid = tuple(t1_grid(voxel_mm).values())
+    sign = np.array([np.sign(g[1] - g[0]) for g in grid])
+    first = [axis[0] for axis in t1_grid(step).values()]
+    trim = (slice(_MARGIN // step, -_MARGIN // step),) * 3
+    blur = np.sqrt((voxel_mm**2 - step**2) / 12) / step  # a voxel's average, less the grid's own
+    outward = (_block_mean(v[trim], int(voxel_mm) // step) for v in _outward(ventricles, step))
     return {
-        "image": image,
-        "cortex": cortex.astype(np.float32),
-        "outward": _outward(ventricles, step)[(slice(None), *inner)] * toward[:, None, None, None],
+        "image": ndimage.gaussian_filter(image, blur),
+        "cortex": ndimage.gaussian_filter(cortex, blur),
+        "outward": np.stack([s * v for s, v in zip(sign, outward, strict=True)]),
         "grid": grid,
-        "shape": tuple(len(g) for g in grid),
-        "step": toward * step,
-        "origin": [g[0] - t * _MARGIN for g, t in zip(grid, toward, strict=True)],
+        "step": sign * step,
+        "origin": first - sign * _MARGIN,
     }
 
 
@@ -488,7 +541,10 @@ def _template_volumes():
     """MNI152 (ICBM 2009a) T1 and grey matter as nilearn ships them, in 0 to 1, 1 mm."""
     from nilearn import datasets  # slow to import
 
-    t1, grey = datasets.load_mni152_template(resolution=1), datasets.load_mni152_gm_template(resolution=1)
+    t1, grey = (
+        datasets.load_mni152_template(resolution=1),
+        datasets.load_mni152_gm_template(resolution=1),
+    )
     brain = t1.get_fdata(dtype=np.float32)
     brain = np.where(ndimage.binary_fill_holes(brain > 0.2), brain, 0)
     return (brain, t1.affine), (grey.get_fdata(dtype=np.float32), grey.affine)
@@ -519,8 +575,8 @@ def _truth(sites, effects):
     """What was planted, for `attrs["truth"]`."""
     out = {name: {"factor": effects[name], **SIZES[name]} for name in EFFECTS}
     out["site"] |= {site.name: asdict(site) for site in sites}
-    correlation = SIZES["fusion"]["correlation_of_traits"]
-    alone = 0.5 + np.arcsin(np.sqrt((1 - correlation) / 2)) / np.pi
+    shift = SIZES["fusion"]["trait_shift"]
+    alone = round(float(ndtr(shift / np.sqrt(1 - shift**2))), 3)
     out["fusion"]["label"] = "function-led where trait_function > trait_structure"
     out["fusion"]["best_accuracy"] = {"structure": alone, "function": alone, "both": 1.0}
     return out
@@ -555,10 +611,14 @@ def _check_sizes(n, seed, atlas, missing, repeats):
                 f"Give {name}={max(least, 0) or 0}" if name == "seed" else "Give n=10, for example",
             )
     if atlas not in ATLASES:
-        raise InputError(f"Expected an atlas among {listed(ATLASES)}, found {atlas!r}", "Take one of these")
+        raise InputError(
+            f"Expected an atlas among {listed(ATLASES)}, found {atlas!r}", "Take one of these"
+        )
     for name, share in (("missing", missing), ("repeats", repeats)):
         if not 0 <= share <= 1:
-            raise InputError(f"Expected {name} as a share from 0 to 1, found {share!r}", "Give 0.06, say")
+            raise InputError(
+                f"Expected {name} as a share from 0 to 1, found {share!r}", "Give 0.06, say"
+            )
 
 
 def _check_sites(sites, minutes, tr):
