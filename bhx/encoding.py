@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 from . import __version__
 from .atlas import load_atlas, match_names
 from .checkpoints import PRESETS, Harmonix, HarmonixConfig, build, read_weights
-from .cohort import coarsen_t1
 from .harmonix_f import patchify
 from .harmonix_s import cubes
 from .schema import (
@@ -522,6 +521,8 @@ def _aligned(cohort, model):
         voxel_mm = model.config.structure.voxel_mm
         t1 = cohort.t1
         if t1.sizes["x"] != len(t1_grid(voxel_mm)["x"]) and _on_finer_grid(t1, voxel_mm):
+            from .cohort import coarsen_t1  # here: the networks alone run without zarr or Dask
+
             cohort = coarsen_t1(cohort, voxel_mm)
         _check_grid(cohort.t1, voxel_mm)
     return cohort, names
@@ -533,7 +534,7 @@ def _check_atlas(cohort, model):
         raise InputError(
             f"Expected parcels of {model.config.atlas} ({model.config.dynamics.parcels}), which "
             f"these weights were trained on, found {given} ({cohort.sizes['roi']})",
-            f"Parcellate the scans with {model.config.atlas}, or load weights for {given}",
+            f"bhx.reparcellate(cohort, '{model.config.atlas}') brings them there, or load other weights",
         )
 
 

@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .checkpoints import HarmonixConfig, read_weights, save_weights
-from .cohort import open_cohort
 from .encoding import (
     Model,
     Reading,
@@ -327,6 +326,8 @@ def cube_mask(tokens: int, share: float, random) -> torch.Tensor:
 
 def _opened(cohort, subjects, model):
     """The cohort aligned to the model, and the path of its store where that can be read as is."""
+    from .cohort import open_cohort  # here: the objectives alone run without zarr or Dask
+
     path = None if isinstance(cohort, xr.Dataset) else str(cohort)
     cohort = check(open_cohort(path) if path else cohort, "cohort")
     if subjects is not None:
