@@ -179,7 +179,7 @@ class DynamicsEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self._resized = {}  # k -> (version of the weight, kernel), outside training
         initialise(self)
-        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=0.02)
+        nn.init.normal_(self.patch_embed.proj.weight, std=config.kernel**-0.5)  # as wide as the input
         nn.init.zeros_(self.patch_embed.proj.bias)
 
     def forward(self, patches, keep=None):
