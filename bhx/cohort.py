@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from bhx.catalog import load_entry
+from bhx.atlas import load_atlas
+from bhx.catalog import find_scans, load_entry
+from bhx.scans import FILES, fetch_labels, is_volume, read_scan
 from bhx.schema import ROI_COORDS, T1_SHAPE, InputError, build_cohort, check, listed
 
 SHARD_BYTES = 64e6  # of one file of a store; a store of one file a subject chokes file systems
 FLOAT16_MAX = 6e4
+DENOISING = {"strategy": "simple"}
 
 
 def open_cohort(name_or_path, *, catalog=None, voxel_mm=None) -> xr.Dataset:
@@ -236,46 +241,345 @@ def save_cohort(cohort: xr.Dataset, path, *, t1_dtype="float32") -> Path:
     path = Path(path)
     if path.exists():
         raise InputError(f"Expected a new path, found something at {path}", "Choose another name")
-    per_shard = create_store(cohort, path, t1_dtype=t1_dtype)
-    data = cohort[list(cohort.data_vars)].drop_vars(list(cohort.coords))
-    for start in range(0, cohort.sizes["subject"], per_shard):
-        rows = slice(start, start + per_shard)
-        block = data.isel(subject=rows).compute()
-        block.to_zarr(path, region={"subject": rows}, consolidated=False, safe_chunks=False)
-    finish_store(path)
+    _create_store(cohort, path, t1_dtype)
+    _write_rows(path, lambda rows: cohort.isel(subject=rows)[list(cohort.data_vars)].compute())
     return path
 
 
-def create_store(cohort, path, *, t1_dtype="float32") -> int:
-    """Write labels and empty arrays for a cohort; how many subjects share a file is returned."""
+def prepare(
+    source,
+    out,
+    *,
+    atlas: str | None = "schaefer400",
+    voxel_mm: float = 1.0,
+    denoising: dict | None = DENOISING,
+    order: str | None = None,
+    labels=None,
+    task: str = "rest",
+    phenotypes=None,
+    attrs: dict | None = None,
+    workers: int = 2,
+    client=None,
+) -> xr.Dataset:
+    """Read a folder of derivatives, or a table of files, into a cohort store; open it.
+
+    Each subject is one Dask task that leaves one finished file beside the store; at the end the
+    files are packed into it. A run that was killed continues when it is started again, and its
+    store equals that of an unbroken run. Subjects that the store has already are not read again;
+    new ones are added behind them. A subject that cannot be used is left out and named, with the
+    reason, in `attrs["refused"]`.
+
+    Parameters
+    ----------
+    source : folder (see `catalog.find_scans`), or a DataFrame with `subject`, `participant` and
+        the paths `bold`, `confounds`, `t1`, `t1_mask` (each optional), `tr` [s], and any labels
+    out : path of the zarr store, new or made with the same options
+    atlas, order, labels : see `scans.read_bold`
+    voxel_mm : voxel of the T1 [mm], stored masked, unscaled, in half precision
+    denoising : options of `scans.denoise` for BOLD that is not denoised yet, or None
+    task, phenotypes : see `catalog.find_scans`
+    attrs : more attributes of the cohort, such as its licence
+    workers : subjects read at a time on threads; each holds one T1 and one volume of BOLD
+    client : a dask.distributed Client, or the address of a Dask cluster, instead of threads
+
+    Raises
+    ------
+    InputError
+        No subject can be used, another process writes this store, or it has other options.
+    """
+    made_by = {"atlas": atlas, "voxel_mm": voxel_mm, "denoising": denoising, "order": order}
+    if not isinstance(source, pd.DataFrame):
+        attrs = {"source": str(source), **(attrs or {})}
+        source = find_scans(source, task=task, phenotypes=phenotypes)
+    rows, out = check_rows(source), Path(out)
+    with _only_writer(out):
+        have = _rows_in(out, made_by)
+        rows = [row for row in rows if row["subject"] not in have]
+        folder = out.with_name(out.name + ".parts")
+        parts = {row["subject"]: _part(folder, row, made_by) for row in rows}
+        refused = _stage(rows, parts, {**made_by, "labels": labels}, workers, client)
+        if not have and len(refused) == len(rows):
+            raise InputError(
+                f"Expected at least one usable subject, found none among {len(rows)}; the first: "
+                f"{next(iter(refused.values()))}",
+                "See the reason, and prepare again",
+            )
+        parts = {subject: part for subject, part in parts.items() if subject not in refused}
+        _pack(
+            parts, out, {"source": "table", "preprocessing": json.dumps(made_by), **(attrs or {})}
+        )
+        _finish(folder, out, refused)
+    return open_cohort(out)
+
+
+def check_rows(rows: pd.DataFrame) -> list[dict]:
+    """Rows of a table of scans, complete and in the order of their unique ids."""
+    rows = rows.copy()
+    if "subject" not in rows and "participant" in rows:
+        rows["subject"] = rows["participant"]
+    if "subject" not in rows or not len(rows):
+        raise InputError(
+            f"Expected rows with a column 'subject', found {len(rows)} rows with "
+            f"{listed(rows.columns, 20) or 'no columns'}",
+            "Name each row participant[/session][/run]",
+        )
+    rows["subject"] = rows["subject"].astype(str)
+    twice = rows["subject"][rows["subject"].duplicated()]
+    if len(twice):
+        raise InputError(
+            f"Expected unique subject ids, found {listed(twice.unique())} more than once",
+            "Name each row participant[/session][/run]",
+        )
+    for name, default in {"participant": rows["subject"], "site": ""}.items():
+        rows[name] = rows[name].fillna("").astype(str) if name in rows else default
+    return rows.sort_values("subject").to_dict("records")
+
+
+def _stage(rows, parts, options, workers, client):
+    """Read every row that has no part yet, one task each; the reasons of those refused."""
+    import dask
+    from tqdm.auto import tqdm
+
+    todo = [row for row in rows if not parts[row["subject"]].exists()]
+    if options["labels"] is None and any(is_volume(row.get("bold")) for row in todo):
+        options = {**options, "labels": fetch_labels(options["atlas"])}
+    tasks = [dask.delayed(_stage_one)(row, parts[row["subject"]], options) for row in todo]
+    with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="prepare", unit="scan") as bar:
+        reasons = _compute(tasks, workers, client, bar.update)
+    return {row["subject"]: why for row, why in zip(todo, reasons, strict=True) if why}
+
+
+def _compute(tasks, workers, client, tick):
+    """Results of Dask tasks on threads or on a cluster, calling `tick` as each one ends."""
+    import dask
+    from dask.callbacks import Callback
+
+    if client is None:
+        with Callback(posttask=lambda *_: tick()):
+            return dask.compute(*tasks, scheduler="threads", num_workers=workers)
+    from distributed import Client, as_completed
+
+    with Client(client) if isinstance(client, str) else nullcontext(client) as cluster:
+        futures = cluster.compute(tasks)
+        for _ in as_completed(futures, raise_errors=False):
+            tick()
+        return [str(f.exception()) if f.status == "error" else f.result() for f in futures]
+
+
+def _stage_one(row, part, options):
+    """Read one row into its part, which appears whole or not at all; why it was refused."""
+    try:
+        data, warnings = read_scan(row, **options)
+    except Exception as error:  # whatever is wrong with one subject must not end the run
+        return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    arrays = {name: v.values for name, v in data.data_vars.items()}
+    if "t1" in arrays:
+        top = float(np.abs(arrays["t1"]).max())
+        if top > FLOAT16_MAX:
+            arrays["t1"] = arrays["t1"] * np.float32(1000 / top)
+            warnings = [*warnings, f"T1 intensities up to {top:g} scaled to 1000"]
+        arrays["t1"] = arrays["t1"].astype("float16")
+    if "bold" in arrays:
+        arrays["roi"] = data.roi.values.astype(str)
+    labels = {k: v for k, v in row.items() if k not in FILES} | data.attrs
+    labels |= {
+        "has_bold": "bold" in arrays,
+        "has_t1": "t1" in arrays,
+        "warnings": "; ".join(warnings),
+    }
+    shapes = {name: v.shape for name, v in arrays.items()}
+    unfinished = part.with_suffix(f".{os.getpid()}.tmp")
+    part.parent.mkdir(exist_ok=True)
+    with open(unfinished, "wb") as file:
+        np.savez(file, about=json.dumps([labels, shapes], default=float), **arrays)
+    os.replace(unfinished, part)
+    return None
+
+
+def _part(folder, row, made_by):
+    """The file of one row: another one when the row, its files or the options change."""
+    files = [Path(row[k]) for k in FILES if row.get(k)]
+    state = [(s.st_size, s.st_mtime_ns) for s in (f.stat() for f in files if f.is_file())]
+    name = json.dumps([row, state, made_by], sort_keys=True, default=str)
+    return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
+
+
+def _pack(parts, out, attrs):
+    """Put the parts of new rows, by their ids, into the store."""
+    import zarr
+
+    if not parts:
+        return
+    new = _labels_of(parts.values(), attrs)
+    if out.exists():
+        _extend_store(new, out)
+    else:
+        unfinished = next(iter(parts.values())).with_name("store")
+        _create_store(new, unfinished, "float16")
+        os.replace(unfinished, out)
+    ids = zarr.open_array(out / "subject", mode="r")[:].tolist()
+    _write_rows(out, lambda rows: _load_parts([parts[i] for i in ids[rows]], new))
+
+
+def _finish(folder, out, refused):
+    """Remove the parts, and say in the store which subjects were left out."""
+    import shutil
+
+    import zarr
+
+    zarr.open_group(out, mode="r+").attrs["refused"] = refused
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _labels_of(parts, attrs):
+    """A cohort with the labels of some parts and arrays of the right shape, not yet filled."""
     import dask.array as da
 
-    per_subject = max(v[0].nbytes for v in cohort.data_vars.values())
-    per_shard = int(2 ** np.clip(np.floor(np.log2(SHARD_BYTES / per_subject)), 0, 8))
+    rows, shapes, roi = [], {}, None
+    for part in parts:
+        with np.load(part) as file:
+            labels, sizes = json.loads(str(file["about"]))
+            roi = file["roi"] if "roi" in file.files else roi
+        rows.append(labels)
+        for name in {"bold", "t1"} & {*sizes}:
+            shapes[name] = np.maximum(shapes.get(name, sizes[name]), sizes[name]).tolist()
+    table = pd.DataFrame(rows)
+    text = table.select_dtypes(exclude=["number", "bool"]).columns
+    table[text] = table[text].fillna("").astype(str)
+    made = {
+        name: da.full((len(rows), *shape), np.nan, "float32", chunks=(1, *shape))
+        for name, shape in shapes.items()
+    }
+    made_by = json.loads(attrs["preprocessing"])
+    if roi is not None:
+        atlas = load_atlas(made_by["atlas"]).sel(roi=roi) if made_by["atlas"] else None
+        roi = {"roi": roi} | ({n: atlas[n].values for n in ROI_COORDS} if atlas is not None else {})
+    return build_cohort(
+        made.get("bold"),
+        made.get("t1"),
+        {name: table[name].to_numpy(str if name in text else None) for name in table},
+        roi,
+        {"atlas": made_by["atlas"] or "", **attrs},
+        made_by["voxel_mm"],
+    )
+
+
+def _load_parts(parts, like):
+    """Arrays of some rows, NaN where a row has none."""
+    shapes = {name: (len(parts), *v.shape[1:]) for name, v in like.data_vars.items()}
+    out = {name: np.full(shape, np.nan, "float32") for name, shape in shapes.items()}
+    for i, part in enumerate(parts):
+        with np.load(part) as file:
+            for name in out:
+                if name in file.files:
+                    out[name][(i, *map(slice, file[name].shape))] = file[name]
+    return out
+
+
+def _create_store(cohort, path, t1_dtype):
+    """Write labels and empty arrays for a cohort."""
+    import dask.array as da
+
     encoding, empty = {}, {}
     for name, v in cohort.data_vars.items():
-        chunks, shards = (1, *v.shape[1:]), (per_shard, *v.shape[1:])
+        each = 2 ** np.floor(np.log2(SHARD_BYTES / v[0].nbytes))
+        chunks, shards = (1, *v.shape[1:]), (int(np.clip(each, 1, 256)), *v.shape[1:])
         dtype = t1_dtype if name == "t1" else "float32"
         empty[name] = (v.dims, da.empty(v.shape, dtype=dtype, chunks=shards), v.attrs)
         encoding[name] = {"chunks": chunks, "shards": shards, "fill_value": np.nan}
-    attrs = {k: v for k, v in cohort.attrs.items() if k != "complete"} | {"complete": False}
+    attrs = {**cohort.attrs, "complete": False, "rows_written": 0}
     coords = {name: _text(c) for name, c in cohort.coords.items()}
     store = xr.Dataset(empty, coords, attrs)
     store.to_zarr(path, mode="w", consolidated=False, encoding=encoding, compute=False)
-    return per_shard
 
 
-def finish_store(path) -> None:
-    """Mark a store as complete: the last thing its writer does."""
+def _extend_store(new, path):
+    """Make room for new rows behind those of a store, and write their labels."""
     import zarr
 
-    zarr.open_group(path, mode="r+").attrs["complete"] = True
+    group = zarr.open_group(path, mode="r+")
+    n = group.attrs["rows_written"]
+    surplus = {*new.coords, *new.data_vars} - {*group.array_keys()}
+    if surplus:
+        raise InputError(
+            f"Expected new subjects with the labels of {path}, found also "
+            f"{listed(sorted(surplus))}",
+            "Prepare all subjects into a new store",
+        )
+    group.attrs["complete"] = False
+    longest = max(new.sizes.get("time", 0), group["time"].shape[0] if "time" in group else 0)
+    for name, array in group.arrays():
+        dims = array.metadata.dimension_names
+        size = {"subject": n + new.sizes["subject"], "time": longest}
+        array.resize(tuple(size.get(d, m) for d, m in zip(dims, array.shape, strict=True)))
+        if name == "time":
+            array[:] = np.arange(longest)
+        elif dims == ("subject",) and name in new.coords:
+            array[n:] = _text(new[name]).values.astype(array.dtype)
+
+
+def _write_rows(path, read):
+    """Fill a store's rows from the first unwritten one, whole files at a time; then mark it.
+
+    `read` takes a slice of rows and returns arrays by variable name.
+    """
+    import zarr
+
+    group = zarr.open_group(path, mode="r+")
+    arrays = {
+        name: a
+        for name, a in group.arrays()
+        if a.metadata.dimension_names[0] == "subject" and a.ndim > 1
+    }
+    step = max(a.shards[0] for a in arrays.values())
+    start, end = group.attrs["rows_written"], group["subject"].shape[0]
+    while start < end:
+        stop = min(end, (start // step + 1) * step)
+        block = read(slice(start, stop))
+        for name, array in arrays.items():
+            values = np.asarray(block[name])
+            array[(slice(start, stop), *map(slice, values.shape[1:]))] = values
+        group.attrs["rows_written"] = start = stop
+    group.attrs["complete"] = True
+
+
+def _rows_in(out, made_by):
+    """Ids of the rows that a store has, which must have been made with the same options."""
+    import zarr
+
+    if not out.exists():
+        return set()
+    group = zarr.open_group(out, mode="r")
+    before = json.loads(group.attrs.get("preprocessing", "{}"))
+    if before != made_by:
+        differing = sorted(k for k in made_by if before.get(k) != made_by[k])
+        raise InputError(
+            f"Expected {out} to be prepared with "
+            + ", ".join(f"{k}={made_by[k]!r}" for k in differing)
+            + ", found "
+            + ", ".join(f"{k}={before.get(k)!r}" for k in differing),
+            "Give the same options, or another path",
+        )
+    return set(group["subject"][: group.attrs["rows_written"]].tolist())
+
+
+@contextmanager
+def _only_writer(out):
+    """Hold the lock of a store, which the system frees when a process dies."""
+    from filelock import FileLock, Timeout
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
+            yield
+    except Timeout as error:
+        raise InputError(
+            f"Expected to be the only writer of {out}, found another", "Wait"
+        ) from error
 
 
 def _open_store(path):
     """A zarr store as a checked cohort: data lazy, labels in memory and as plain text."""
-    import zarr
-
     if not (path / "zarr.json").exists():
         raise InputError(
             f"Expected a zarr v3 store at {path}, found "
@@ -284,11 +588,8 @@ def _open_store(path):
         )
     cohort = xr.open_zarr(path, chunks={}, consolidated=False)
     if not cohort.attrs.get("complete", True):
-        arrays = [zarr.open_array(path / name, mode="r") for name in cohort.data_vars]
-        files = min(a.nchunks_initialized for a in arrays)
-        each = (arrays[0].shards or arrays[0].chunks)[0]
         raise InputError(
-            f"Expected a finished store at {path}, found at most {files * each} of "
+            f"Expected a finished store at {path}, found {cohort.attrs.get('rows_written', 0)} of "
             f"{cohort.sizes.get('subject', 0)} subjects written",
             "Run the call that writes it again",
         )

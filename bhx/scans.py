@@ -1,45 +1,715 @@
 """One subject's files to arrays: T1 to the grid, BOLD to ROIs with its TR; every check of an input.
 
-Nothing here knows about cohorts, and no model is run.
+Nothing here knows about cohorts, and no model is run. A file that cannot be used raises InputError
+with its name; a file that can be used, but not blindly, comes back with its warnings.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import json
+import os
+import re
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
-from bhx.schema import CROP, MNI_ORIGIN, MNI_SHAPE, MNI_STEP, InputError
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from bhx.atlas import load_atlas, match_names
+from bhx.quality import judge_bold, judge_t1
+from bhx.schema import (
+    CROP,
+    MNI_ORIGIN,
+    MNI_SHAPE,
+    MNI_STEP,
+    ROI_COORDS,
+    InputError,
+    check_tr,
+    listed,
+    t1_grid,
+)
 
 MNI_AFFINE = np.diag([*MNI_STEP, 1.0])
 MNI_AFFINE[:3, 3] = MNI_ORIGIN
 
+# What a row of `find_scans` may bring along without being a label of the subject.
+FILES = ("bold", "confounds", "t1", "t1_mask")
 
-def t1_to_grid(image, mask=None) -> np.ndarray:
-    """A T1 in MNI152 space as `(x, y, z)` on `schema.t1_grid(1)`: masked, cropped, unscaled.
 
-    The image is resampled (trilinear) to FSL's 182 x 218 x 182 grid of 1 mm, set to 0 outside the
-    mask, and cropped by 11, 13 and 11 voxels. It is not z-scored: embedding scales, and records it.
+def read_scan(
+    row: dict,
+    *,
+    atlas: str | None = "schaefer400",
+    voxel_mm: float = 1.0,
+    denoising: dict | None = None,
+    order: str | None = None,
+    labels=None,
+) -> tuple[xr.Dataset, list[str]]:
+    """Read and judge the files of one row: BOLD on parcels, T1 on the grid, and what is odd.
 
     Parameters
     ----------
-    image : nibabel image in MNI152 space, skull-stripped or with `mask`
-    mask : nibabel image, > 0.5 inside the brain; None keeps every voxel above 0
+    row : paths under `bold`, `confounds`, `t1`, `t1_mask` (each may be missing), `tr` [s] where no
+        file tells it, and any labels of the subject
+    atlas, order, labels : see `read_bold`
+    voxel_mm : voxel of the T1 [mm]
+    denoising : options of `denoise` for BOLD that is not denoised yet; None leaves it as it is
+
+    Returns
+    -------
+    Dataset with `bold (roi, time)` and `t1 (x, y, z)` as far as there are any, facts as attributes
+    (tr, n_volumes, coverage, mean_fd, ...), and a list of warnings.
+
+    Raises
+    ------
+    InputError
+        The scan is refused.
     """
+    given = {key: row[key] for key in FILES if row.get(key)}
+    if "bold" not in given and "t1" not in given:
+        raise InputError("Expected a row with BOLD or a T1, found neither", "Give the path of one")
+    data, facts, warnings = {}, {"n_volumes": 0, "tr": np.nan}, []
+    if "bold" in given:
+        bold = read_bold(given["bold"], atlas, order=order, labels=labels, tr=row.get("tr"))
+        facts["mean_fd"] = read_motion(given["confounds"]) if "confounds" in given else np.nan
+        if denoising and needs_denoising(given["bold"]):
+            bold = denoise(bold, given["bold"], given.get("confounds"), **denoising)
+        data["bold"], judged, warnings = judge_bold(bold, facts["mean_fd"])
+        facts |= judged | {"n_scrubbed": bold.attrs.get("n_scrubbed", 0)}
+    if "t1" in given:
+        data["t1"], odd = read_t1(given["t1"], given.get("t1_mask"), voxel_mm=voxel_mm)
+        warnings = warnings + odd
+    return xr.Dataset(data, attrs=facts), warnings
+
+
+# --- BOLD ---------------------------------------------------------------------------------------
+
+
+def read_bold(
+    path, atlas: str | None = "schaefer400", *, order=None, labels=None, tr=None
+) -> xr.DataArray:
+    """BOLD of one run on the parcels of an atlas, whatever kind of file it is in.
+
+    Parameters
+    ----------
+    path : volume in MNI152 space (.nii, .nii.gz), CIFTI (.dtseries.nii, .ptseries.nii), surface of
+        one hemisphere with its partner beside it (.func.gii, .mgz; fsaverage5 or fsLR-32k), or a
+        table of parcels (.csv, .tsv, .txt, .1D, also .gz; .npy as time x parcel)
+    atlas : name of a bhx atlas, whose parcels come out in its own order; None keeps a table's
+        columns, or the numbers of the image `labels`, as they are
+    order : "7networks" or "17networks": the order of a table without parcel names
+    labels : label image for volumes; Schaefer's through nilearn by default
+    tr : repetition time [s] for files that do not tell it
+
+    Returns
+    -------
+    DataArray (roi, time), float64, `time` in seconds; on roi the atlas's labels and `covered`, the
+    share of each parcel's voxels or vertices with signal; `tr` [s] in the attributes.
+    """
+    path = check_file(path)
+    reader = _reader_of(path.name)
+    if reader is None:
+        raise InputError(
+            f"Expected BOLD in a file ending in {listed(_READERS, 12)}, found {path.name}",
+            "Convert it, or give the parcels as a table",
+        )
+    with _reading(path, "BOLD"):
+        names, series, covered, header_tr = reader(path, atlas, order, labels)
+    tr = read_tr(path, header_tr, tr)
+    if series.ndim != 2 or 0 in series.shape:
+        raise InputError(
+            f"Expected BOLD as parcels x time in {path.name}, found shape {series.shape}",
+            "Give one run of several volumes",
+        )
+    time = ("time", tr * np.arange(series.shape[1]), {"units": "s"})
+    coords = {"roi": names, "time": time, "covered": ("roi", covered)}
+    bold = xr.DataArray(series, coords, ("roi", "time"), "bold", {"tr": tr, "file": path.name})
+    if atlas is None:
+        return bold
+    parcels = load_atlas(atlas)
+    bold = bold.sel(roi=parcels.roi.values)
+    known = [*ROI_COORDS, *(["label17"] if "label17" in parcels.coords else [])]
+    return bold.assign_coords({name: parcels[name] for name in known})
+
+
+def _read_volume(path, atlas, order, labels):
+    """A 4D image, volume by volume, so that memory holds one of them."""
+    import nibabel as nib
+
+    # gzip is read forward only while the file stays open
+    image = nib.load(path, keep_file_open=True)
+    if image.ndim != 4 or image.shape[3] < 2:
+        raise InputError(
+            f"Expected a 4D image of several volumes in {path.name}, found {image.shape}",
+            "Give the preprocessed BOLD run, not its reference or mask",
+        )
+    check_affine(image, path)
+    _check_space(path)
+    numbers, names = _labels_on(image, atlas, labels, path)
+    unit = image.header.get_xyzt_units()[1]
+    tr = float(image.header.get_zooms()[3]) * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1)
+    volumes = (
+        np.asarray(image.dataobj[..., t], "float32").reshape(-1, 1) for t in range(image.shape[3])
+    )
+    return names, *_parcel_means(volumes, numbers.ravel(), len(names)), tr
+
+
+def _read_dtseries(path, atlas, order, labels):
+    """CIFTI grayordinates: the cortex's vertices by the shipped fsLR-32k labels."""
+    import nibabel as nib
+
+    image = nib.load(path)
+    series, brain = (image.header.get_axis(i) for i in range(2))
+    atlas = _needed(atlas, path)
+    whole = np.zeros(image.shape[1], int)
+    at = {"CIFTI_STRUCTURE_CORTEX_LEFT": 0, "CIFTI_STRUCTURE_CORTEX_RIGHT": 32492}
+    for structure, where, model in brain.iter_structures():
+        if structure in at:
+            if brain.nvertices[structure] != 32492:
+                raise InputError(
+                    f"Expected fsLR-32k in {path.name}, found a cortex of "
+                    f"{brain.nvertices[structure]} vertices",
+                    "Resample to fsLR-32k (91k grayordinates)",
+                )
+            whole[where] = atlas.labels_fslr32k.values[at[structure] + model.vertex]
+    blocks = (
+        np.asarray(image.dataobj[t : t + 64], "float32").T for t in range(0, image.shape[0], 64)
+    )
+    tr = series.step * {"SECOND": 1, "MILLISECOND": 1e-3}.get(str(series.unit).upper(), 1)
+    return _names_by_label(atlas), *_parcel_means(blocks, whole, atlas.sizes["roi"]), tr
+
+
+def _read_ptseries(path, atlas, order, labels):
+    """CIFTI parcels: their names are in the file."""
+    import nibabel as nib
+
+    image = nib.load(path)
+    series, parcels = (image.header.get_axis(i) for i in range(2))
+    names, values = _take_parcels(parcels.name, image.get_fdata().T, atlas, order, path)
+    return names, values, np.ones(len(names)), float(series.step)
+
+
+def _read_surface(path, atlas, order, labels):
+    """Both hemispheres of fsaverage5 or fsLR-32k, of which one file is named."""
+    import nibabel as nib
+
+    left, right = _hemispheres(path)
+    atlas = _needed(atlas, path)
+    values, tr = [], None
+    for file in (left, right):
+        image = nib.load(check_file(file))
+        if isinstance(image, nib.gifti.GiftiImage):
+            values.append(np.stack([d.data for d in image.darrays], 1))
+            step = image.darrays[0].meta.get("TimeStep", "") if image.darrays else ""
+            tr = float(step) / 1000 if step else None
+        else:
+            values.append(np.asarray(image.dataobj, "float32").reshape(image.shape[0], -1))
+            tr = float(image.header.get_zooms()[3]) / 1000 if image.ndim == 4 else None
+    sizes = [v.shape for v in values]
+    kinds = {10242: "labels_fsaverage5", 32492: "labels_fslr32k"}
+    if sizes[0] != sizes[1] or sizes[0][0] not in kinds:
+        raise InputError(
+            f"Expected two hemispheres of 10242 (fsaverage5) or 32492 (fsLR) vertices in "
+            f"{left.name} and {right.name}, found {sizes[0]} and {sizes[1]}",
+            "Resample to fsaverage5 or fsLR-32k",
+        )
+    numbers = atlas[kinds[sizes[0][0]]].values
+    means = _parcel_means([np.concatenate(values)], numbers, atlas.sizes["roi"])
+    return _names_by_label(atlas), *means, tr
+
+
+def _read_table(path, atlas, order, labels):
+    """Parcels in columns, or in rows that begin with their name (UK Biobank)."""
+    separator = {".csv": ",", ".tsv": "\t"}.get(Path(path.name.lower().replace(".gz", "")).suffix)
+    cells = pd.read_csv(
+        path,
+        sep=separator or r"\s+",
+        header=None,
+        dtype=str,
+        engine="c",
+        keep_default_na=False,
+        encoding="utf-8-sig",
+    )
+    rows_are_parcels = not _is_number(cells.iloc[1:, 0]).any() and len(cells) > 1
+    if rows_are_parcels:
+        names = cells.iloc[1:, 0].tolist()
+        values = cells.iloc[1:, 1:]
+    elif not _is_number(cells.iloc[0]).all():
+        names = [name.lstrip("#").strip() for name in cells.iloc[0]]
+        values = cells.iloc[1:].T
+    else:
+        names, values = None, cells.T
+    blank = values.isin(["", "n/a", "NA", "NaN", "nan"])
+    numbers = values.where(~blank).apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    odd = np.isnan(numbers) & ~blank.to_numpy()
+    if odd.any():
+        raise InputError(
+            f"Expected numbers in {path.name}, found '{values.to_numpy()[odd][0]}'",
+            "Write parcels as columns under one line of names, and nothing else",
+        )
+    if order is None and (found := re.search(r"Schaefer(7|17)n(\d+)p", path.name)):
+        order = f"{found[1]}networks"
+    names, values = _take_parcels(names, numbers, atlas, order, path)
+    return names, values, np.isfinite(values).all(1).astype(float), None
+
+
+def _read_array(path, atlas, order, labels):
+    """A numpy array, time x parcel."""
+    values = np.load(path, allow_pickle=False)
+    if values.ndim != 2:
+        raise InputError(
+            f"Expected time x parcel in {path.name}, found {values.shape}", "Reshape it"
+        )
+    names, values = _take_parcels(None, values.T.astype(float), atlas, order, path)
+    return names, values, np.isfinite(values).all(1).astype(float), None
+
+
+_READERS = {
+    ".dtseries.nii": _read_dtseries,
+    ".ptseries.nii": _read_ptseries,
+    ".nii.gz": _read_volume,
+    ".nii": _read_volume,
+    ".gii": _read_surface,
+    ".mgz": _read_surface,
+    ".mgh": _read_surface,
+    **dict.fromkeys((".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".1d"), _read_table),
+    ".npy": _read_array,
+}
+
+
+def _parcel_means(blocks, numbers, n):
+    """Mean of the points with signal in each parcel 1..n, and the share of points that have any.
+
+    `blocks` are arrays (point, time); `numbers` is the parcel of each point, 0 for none.
+    """
+    from scipy.sparse import csr_array
+
+    inside = np.flatnonzero(numbers > 0)
+    rows = (numbers[inside] - 1, np.arange(len(inside)))
+    member = csr_array((np.ones(len(inside)), rows), shape=(n, len(inside)))
+    sums, seen = [], np.zeros(len(inside), bool)
+    for block in blocks:
+        values = np.nan_to_num(block[inside], posinf=0, neginf=0)
+        seen |= (values != 0).any(1)
+        sums.append(member @ values)
+    counts = member @ seen.astype(float)
+    means = np.concatenate(sums, 1) / np.maximum(counts, 1)[:, None]
+    return means, counts / np.maximum(member.sum(1), 1)
+
+
+def _take_parcels(names, values, atlas, order, path):
+    """Rows of a parcel table in the atlas's own names; others, such as subcortex, are left out."""
+    if atlas is None:
+        return names or [str(i + 1) for i in range(len(values))], values
+    parcels = load_atlas(atlas)
+    if names is None or all(
+        re.fullmatch(r"(?i)(roi|label|parcel|region)?[ _-]?\d+", n) for n in names
+    ):
+        if order is None:
+            raise InputError(
+                f"Expected parcel names in {path.name}, found none",
+                "Say the order of its columns: order='7networks' or order='17networks'",
+            )
+        names = _names_by_label(parcels) if order == "7networks" else load_atlas(atlas, order).roi
+        names = np.asarray(names)
+        if len(names) != len(values):
+            raise InputError(
+                f"Expected the {len(names)} parcels of {atlas} in {path.name}, found {len(values)}",
+                "Choose the atlas the table was made with",
+            )
+    else:
+        known = {k for kind in ("name7", "name17") for k in _aliases(parcels, kind)}
+        cortical = np.array([n in known for n in names])
+        if cortical.any():
+            names, values = np.array(names)[cortical], values[cortical]
+    return match_names(names, parcels), values
+
+
+def _aliases(parcels, kind):
+    names = parcels[kind].values.tolist() if kind in parcels.coords else []
+    return names + [name.split("_", 1)[1] for name in names]
+
+
+def _names_by_label(atlas):
+    """Parcel names by their number, 1 to n, which is the 7-network order."""
+    return atlas.roi.values[np.argsort(atlas.label.values)]
+
+
+def _needed(atlas, path):
+    if atlas is None:
+        raise InputError(f"Expected an atlas to parcel {path.name} with, found none", "Name one")
+    return load_atlas(atlas)
+
+
+def _is_number(cells):
+    return pd.to_numeric(cells, errors="coerce").notna() | cells.isin(["", "n/a", "NaN", "nan"])
+
+
+def _hemispheres(path):
+    """Left and right file of a surface, given one of them."""
+    for left, right in (("hemi-L", "hemi-R"), ("lh.", "rh."), (".L.", ".R."), ("_lh", "_rh")):
+        if left in path.name:
+            return path, path.with_name(path.name.replace(left, right))
+        if right in path.name:
+            return path.with_name(path.name.replace(right, left)), path
+    raise InputError(
+        f"Expected a hemisphere in the name of {path.name} (hemi-L, lh.), found none",
+        "Name the two files alike but for the hemisphere",
+    )
+
+
+# --- label images -------------------------------------------------------------------------------
+
+
+def fetch_labels(atlas: str) -> Path:
+    """Schaefer's label image (2 mm MNI152, 7-network numbers) through nilearn and bhx's cache."""
+    from nilearn.datasets import fetch_atlas_schaefer_2018
+
+    from bhx import folders
+
+    n = int(re.sub(r"\D", "", atlas))
+    try:
+        fetched = fetch_atlas_schaefer_2018(n, 7, 2, data_dir=folders()["cache"], verbose=0)
+    except Exception as error:
+        raise InputError(
+            f"Expected to fetch Schaefer's label image, found {type(error).__name__}: {error}",
+            "Give an image with labels=, or use CIFTI, surfaces or tables, which need none",
+        ) from error
+    return Path(fetched.maps)
+
+
+def _labels_on(image, atlas, labels, path):
+    """The label of each voxel of an image (nearest neighbour), and the parcels' names."""
+    import nibabel as nib
+    from nilearn.image import resample_to_img
+
+    if labels is None:
+        labels = fetch_labels(_needed(atlas, path).attrs["atlas"])
+    file = check_file(labels)
+    with _reading(file, "labels"):
+        source = nib.load(file)
+        numbers = np.asarray(source.dataobj)
+    if numbers.ndim != 3 or (numbers != np.round(numbers)).any():
+        raise InputError(
+            f"Expected whole numbers in 3D in {file.name}, found others", "Give labels"
+        )
+    found = np.unique(numbers[numbers > 0]).astype(int)
+    if atlas is not None:
+        parcels = load_atlas(atlas)
+        _check_label_image(numbers, source.affine, parcels, file)
+        names = _names_by_label(parcels)
+    else:
+        names = np.array([str(i) for i in found])
+        numbers = np.searchsorted(found, numbers) * (numbers > 0) + (numbers > 0)
+    source = nib.Nifti1Image(numbers.astype("int32"), source.affine)
+    grid = nib.Nifti1Image(np.zeros(image.shape[:3], "int8"), image.affine)
+    return np.asarray(resample_to_img(source, grid, interpolation="nearest").dataobj, int), names
+
+
+def _check_label_image(numbers, affine, parcels, file):
+    """The numbers must be the atlas's: each parcel's centre lies near its published one."""
+    where = np.argwhere(numbers > 0)
+    label = numbers[numbers > 0].astype(int)
+    n = parcels.sizes["roi"]
+    if label.max() > n:
+        raise InputError(
+            f"Expected labels 1 to {n} in {file.name}, found {label.max()}",
+            "Give the label image of the atlas you name",
+        )
+    count = np.bincount(label, minlength=n + 1)[1:]
+    centre = np.stack([np.bincount(label, w, n + 1)[1:] for w in where.T]) / np.maximum(count, 1)
+    centre = (affine[:3, :3] @ centre).T + affine[:3, 3]
+    order = np.argsort(parcels.label.values)
+    wanted = np.stack([parcels[f"mni_{axis}"].values[order] for axis in "xyz"], 1)
+    far = np.median(np.linalg.norm(centre - wanted, axis=1)[count > 0])
+    if far > 10:
+        raise InputError(
+            f"Expected labels of {file.name} where {parcels.attrs['atlas']} has them, found them "
+            f"{far:.0f} mm away (median)",
+            "Give labels in MNI152 space numbered in the 7-network order",
+        )
+
+
+# --- repetition time, motion, denoising -----------------------------------------------------------
+
+
+def read_tr(path, header_tr: float | None = None, given: float | None = None) -> float:
+    """Repetition time [s]: from the sidecar, checked against the header, else as given."""
+    path = Path(path)
+    told = {"the call": given, "the sidecar": _sidecar_tr(path), "the header": header_tr}
+    # 0 and 1 s are what writers put into a header that they do not fill
+    known = {k: float(v) for k, v in told.items() if v is not None and not pd.isna(v)}
+    if "the header" in known and (len(known) > 1 and known["the header"] in (0.0, 1.0)):
+        known.pop("the header")
+    if not known:
+        raise InputError(
+            f"Expected a repetition time for {path.name}, found none in a sidecar or header",
+            "Add RepetitionTime [s] to its .json, or give tr=",
+        )
+    tr = next(iter(known.values()))
+    for place, value in known.items():
+        if abs(value - tr) > 1e-3 * max(abs(tr), 1e-3):
+            first = next(iter(known))
+            raise InputError(
+                f"Expected one repetition time for {path.name}, found {tr:g} s in {first} and "
+                f"{value:g} s in {place}",
+                "Correct the wrong one",
+            )
+    check_tr(tr, [path.name])
+    return tr
+
+
+def _sidecar_tr(path):
+    """RepetitionTime of the JSON beside a file, or of its task's JSON in a folder above."""
+    stem = re.split(r"\.(dtseries|ptseries|func|nii|gii|mg[zh]|[ct]sv|txt|1D|npy)", path.name)[0]
+    task = re.search(r"task-[a-zA-Z0-9]+", path.name)
+    above = [p / f"{task[0]}_bold.json" for p in list(path.parents)[:4]] if task else []
+    for file in [path.with_name(f"{stem}.json"), *above]:
+        if file.is_file():
+            with _reading(file, "RepetitionTime"):
+                tr = json.loads(file.read_text(encoding="utf-8-sig")).get("RepetitionTime")
+                if tr is not None:
+                    return float(tr)
+    return None
+
+
+def read_motion(confounds) -> float:
+    """Mean framewise displacement [mm] of an fMRIPrep confounds table; NaN without that column."""
+    file = check_file(confounds)
+    with _reading(file, "confounds"):
+        table = pd.read_csv(file, sep="\t" if ".tsv" in file.name else ",", na_values="n/a")
+    if "framewise_displacement" not in table:
+        return np.nan
+    return float(pd.to_numeric(table["framewise_displacement"], errors="coerce").mean())
+
+
+def needs_denoising(path) -> bool:
+    """Whether BOLD is images that no pipeline's name says to be denoised."""
+    name = Path(path).name
+    images = _reader_of(name) in (_read_volume, _read_dtseries, _read_surface)
+    return images and not re.search(r"desc-(denoised|clean|residual)", name)
+
+
+def is_volume(path) -> bool:
+    """Whether a file is BOLD that needs a label image."""
+    return _reader_of(str(path or "")) is _read_volume
+
+
+def _reader_of(name):
+    return _READERS.get(next((k for k in _READERS if name.lower().endswith(k)), ""))
+
+
+def denoise(
+    bold: xr.DataArray,
+    path,
+    confounds=None,
+    *,
+    strategy: str | None = "simple",
+    low_pass: float | None = None,
+    high_pass: float | None = None,
+    **options,
+) -> xr.DataArray:
+    """Regress confounds out of parcel series and filter them, with nilearn; means are kept.
+
+    Parameters
+    ----------
+    bold : (roi, time) with `tr` in its attributes
+    path : the file it was read from; nilearn finds fMRIPrep's confounds beside it
+    confounds : table of which "columns" takes every column; also says that there are confounds
+    strategy : preset of nilearn's load_confounds_strategy ("simple", "scrubbing", "compcor",
+        "ica_aroma"), "columns", or None for the filter alone
+    low_pass, high_pass : [Hz]; fMRIPrep's presets bring their own high-pass
+    options : of the preset
+
+    Returns
+    -------
+    DataArray like `bold`. Scrubbed volumes are filled in linearly, so that time stays regular, and
+    counted in `attrs["n_scrubbed"]`.
+    """
+    from nilearn.interfaces.fmriprep import load_confounds_strategy
+    from nilearn.signal import clean
+
+    path, table, kept = Path(path), None, None
+    if strategy == "columns":
+        file = check_file(confounds)
+        with _reading(file, "confounds"):
+            table = pd.read_csv(file, sep="\t" if ".tsv" in file.name else ",", na_values="n/a")
+            table = table.astype(float).bfill()
+    elif strategy is not None:
+        if confounds is None:
+            raise InputError(
+                f"Expected fMRIPrep confounds beside {path.name}, found none",
+                "Add them, or prepare with denoising=None",
+            )
+        image = list(map(str, _hemispheres(path))) if path.name.endswith("gii") else str(path)
+        with _reading(Path(confounds), "confounds"):
+            table, kept = load_confounds_strategy(image, strategy, **options)
+    n = bold.sizes["time"]
+    if table is not None and len(table) != n:
+        raise InputError(
+            f"Expected confounds for {n} volumes of {path.name}, found {len(table)}",
+            "Give the table of this run",
+        )
+    cleaned = clean(
+        bold.values.T,
+        confounds=table,
+        sample_mask=kept,
+        t_r=bold.attrs["tr"],
+        low_pass=low_pass,
+        high_pass=high_pass,
+        standardize=None,
+    )
+    kept = np.arange(n) if kept is None else kept
+    full = np.stack([np.interp(np.arange(n), kept, series) for series in cleaned.T])
+    out = bold.copy(data=full + bold.values.mean(1, keepdims=True))
+    return out.assign_attrs(n_scrubbed=n - len(kept))
+
+
+# --- T1 -----------------------------------------------------------------------------------------
+
+
+def read_t1(path, mask=None, *, voxel_mm: float = 1.0) -> tuple[xr.DataArray, list[str]]:
+    """A T1 in MNI152 space as `(x, y, z)` on `schema.t1_grid(voxel_mm)`, with its warnings.
+
+    It is resampled to FSL's 182 x 218 x 182 grid of 1 mm, set to 0 outside the mask, cropped by 11,
+    13 and 11 voxels and averaged in blocks. It is not z-scored: embedding scales, and records it.
+
+    Parameters
+    ----------
+    path : image aligned to MNI152, as fMRIPrep and sMRIPrep write with --output-spaces MNI152...
+    mask : image, > 0.5 inside the brain; not needed for a skull-stripped T1
+    voxel_mm : 1, 2, 4, 8, 16 or 32 [mm]
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, is not in MNI152 space, still has its skull, or is no brain.
+    """
+    import nibabel as nib
+
+    grid = t1_grid(voxel_mm)
+    images = []
+    for file in [path] if not mask else [path, mask]:
+        file = check_file(file)
+        with _reading(file, "a T1"):
+            image = nib.squeeze_image(nib.load(file))
+            image = nib.Nifti1Image(
+                np.asarray(image.dataobj, "float32"), image.affine, image.header
+            )
+        if image.ndim != 3:
+            raise InputError(
+                f"Expected 3 dims in {file.name}, found {image.shape}", "Give one volume"
+            )
+        check_affine(image, file)
+        images.append(image)
+    _check_space(path)
+    t1 = t1_to_grid(*images)
+    warnings = judge_t1(t1, read_template_t1(), Path(path).name)
+    t1 = xr.DataArray(t1, t1_grid(1), ("x", "y", "z"), "t1")
+    if voxel_mm != 1:
+        t1 = t1.coarsen(x=int(voxel_mm), y=int(voxel_mm), z=int(voxel_mm)).mean()
+    return t1.assign_coords(grid).astype("float32"), warnings
+
+
+def t1_to_grid(image, mask=None) -> np.ndarray:
+    """A T1 image on `schema.t1_grid(1)` (trilinear): masked, cropped, unscaled.
+
+    `mask` is an image, > 0.5 inside the brain; None keeps what is above 0.
+    """
+    from nibabel import as_closest_canonical
     from nilearn.image import resample_img
 
-    def on_grid(img, how):
-        out = resample_img(img, MNI_AFFINE, MNI_SHAPE, interpolation=how)
-        return np.asarray(out.dataobj, dtype="float32")
+    ras = MNI_AFFINE @ np.array([[-1, 0, 0, MNI_SHAPE[0] - 1], *np.eye(4)[1:]])
 
-    if image.ndim != 3:
-        raise InputError(f"Expected a T1 with 3 dims, found {image.ndim}", "Give one volume")
+    def on_grid(img, how):  # both sides left to right: a shift by whole voxels is then a copy
+        out = resample_img(as_closest_canonical(img), ras, MNI_SHAPE, interpolation=how)
+        return np.asarray(out.dataobj, dtype="float32")[::-1]
+
     t1 = on_grid(image, "linear")
     inside = t1 > 0 if mask is None else on_grid(mask, "nearest") > 0.5
     crop = tuple(slice(c, n - c) for c, n in zip(CROP, MNI_SHAPE, strict=True))
     return np.where(inside, t1, 0).astype("float32")[crop]
 
 
+@cache
 def read_template_t1() -> np.ndarray:
     """nilearn's MNI152 2009a T1 template, skull-stripped, on `schema.t1_grid(1)`."""
     from nilearn.datasets import load_mni152_template
 
-    return t1_to_grid(load_mni152_template(resolution=1))
+    template = t1_to_grid(load_mni152_template(resolution=1))
+    template.setflags(write=False)
+    return template
+
+
+# --- what every file must pass --------------------------------------------------------------------
+
+
+def check_file(path) -> Path:
+    """Refuse a path that is no file with content."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        annex = path.is_symlink() and "annex" in os.readlink(path)
+        found = "a link to content that is not here" if annex else "nothing"
+        help = "Run datalad get" if annex else "Check the path"
+        raise InputError(f"Expected a file at {path}, found {found}", help) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"Expected a file at {path}, found {error}", "Check the path") from error
+    if path.is_dir():
+        raise InputError(f"Expected a file at {path}, found a folder", "Name the file inside it")
+    if size == 0:
+        raise InputError(f"Expected a file with content at {path}, found 0 bytes", "Copy it again")
+    return path
+
+
+def check_affine(image, path) -> None:
+    """Refuse an image whose voxel axes are not the world's, or whose two affines disagree."""
+    affine, name = image.affine, Path(path).name
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise InputError(
+            f"Expected an invertible affine in {name}, found {affine[:3]}", "Repair it"
+        )
+    steps = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    if (np.abs(steps).max(0) < 0.999).any():
+        angle = np.degrees(np.arccos(np.abs(steps).max(0).min()))
+        raise InputError(
+            f"Expected axes along the world's in {name}, found them oblique by {angle:.0f} degrees",
+            "Images in MNI152 space are never oblique: resample it to MNI152",
+        )
+    if not hasattr(image.header, "get_qform"):
+        return
+    (q, q_code), (s, s_code) = image.get_qform(coded=True), image.get_sform(coded=True)
+    if q_code and s_code and np.abs(q - s).max() > 1:
+        raise InputError(
+            f"Expected one orientation in {name}, found a qform and an sform that differ by "
+            f"{np.abs(q - s).max():.0f} mm",
+            "One of them may flip left and right: keep the right one in both",
+        )
+
+
+def _check_space(path):
+    """Refuse a file whose name says a space other than MNI152."""
+    space = re.search(r"space-([a-zA-Z0-9]+)", Path(path).name)
+    if space and not space[1].startswith(("MNI", "mni")):
+        raise InputError(
+            f"Expected an image in MNI152 space, found space-{space[1]} in {Path(path).name}",
+            "Take the one of --output-spaces MNI152NLin6Asym (fMRIPrep, sMRIPrep)",
+        )
+
+
+@contextmanager
+def _reading(path, what):
+    """Whatever goes wrong while a file is read is said with the file's name."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        kind, found = type(error).__name__, (str(error).splitlines() or ["no reason"])[0][:200]
+        raise InputError(
+            f"Expected to read {what} from {Path(path).name}, found {kind}: {found}",
+            "The file may be damaged or of another kind: copy or convert it again",
+        ) from error
