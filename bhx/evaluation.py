@@ -1,114 +1,70 @@
-"""Does it beat the connectome: control features, probes fitted inside the fold, tidy scores.
+"""Does it beat the connectome: probes fitted inside the fold, tidy scores, one table.
 
 Nothing that is fitted here ever sees a test subject, and no step before the estimator sees the
-target. Plain arithmetic on predictions lives in `metrics`, site and motion in `confounds`.
+target. Plain arithmetic on predictions lives in `metrics`, site and motion in `confounds`, plain
+features in `controls`, figures and pages in `reporting`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+import sklearn
 import xarray as xr
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.base import BaseEstimator, TransformerMixin, clone
-from sklearn.feature_selection import VarianceThreshold
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
+from sklearn.compose import ColumnTransformer
+from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedShuffleSplit
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from . import metrics
+from . import __version__, metrics
+from .confounds import ComBat, ConfoundRegression
+from .controls import Tangent, blocks_of, connectome, encoded, name_of, subject_coords
 from .errors import InputError, listed
 from .schema import check
 
 PENALTIES = np.logspace(-5, 1, 7)  # a row, for rows of unit norm: fits any number of either
 FEWEST = 5  # sites with fewer subjects are held out together
+TASKS = ("number", "label", "ordinal")
+RESPLITS = {"paper": 3, "brainmarks": 100}
 
+__all__ = ["compare", "connectome", "probe"]
 
-# ---------------------------------------------------------------- features
-
-
-def connectome(cohort: xr.Dataset, kind: str = "correlation") -> xr.Dataset:
-    """Functional connectivity as features: the control beside every score.
-
-    Parameters
-    ----------
-    cohort : cohort Dataset with `bold`
-    kind : "correlation" (Fisher z of Pearson r) or "partial" (Fisher z of partial correlations
-        under Ledoit-Wolf shrinkage)
-
-    Returns
-    -------
-    Features Dataset, lazy where the cohort is: `features (subject, feature)` float32, the upper
-    triangle of roi by roi, with the coordinates `roi_a` and `roi_b` on feature. Only the volumes
-    before each scan's end enter. A pair with a parcel that has no signal is NaN, and so is the
-    whole row of a subject without BOLD; `attrs["without_bold"]` counts those.
-    """
-    check(cohort, "cohort")
-    if "bold" not in cohort:
-        raise InputError("Expected a cohort with 'bold', found 't1' only", "Open one with BOLD")
-    if kind not in CONNECTIVITY:
-        raise InputError(
-            f"Expected kind as one of {listed(CONNECTIVITY)}, found '{kind}'", "Choose one"
+# What others report, in the units of `score`. "paper": Dong, Li et al., NeurIPS 2025 (accuracy
+# and positive-class F1; MAE [years] and r), mean of three seeds. "brainmarks": arXiv 2510.13768,
+# frozen features, balanced accuracy over 100 resplits.
+REFERENCE = {
+    "paper": {
+        "ABIDE-I": {"BrainHarmonix": {"accuracy": 0.6313, "positive_f1": 0.7263}},
+        "ABIDE-II": {"BrainHarmonix": {"accuracy": 0.6667, "positive_f1": 0.7488}},
+        "ADHD-200": {"BrainHarmonix": {"accuracy": 0.7009, "positive_f1": 0.6672}},
+        "PPMI": {"BrainHarmonix": {"accuracy": 0.6434, "positive_f1": 0.5640}},
+        "ADNI": {"BrainHarmonix": {"accuracy": 0.6465, "positive_f1": 0.6875}},
+        "HCP-A": {"BrainHarmonix": {"mae": 6.56, "r": 0.42}},
+    },
+    "brainmarks": {
+        name: {
+            "BrainHarmonix-F": {"balanced_accuracy": dynamics},
+            "connectome": {"balanced_accuracy": plain},
+        }
+        for name, dynamics, plain in (
+            ("ABIDE", 0.504, 0.598),
+            ("ADHD-200", 0.599, 0.570),
+            ("ADNI", 0.516, 0.586),
+            ("PPMI", 0.563, 0.580),
+            ("HCP-A sex", 0.584, 0.819),
         )
-    a, b = np.triu_indices(cohort.sizes["roi"], 1)
-    bold = cohort.bold.chunk(roi=-1, time=-1) if cohort.bold.chunks else cohort.bold
-    values = xr.apply_ufunc(
-        _connectivity,
-        bold,
-        kwargs={"kind": kind},
-        input_core_dims=[["roi", "time"]],
-        output_core_dims=[["feature"]],
-        dask="parallelized",
-        output_dtypes=[np.float32],
-        dask_gufunc_kwargs={"output_sizes": {"feature": len(a)}},
-    )
-    roi = cohort.roi.values
-    out = values.rename("features").to_dataset()
-    out = out.assign_coords(roi_a=("feature", roi[a]), roi_b=("feature", roi[b]))
-    name = "connectome" if kind == "correlation" else f"connectome, {kind}"
-    missing = int((~cohort.has_bold.values.astype(bool)).sum())
-    return out.assign_attrs(name=name, atlas=cohort.attrs.get("atlas", ""), without_bold=missing)
-
-
-def _connectivity(bold, kind):
-    """(subject, roi, time) -> (subject, roi * (roi - 1) / 2)."""
-    rows = [CONNECTIVITY[kind](scan[:, np.isfinite(scan).any(0)]) for scan in bold]
-    upper = np.triu_indices(bold.shape[1], 1)
-    return np.stack([row[upper] for row in rows]).astype(np.float32)
-
-
-def _correlation(scan):
-    """(roi, volume) -> Fisher z (roi, roi), NaN where a parcel is silent."""
-    out = np.full((len(scan),) * 2, np.nan)
-    alive = np.isfinite(scan).all(1) & (np.ptp(scan, 1) > 0) if scan.shape[1] > 2 else []
-    if np.any(alive):
-        out[np.ix_(alive, alive)] = _fisher_z(np.atleast_2d(np.corrcoef(scan[alive])))
-    return out
-
-
-def _partial(scan):
-    from sklearn.covariance import ledoit_wolf
-
-    out = np.full((len(scan),) * 2, np.nan)
-    alive = np.isfinite(scan).all(1) & (np.ptp(scan, 1) > 0) if scan.shape[1] > 2 else []
-    if np.any(alive):
-        precision = np.linalg.inv(ledoit_wolf(StandardScaler().fit_transform(scan[alive].T))[0])
-        scale = np.sqrt(np.diag(precision))
-        out[np.ix_(alive, alive)] = _fisher_z(-precision / np.outer(scale, scale))
-    return out
-
-
-def _fisher_z(r):
-    return np.arctanh(np.clip(r, -1 + 1e-7, 1 - 1e-7))
-
-
-CONNECTIVITY = {"correlation": _correlation, "partial": _partial}
+    },
+}
 
 
 # ---------------------------------------------------------------- probe
@@ -120,17 +76,25 @@ def probe(
     *,
     groups: str | None = None,
     stratify: str | None = None,
+    confounds=(),
+    harmonise: str | None = None,
+    preserve=(),
     task: str | None = None,
+    classes=None,
     positive=None,
+    estimator=None,
+    protocol: str | None = None,
     folds: int = 5,
     repeats: int = 1,
+    train_share: float = 1.0,
+    permutations: int = 0,
     seed: int = 0,
 ) -> xr.Dataset:
     """Predict a label of the subjects from features, honestly.
 
-    Ridge regression for numbers, logistic regression for labels. The scaler and the penalty are
-    fitted inside each fold (the penalty by an inner cross-validation of the same kind), and one
-    participant is never on both sides of a split.
+    Ridge regression for numbers, logistic regression for labels. Whatever is fitted (filling,
+    ComBat, confounds, scaler, penalty) is fitted in the training part of each fold, the penalty
+    by an inner cross-validation, and one participant is never on both sides of a split.
 
     Parameters
     ----------
@@ -140,36 +104,98 @@ def probe(
     groups : None, or the name of a coordinate whose values are held out whole ("site" is
         leave-site-out; sites of fewer than 5 subjects are held out together)
     stratify : name of a coordinate to balance over the folds, beside the target
-    task : "number" or "label"; None decides by the target (floats and integers with more than
-        ten values are numbers)
-    positive : which of two labels precision and recall are about; default the last in order
+    confounds : coordinates whose linear effect is taken out of the features
+    harmonise : coordinate ("site") whose shift and scale ComBat takes out of the features; a site
+        that the training part lacks is left as it is
+    preserve : coordinates whose effect ComBat keeps (never the target)
+    task : "number", "label" or "ordinal"; None decides between the first two by the target
+        (floats, and integers with more than ten values, are numbers)
+    classes : labels to use, in order; subjects with others are left out and counted
+    positive : which of two labels precision and recall are about; default the last
+    estimator : any scikit-learn estimator instead of ridge or logistic regression; it gets the
+        scaled features
+    protocol : None for `folds` x `repeats`; "paper" for BrainHarmonix' 6:2:2 split stratified by
+        site with three seeds; "brainmarks" for 100 stratified resplits and its logistic grid
     folds, repeats, seed : number of folds, of repeated splits, and the seed of the first
+    train_share : share of the training participants to use, for learning curves
+    permutations : how often to repeat all with labels exchanged between participants of one site
+        (families, where there is a coordinate `family`, exchanged whole)
 
     Returns
     -------
     Scores Dataset: `score (model, metric, fold)`, `prediction (model, subject)` (mean over the
     folds that tested the subject), `output (model, fold, subject, class)` and
-    `decision (model, fold, subject)`, `truth (subject)`. attrs: target, task, n, excluded (JSON:
-    reason -> subject ids), notes (JSON list of fallbacks that were taken).
+    `decision (model, fold, subject)`, `truth (subject)`, and `null (model, permutation)` of the
+    first metric. attrs: target, task, n, excluded (JSON: reason -> subject ids), notes (JSON list
+    of fallbacks that were taken), and every option.
+
+    Notes
+    -----
+    Labels are decided by Bayes' rule for balanced accuracy: the largest probability over training
+    frequency. The protocols decide by the largest probability, as their authors do.
     """
     many = list(features) if isinstance(features, (list, tuple)) else [features]
-    rows = _common_rows(many, target, [c for c in (groups, stratify) if c])
-    truth, classes = _truth(rows.labels[target].values, target, task)
-    splits = _splits(rows, truth, classes, groups, stratify, folds, repeats, seed)
-    scores = [_probe_one(f, rows, truth, classes, splits, positive, seed) for f in many]
+    needed = [n for n in (groups, stratify, harmonise, *confounds, *preserve) if n]
+    if protocol == "paper" and "site" in many[0].coords:
+        needed.append("site")
+    _check_options(protocol, preserve, confounds, target, train_share)
+    rows = _common_rows(many, target, needed, classes)
+    truth, names = _truth(rows.labels[target].values, target, task, classes)
+    task = task or ("number" if names is None else "label")
+    splits = _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol)
+    splits.thin(train_share, seed)
+    plan = _Plan(task, names, _positive(names, positive), estimator, protocol, seed)
+    aside = _Aside.of(rows.labels, confounds, harmonise, preserve)
+    if harmonise and groups == harmonise:
+        splits.notes.append(f"ComBat has not seen the {harmonise} it tests: features left as are")
+    scores = [_probe_one(f, rows, truth, splits, plan, aside, permutations) for f in many]
     out = xr.concat(scores, "model", data_vars="minimal", coords="minimal", compat="override")
-    excluded = {reason: list(ids) for reason, ids in rows.excluded.items()}
     return out.assign_attrs(
         target=target,
-        task="number" if classes is None else "label",
+        task=task,
         n=len(truth),
+        n_rows=many[0].sizes["subject"],
         n_participants=len(np.unique(rows.units)),
         groups=groups or "participant",
         stratify=stratify or "",
+        confounds=json.dumps(list(confounds)),
+        harmonise=harmonise or "",
+        preserve=json.dumps(list(preserve)),
+        estimator=repr(estimator) if estimator is not None else plan.default_name,
+        protocol=protocol or "",
+        train_share=train_share,
         seed=seed,
-        excluded=json.dumps(excluded),
+        test_share=splits.test_share,
+        excluded=json.dumps(rows.excluded),
         notes=json.dumps(splits.notes),
+        features=json.dumps({name_of(f): _provenance(f) for f in many}),
+        versions=json.dumps({"bhx": __version__, "scikit-learn": sklearn.__version__}),
     )
+
+
+def _provenance(features):
+    keep = ("model", "weights_sha256", "config", "scaling", "atlas", "versions", "source")
+    return {k: str(features.attrs[k]) for k in keep if k in features.attrs}
+
+
+def _check_options(protocol, preserve, confounds, target, train_share):
+    if protocol not in (None, "paper", "brainmarks"):
+        raise InputError(
+            f"Expected protocol as 'paper' or 'brainmarks', found '{protocol}'",
+            "Choose one or None",
+        )
+    if target in preserve or target in confounds:
+        raise InputError(
+            f"Expected '{target}' as the target only, found it among confounds or preserve",
+            "A target that helps to prepare the features leaks into the test fold",
+        )
+    if not 0 < train_share <= 1:
+        raise InputError(
+            f"Expected train_share above 0 and at most 1, found {train_share}", "Use 1"
+        )
+
+
+# -- who enters
 
 
 @dataclass
@@ -180,15 +206,7 @@ class _Rows:
     excluded: dict  # reason -> ids
 
 
-@dataclass
-class _Splits:
-    train_test: list  # (train, test) row indices, one a fold
-    names: list
-    groups: np.ndarray  # for the inner splits
-    notes: list
-
-
-def _common_rows(many, target, names):
+def _common_rows(many, target, names, classes):
     """The subjects who have every label and every feature, and why the others do not enter."""
     first = check(many[0], "features")
     for name in (target, *names):
@@ -199,109 +217,194 @@ def _common_rows(many, target, names):
                 f"Assign it: features.assign_coords({name}=('subject', values))",
             )
     ids, excluded = first.subject.values, {}
+
+    def leave_out(reason, out):
+        nonlocal ids
+        if out.any():
+            excluded[reason] = [str(i) for i in ids[out]]
+        ids = ids[~out]
+
     for features in many:
-        have = check(features, "features").subject.values
-        _leave_out(excluded, f"not in {name_of(features)}", ids[~np.isin(ids, have)])
-        ids = ids[np.isin(ids, have)]
+        leave_out(
+            f"not in {name_of(features)}", ~np.isin(ids, check(features, "features").subject.values)
+        )
     for features in many:
-        empty = ~np.isfinite(features.features.sel(subject=ids).values).any(1)
-        _leave_out(excluded, f"no {name_of(features)}", ids[empty])
-        ids = ids[~empty]
-    for name in (target, *names):
-        missing = _is_missing(first[name].sel(subject=ids).values)
-        _leave_out(excluded, f"no {name}", ids[missing])
-        ids = ids[~missing]
+        if features.sizes["feature"]:
+            values = features.features.sel(subject=ids).values
+            leave_out(f"no {name_of(features)}", ~np.isfinite(values).any(1))
+    for name in dict.fromkeys((target, *names)):
+        leave_out(f"no {name}", _is_missing(first[name].sel(subject=ids).values))
+    if classes is not None:
+        known = np.isin(
+            first[target].sel(subject=ids).values.astype(str), [str(c) for c in classes]
+        )
+        leave_out(f"another {target}", ~known)
     if len(ids) == 0:
         raise InputError(
             f"Expected subjects with '{target}' and features, found none",
             "Left out: " + "; ".join(f"{len(v)} {k}" for k, v in excluded.items()),
         )
     labels = first.coords.to_dataset().sel(subject=ids)
-    units = labels.participant.values if "participant" in labels else ids
+    units = labels.participant.values if "participant" in labels.coords else ids
     return _Rows(ids, labels, units.astype(str), excluded)
-
-
-def _leave_out(excluded, reason, ids):
-    if len(ids):
-        excluded[reason] = [str(i) for i in ids]
 
 
 def _is_missing(values):
     if np.issubdtype(values.dtype, np.number):
         return ~np.isfinite(values.astype(float))
-    return np.array(
-        [v is None or str(v).strip().lower() in ("", "nan", "none", "n/a") for v in values]
-    )
+    empty = ("", "nan", "none", "n/a")
+    return np.array([v is None or str(v).strip().lower() in empty for v in values])
 
 
-def _truth(values, target, task):
-    """The target as floats (classes None) or as codes of sorted classes."""
+def _truth(values, target, task, classes):
+    """The target as floats (names None), or as codes of sorted names."""
     numeric = np.issubdtype(values.dtype, np.number) and values.dtype != bool
     if task is None:
         few = np.issubdtype(values.dtype, np.integer) and len(np.unique(values)) <= 10
-        task = "number" if numeric and not few else "label"
-    if task not in ("number", "label"):
-        raise InputError(f"Expected task as 'number' or 'label', found '{task}'", "Choose one")
+        task = "number" if numeric and not few and classes is None else "label"
+    if task not in TASKS:
+        raise InputError(f"Expected task as one of {listed(TASKS)}, found '{task}'", "Choose one")
     if task == "number":
-        if not numeric:
-            raise InputError(
-                f"Expected numbers in '{target}', found {listed(np.unique(values.astype(str)))}",
-                "Convert them, or pass task='label'",
-            )
-        if len(np.unique(values)) < 2:
-            raise InputError(
-                f"Expected '{target}' to vary, found {values[0]} only", "Choose another target"
-            )
+        _check_numbers(values, target, numeric)
         return values.astype(float), None
-    classes, codes = np.unique(values.astype(str), return_inverse=True)
-    folded = pd.Series(classes).str.strip().str.casefold()
-    if folded.duplicated().any():
-        alike = classes[folded.duplicated(keep=False)]
+    found, codes = np.unique(values if numeric else values.astype(str), return_inverse=True)
+    found = found.astype(str)
+    _check_names(found, target, task, numeric, classes)
+    if classes is None:
+        return codes, found
+    names = np.array([str(c) for c in classes])
+    return np.array([list(names).index(n) for n in found])[codes], names
+
+
+def _check_numbers(values, target, numeric):
+    if not numeric:
         raise InputError(
-            f"Expected distinct labels in '{target}', found {listed(repr(str(a)) for a in alike)} "
-            "that differ only by case or spaces",
+            f"Expected numbers in '{target}', found {listed(np.unique(values.astype(str)))}",
+            "Convert them, or pass task='label'",
+        )
+    if len(np.unique(values)) < 2:
+        raise InputError(
+            f"Expected '{target}' to vary, found {values[0]} only", "Choose another target"
+        )
+
+
+def _check_names(found, target, task, numeric, classes):
+    folded = pd.Series(found).str.strip().str.casefold()
+    if folded.duplicated().any():
+        alike = [repr(str(a)) for a in found[folded.duplicated(keep=False)]]
+        raise InputError(
+            f"Expected distinct labels in '{target}', found {listed(alike)} that differ only by "
+            "case or spaces",
             "Spell them alike first",
         )
-    if len(classes) < 2:
+    if classes is not None and len(found) < len(classes):
         raise InputError(
-            f"Expected at least two labels in '{target}', found '{classes[0]}' only",
+            f"Expected subjects of every class {listed(classes)}, found {listed(found)}",
+            f"Compare with the values of '{target}'",
+        )
+    if len(found) < 2:
+        raise InputError(
+            f"Expected at least two labels in '{target}', found '{found[0]}' only",
             "Choose another target or other subjects",
         )
-    return codes, classes
+    if task == "ordinal" and classes is None and not numeric:
+        raise InputError(
+            f"Expected an order for the words of '{target}', found none",
+            f"Give it from low to high: classes={tuple(str(f) for f in found)}",
+        )
 
 
-def _splits(rows, truth, classes, groups, stratify, folds, repeats, seed):
+def _positive(names, positive):
+    if names is None or positive is None:
+        return -1 if names is None else len(names) - 1
+    if str(positive) not in names:
+        raise InputError(
+            f"Expected positive as one of {listed(names)}, found '{positive}'", "Choose one"
+        )
+    return list(names).index(str(positive))
+
+
+# -- who trains and who is tested
+
+
+@dataclass
+class _Splits:
+    train_test: list  # (train, test) row indices, one a fold
+    names: list
+    units: np.ndarray  # what is never split, a row
+    notes: list
+    hold: list | None = None  # the paper's validation rows of each fold
+
+    @property
+    def test_share(self):
+        """Test rows over training rows, as `metrics.corrected_t` wants it."""
+        return float(np.mean([len(b) / len(a) for a, b in self.train_test]))
+
+    def thin(self, share, seed):
+        """Keep a share of each fold's training units."""
+        if share == 1:
+            return
+        rng = np.random.default_rng(seed)
+        for i, (train, test) in enumerate(self.train_test):
+            units = np.unique(self.units[train])
+            kept = rng.permutation(units)[: max(2, round(share * len(units)))]
+            self.train_test[i] = (train[np.isin(self.units[train], kept)], test)
+
+
+def _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol):
     """Outer folds: participants never split, groups held out whole, strata balanced."""
     notes, units = [], rows.units
+    if protocol:
+        return _resplits(rows, truth, names, seed, protocol)
     if groups:
         units, merged = _held_out_groups(rows, groups)
         folds = min(folds, len(np.unique(units)))
-        notes += merged
-        notes += [f"{folds} folds that hold out whole values of {groups}"]
+        notes += [*merged, f"{folds} folds that hold out whole values of {groups}"]
         if folds < 2:
             raise InputError(
                 f"Expected at least two values of '{groups}' to hold out, found {folds}",
                 "Leave groups=None for folds over participants",
             )
-    if folds < 2 or folds > len(np.unique(units)):
+    n_units = len(np.unique(units))
+    if not 2 <= folds <= n_units:
         raise InputError(
-            f"Expected from 2 to {len(np.unique(units))} folds (participants), found {folds}",
+            f"Expected from 2 to {n_units} folds (participants), found {folds}",
             "Choose a number in that range",
         )
-    strata = _strata(rows, truth, classes, stratify, folds, notes)
-    train_test, names = [], []
+    strata = _strata(rows, truth, names, stratify, folds, notes)
+    splits = _Splits([], [], units, notes)
     for repeat in range(repeats):
-        if groups:
-            splitter = GroupKFold(folds, shuffle=True, random_state=seed + repeat)
-        else:
-            splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed + repeat)
+        kind = GroupKFold if groups else StratifiedGroupKFold
+        splitter = kind(folds, shuffle=True, random_state=seed + repeat)
         for train, test in splitter.split(units, strata, units):
-            held = np.unique(units[test]) if groups and folds == len(np.unique(units)) else None
-            name = str(held[0]) if held is not None else str(len(names))
-            names.append(name if repeats == 1 or held is None else f"{name}/{repeat}")
-            train_test.append((train, test))
-            _check_classes(truth, classes, train, test, name, notes)
-    return _Splits(train_test, names, units, notes)
+            one = groups and folds == n_units
+            name = str(units[test][0]) if one else str(len(splits.names))
+            splits.names.append(f"{name}/{repeat}" if one and repeats > 1 else name)
+            splits.train_test.append((train, test))
+            _check_classes(truth, names, train, test, name, notes)
+    return splits
+
+
+def _resplits(rows, truth, names, seed, protocol):
+    """One fifth tested, one fifth held for choosing; three seeds (paper) or a hundred."""
+    notes = []
+    if protocol == "brainmarks" and names is None:
+        raise InputError(
+            "Expected labels for protocol 'brainmarks', found numbers", "Bin them, or use 'paper'"
+        )
+    site = "site" if protocol == "paper" and "site" in rows.labels.coords else None
+    strata = _strata(rows, truth, names, site, 5, notes)
+    splits = _Splits([], [], rows.units, notes, [] if protocol == "paper" else None)
+    for repeat in range(RESPLITS[protocol]):
+        splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed + repeat)
+        (train, test), (_, hold), *_ = splitter.split(rows.units, strata, rows.units)
+        splits.train_test.append((train, test))
+        splits.names.append(str(repeat))
+        if splits.hold is not None:
+            splits.hold.append(hold)
+        fit = train if splits.hold is None else np.setdiff1d(train, hold)
+        _check_classes(truth, names, fit, test, str(repeat), notes)
+    return splits
 
 
 def _held_out_groups(rows, groups):
@@ -311,98 +414,320 @@ def _held_out_groups(rows, groups):
     few = names[counts < FEWEST]
     notes = []
     if len(few):
-        notes.append(
-            f"{groups} {listed(few, 20)} with fewer than {FEWEST} subjects held out together"
-        )
+        notes.append(f"{groups} {listed(few, 20)}: fewer than {FEWEST} subjects, held out together")
         values = np.where(np.isin(values, few), "+".join(few), values)
     _, site = np.unique(values, return_inverse=True)
     _, unit = np.unique(rows.units, return_inverse=True)
-    edges = coo_array((np.ones(len(site)), (site, unit + site.max() + 1)))
     n = site.max() + unit.max() + 2
-    edges.resize((n, n))
-    _, component = connected_components(edges, directed=False)
-    joined = np.array(["+".join(np.unique(values[component[site] == c])) for c in component[site]])
+    edges = coo_array((np.ones(len(site)), (site, unit + site.max() + 1)), (n, n))
+    component = connected_components(edges, directed=False)[1][site]
+    joined = np.array(["+".join(np.unique(values[component == c])) for c in component])
     if len(np.unique(joined)) < len(np.unique(values)):
         notes.append(f"values of {groups} that share participants held out together")
     return joined, notes
 
 
-def _strata(rows, truth, classes, stratify, folds, notes):
+def _strata(rows, truth, names, stratify, folds, notes):
     """Codes to balance over the folds: label or fifth of the target, times `stratify`."""
-    if classes is None:
+    if names is None:
         cells = pd.Series(pd.qcut(truth, 5, labels=False, duplicates="drop")).astype(str)
     else:
-        cells = pd.Series(classes[truth])
+        cells = pd.Series(names[truth])
     if stratify:
         cells = cells + "|" + pd.Series(rows.labels[stratify].values).astype(str)
     small = cells.map(cells.value_counts()) < folds
     if small.any() and not small.all():
-        notes.append(
-            f"{cells[small].nunique()} strata with fewer than {folds} subjects taken together"
-        )
-    cells[small] = "few"
-    if (cells == "few").sum() < folds:
-        cells[small] = cells.mode()[0]
+        notes.append(f"{cells[small].nunique()} strata of fewer than {folds} subjects joined")
+    common = cells.mode()[0]
+    cells[small] = "few" if small.sum() >= folds else common
     return cells.values
 
 
-def _check_classes(truth, classes, train, test, name, notes):
-    if classes is None:
+def _check_classes(truth, names, train, test, fold, notes):
+    if names is None:
         return
-    absent = np.setdiff1d(np.arange(len(classes)), truth[train])
+    absent = np.setdiff1d(np.arange(len(names)), truth[train])
     if len(absent):
         raise InputError(
-            f"Expected every label in the training part of fold {name}, found no "
-            f"'{listed(classes[absent])}'",
+            f"Expected every label in the training part of fold {fold}, found no "
+            f"'{listed(names[absent])}'",
             "Take fewer folds, groups=None, or leave that label out",
         )
     if len(np.unique(truth[test])) < 2:
-        notes.append(f"fold {name} tests '{classes[truth[test][0]]}' only: its AUROC is undefined")
+        notes.append(f"fold {fold} tests '{names[truth[test][0]]}' only: its AUROC is undefined")
 
 
-# ---------------------------------------------------------------- one model
+# -- one model
 
 
-def _probe_one(features, rows, truth, classes, splits, positive, seed):
+@dataclass
+class _Aside:
+    """Columns that travel behind the features: what ComBat keeps, site, confounds."""
+
+    columns: np.ndarray
+    covariates: int = 0
+    combat: bool = False
+    confounds: int = 0
+
+    @classmethod
+    def of(cls, labels, confounds, harmonise, preserve):
+        kept, regressed = encoded(labels, preserve), encoded(labels, confounds)
+        site = np.zeros((len(kept), 0))
+        if harmonise:
+            site = np.unique(labels[harmonise].values, return_inverse=True)[1][:, None]
+        columns = np.hstack([kept, site, regressed] if harmonise else [site, regressed])
+        return cls(columns, kept.shape[1], bool(harmonise), regressed.shape[1])
+
+
+@dataclass
+class _Plan:
+    """What is fitted on prepared features, and how it decides."""
+
+    task: str
+    names: np.ndarray | None
+    positive: int
+    estimator: object
+    protocol: str | None
+    seed: int
+
+    @property
+    def default_name(self):
+        return {
+            "number": "ridge regression",
+            "label": "logistic regression",
+            "ordinal": "cumulative logistic regression",
+        }[self.task] + ", nested penalty"
+
+    def model(self, width):
+        """(estimator, whether its penalty is to be chosen)."""
+        if width == 0:
+            dummy = DummyRegressor() if self.task == "number" else DummyClassifier(strategy="prior")
+            return dummy, False
+        if self.estimator is not None:
+            return clone(self.estimator), False
+        if self.protocol == "brainmarks":
+            cv = StratifiedShuffleSplit(5, test_size=0.25, random_state=self.seed)
+            grid = LogisticRegressionCV(
+                Cs=10,
+                cv=cv,
+                scoring="balanced_accuracy",
+                max_iter=1000,
+                use_legacy_attributes=False,
+            )
+            return grid, False
+        return {"number": Ridge, "label": LogisticRegression, "ordinal": OrdinalLogistic}[
+            self.task
+        ](), True
+
+    def measure(self, truth, output, decision, weights=None):
+        if self.task == "number":
+            return metrics.measure_numbers(truth, output[:, 0], weights)
+        ordinal = self.task == "ordinal"
+        return metrics.measure_labels(truth, output, decision, weights, self.positive, ordinal)
+
+
+@dataclass
+class _Fold:
+    """Rows of one fold and their prepared features; `inner` the same for choosing a penalty."""
+
+    train: np.ndarray
+    test: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    inner: list = field(default_factory=list)
+
+
+def _probe_one(features, rows, truth, splits, plan, aside, permutations):
     x = features.features.sel(subject=rows.keep).values.astype(float)
-    if not (np.nanstd(x, 0) > 0).any():
+    if x.shape[1] and not (np.nanstd(x, 0) > 0).any():
         raise InputError(
-            f"Expected features that vary over subjects, found only constants in {name_of(features)}",
+            f"Expected features that vary over subjects, found constants in {name_of(features)}",
             "Were they pooled over subjects by mistake",
         )
-    width = 1 if classes is None else len(classes)
-    output = np.full((len(splits.train_test), len(x), width), np.nan, np.float32)
-    decision = np.full(output.shape[:2], -1, int)
-    for fold, (train, test) in enumerate(splits.train_test):
-        output[fold, test], decision[fold, test] = _fit_fold(
-            x, truth, classes, train, test, splits.groups, seed
-        )
-    return _tidy(features, rows, truth, classes, splits, output, decision, positive)
+    steps = preparation(blocks_of(features), aside, turn=plan.estimator is None)
+    folds = _prepared(np.hstack([x, aside.columns]), x.shape[1], truth, splits, steps, plan)
+    folds = list(folds) if permutations else folds
+    output, decision = _predict(folds, truth, splits, plan)
+    out = _tidy(name_of(features), rows, truth, splits, output, decision, plan)
+    if permutations:
+        null = _null(folds, rows, truth, splits, plan, permutations)
+        out["null"] = (("model", "permutation"), null[None])
+    return out
 
 
-def _fit_fold(x, truth, classes, train, test, groups, seed):
-    """Prepare, choose the penalty on inner folds, fit, predict: test rows are only transformed."""
-    estimator = _estimator(classes)
-    losses = np.zeros(len(PENALTIES))
-    for fit, hold in _inner_splits(truth[train], classes, groups[train], seed):
-        a, b = _prepare(x[train[fit]], x[train[hold]])
-        for i, penalty in enumerate(PENALTIES):
-            model = _fit(clone(estimator), penalty, a, truth[train[fit]])
-            losses[i] += _loss(model, b, truth[train[hold]], classes)
-    a, b = _prepare(x[train], x[test])
-    model = _fit(estimator, PENALTIES[losses.argmin()], a, truth[train])
-    if classes is None:
-        return model.predict(b)[:, None], -1
-    output = model.predict_proba(b)
-    prior = np.bincount(truth[train], minlength=len(classes)) / len(train)
+def preparation(blocks, aside=None, turn: bool = True) -> Pipeline:
+    """The steps between features and estimator, unfitted; none of them looks at the target.
+
+    Parameters
+    ----------
+    blocks : (width, "" or "tangent") of each part of the features
+    aside : the confounds behind the features, or None
+    turn : whether to end on the training rows' own axes (`Rotation`)
+    """
+    parts, start = [], 0
+    for i, (width, kind) in enumerate(blocks):
+        fill = SimpleImputer(keep_empty_features=True)
+        part = make_pipeline(fill, Tangent()) if kind == "tangent" else fill
+        parts.append((f"part{i}", part, slice(start, start + width)))
+        start += width
+    steps = [("fill", ColumnTransformer(parts, remainder="passthrough"))]
+    if aside is not None and aside.combat:
+        last = start + aside.covariates + 1
+        combat = ("combat", ComBat(aside.covariates), slice(0, last))
+        steps.append(("combat", ColumnTransformer([combat], remainder="passthrough")))
+    if aside is not None and aside.confounds:
+        steps.append(("confounds", ConfoundRegression(aside.confounds)))
+    steps.append(("scale", StandardScaler()))
+    if turn:
+        steps.append(("turn", Rotation(tuple(width for width, _ in blocks))))
+    return Pipeline(steps)
+
+
+def _prepared(x, width, truth, splits, steps, plan):
+    """Each fold's features, prepared on its training rows; one fold at a time."""
+    nested = plan.model(width)[1]
+
+    def prepare(train, test):
+        if width == 0:
+            return x[train, :0], x[test, :0]
+        fitted = clone(steps)
+        return fitted.fit_transform(x[train]), fitted.transform(x[test])
+
+    for i, (train, test) in enumerate(splits.train_test):
+        if splits.hold is not None:
+            fit = np.setdiff1d(train, splits.hold[i])
+            inner = [(fit, splits.hold[i])] if nested else []
+            train = fit
+        else:
+            inner = _inner_splits(train, truth, splits.units, plan) if nested else []
+        inner = [(fit, hold, *prepare(fit, hold)) for fit, hold in inner]
+        yield _Fold(train, test, *prepare(train, test), inner)
+
+
+def _inner_splits(train, truth, units, plan, folds=3):
+    """Folds of the training rows, held-out units never split; fewer where units are few."""
+    y, units = truth[train], units[train]
+    folds = min(folds, len(np.unique(units)))
+    if folds < 2:  # one unit left to train on: rows are all there is to split
+        units, folds = np.arange(len(y)), 3
+    kind = GroupKFold
+    if plan.names is not None and np.bincount(y).max() >= folds:
+        kind = StratifiedGroupKFold
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")
+        cuts = list(kind(folds, shuffle=True, random_state=plan.seed).split(y, y, units))
+    if plan.names is not None:
+        cuts = [(a, b) for a, b in cuts if len(np.unique(y[a])) == len(np.unique(y))]
+    return [(train[a], train[b]) for a, b in cuts]
+
+
+def _predict(folds, truth, splits, plan):
+    """Outputs (fold, subject, class) and decisions (fold, subject); untested is NaN and -1."""
+    width = 1 if plan.names is None else len(plan.names)
+    output = np.full((len(splits.train_test), len(truth), width), np.nan, np.float32)
+    decision = np.full(output.shape[:2], -1)
+    for i, fold in enumerate(folds):
+        output[i, fold.test], decision[i, fold.test] = _fit_fold(fold, truth, plan)
+    return output, decision
+
+
+def _fit_fold(fold, truth, plan):
+    """Choose the penalty on the inner folds, fit, predict."""
+    model, nested = plan.model(fold.a.shape[1])
+    if nested and fold.inner:
+        losses = [
+            sum(
+                _loss(_fitted(model, penalty, a, truth[fit]), b, truth[hold], plan)
+                for fit, hold, a, b in fold.inner
+            )
+            for penalty in PENALTIES
+        ]
+        model = _fitted(model, PENALTIES[int(np.argmin(losses))], fold.a, truth[fold.train])
+    else:
+        model = model.fit(fold.a, truth[fold.train])
+    if plan.names is None:
+        return np.reshape(model.predict(fold.b), (-1, 1)), -1
+    output = _probabilities(model, fold.b, plan)
+    if plan.protocol:
+        return output, output.argmax(1)
+    prior = np.bincount(truth[fold.train], minlength=len(plan.names)) / len(fold.train)
     return output, (output / prior).argmax(1)  # Bayes' rule for balanced accuracy
 
 
-def _prepare(train, test):
-    steps = make_pipeline(
-        SimpleImputer(keep_empty_features=True), VarianceThreshold(), StandardScaler(), Rotation()
-    )
-    return steps.fit_transform(train), steps.transform(test)
+def _fitted(model, penalty, x, y):
+    model = clone(model)
+    if isinstance(model, Ridge):
+        return model.set_params(alpha=penalty * len(x)).fit(x, y)
+    return model.set_params(C=1 / (penalty * len(x)), max_iter=2000).fit(x, y)
+
+
+def _loss(model, x, truth, plan):
+    if plan.names is None:
+        return ((model.predict(x) - truth) ** 2).sum()
+    likelihood = _probabilities(model, x, plan)[np.arange(len(x)), truth]
+    return -np.log(np.clip(likelihood, 1e-12, 1)).sum()
+
+
+def _probabilities(model, x, plan):
+    """Probabilities with a column for every class, also those absent from training."""
+    out = np.zeros((len(x), len(plan.names)))
+    out[:, model.classes_] = model.predict_proba(x)
+    return out
+
+
+def _null(folds, rows, truth, splits, plan, permutations):
+    """The first metric's mean over folds, with labels exchanged within site."""
+    rng = np.random.default_rng(plan.seed)
+    site = rows.labels["site"].values if "site" in rows.labels.coords else np.zeros(len(truth))
+    family = rows.labels["family"].values if "family" in rows.labels.coords else None
+    out = np.empty(permutations)
+    for i in range(permutations):
+        moved = truth[metrics.permuted_rows(rows.units, site, rng, family)]
+        output, decision = _predict(folds, moved, splits, plan)
+        table = _scores(moved, splits, output, decision, plan)
+        out[i] = np.nanmean(table[0])
+    return out
+
+
+def _scores(truth, splits, output, decision, plan, names=None):
+    """(metric, fold); `names` is filled with the metrics'."""
+    table = []
+    for i, (_, t) in enumerate(splits.train_test):
+        measured = plan.measure(truth[t], output[i, t], decision[i, t])
+        table.append([values[0] for values in measured.values()])
+    if names is not None:
+        names.extend(measured)
+    return np.array(table).T
+
+
+def _tidy(name, rows, truth, splits, output, decision, plan):
+    names = []
+    scores = _scores(truth, splits, output, decision, plan, names)
+    known = np.isfinite(output).any((0, 2))
+    mean = np.full(output.shape[1:], np.nan)
+    mean[known] = np.nanmean(output[:, known], 0)
+    if plan.names is None:
+        prediction, classes = mean[:, 0], ["value"]
+    else:
+        votes = np.stack([(decision == k).sum(0) for k in range(len(plan.names))], 1)
+        prediction, classes = plan.names[votes.argmax(1)], list(plan.names)
+        prediction = np.where(known, prediction, "")
+    out = xr.Dataset(
+        {
+            "score": (("model", "metric", "fold"), scores[None]),
+            "prediction": (("model", "subject"), prediction[None]),
+            "output": (("model", "fold", "subject", "class"), output[None]),
+            "decision": (("model", "fold", "subject"), decision[None]),
+            "truth": ("subject", truth if plan.names is None else plan.names[truth]),
+        },
+        {"model": [name], "metric": names, "fold": splits.names, "class": classes},
+    ).assign_coords(subject_coords(rows.labels))
+    if plan.names is not None:
+        out.attrs["positive"] = str(plan.names[plan.positive])
+    return out
+
+
+# -- fitted parts
 
 
 class Rotation(TransformerMixin, BaseEstimator):
@@ -410,140 +735,168 @@ class Rotation(TransformerMixin, BaseEstimator):
 
     Ridge and L2 logistic regression give the same predictions before and after; with more
     features than rows it makes them fast, and one grid of penalties fits any number of features.
+    Blocks of the given widths get the same weight.
     """
 
+    def __init__(self, blocks: tuple[int, ...] = ()):
+        self.blocks = blocks
+
     def fit(self, x, y=None):
+        """Find the axes of rows (row, feature); `y` is not looked at."""
         self.mean_ = x.mean(0)
-        _, size, axes = np.linalg.svd(x - self.mean_, full_matrices=False)
-        keep = size > 1e-9 * size[0]
-        self.axes_ = axes[keep] / np.sqrt((size**2).sum() / len(x))
+        widths = [w for w in self.blocks if w] or [x.shape[1]]
+        power = ((x - self.mean_) ** 2).mean(0)
+        size = [part.sum() for part in np.split(power, np.cumsum(widths)[:-1])]
+        self.weight_ = np.repeat([1 / np.sqrt(len(size) * s) if s > 0 else 0 for s in size], widths)
+        _, length, axes = np.linalg.svd((x - self.mean_) * self.weight_, full_matrices=False)
+        self.axes_ = axes[length > 1e-9 * length[0]].T
         return self
 
     def transform(self, x):
-        return (x - self.mean_) @ self.axes_.T
+        """(row, feature) -> (row, axis)."""
+        return ((x - self.mean_) * self.weight_) @ self.axes_
 
 
-def _estimator(classes):
-    return Ridge() if classes is None else LogisticRegression(max_iter=2000)
+class OrdinalLogistic(ClassifierMixin, BaseEstimator):
+    """Ordered labels as one logistic regression for each "higher than", all with one penalty.
+
+    Source: Frank and Hall, ECML 2001.
+    """
+
+    def __init__(self, C: float = 1.0, max_iter: int = 2000):
+        self.C, self.max_iter = C, max_iter
+
+    def fit(self, x, y):
+        """Fit on rows (row, feature) and codes in order."""
+        self.classes_ = np.unique(y)
+        self.above_ = [
+            LogisticRegression(C=self.C, max_iter=self.max_iter).fit(x, y > code)
+            for code in self.classes_[:-1]
+        ]
+        return self
+
+    def predict_proba(self, x):
+        """(row, class)."""
+        above = np.stack([model.predict_proba(x)[:, 1] for model in self.above_], 1)
+        edges = np.hstack([np.ones((len(x), 1)), above, np.zeros((len(x), 1))])
+        steps = (edges[:, :-1] - edges[:, 1:]).clip(1e-6)
+        return steps / steps.sum(1, keepdims=True)
+
+    def predict(self, x):
+        """The most probable class."""
+        return self.classes_[self.predict_proba(x).argmax(1)]
 
 
-def _fit(estimator, penalty, x, y):
-    if isinstance(estimator, Ridge):
-        return estimator.set_params(alpha=penalty * len(x)).fit(x, y)
-    return estimator.set_params(C=1 / (penalty * len(x))).fit(x, y)
+# ---------------------------------------------------------------- reading scores
 
 
-def _loss(model, x, truth, classes):
-    if classes is None:
-        return ((model.predict(x) - truth) ** 2).sum()
-    probability = np.zeros((len(x), len(classes)))
-    probability[:, model.classes_] = model.predict_proba(x)
-    return -np.log(np.clip(probability[np.arange(len(x)), truth], 1e-12, 1)).sum()
-
-
-def _inner_splits(truth, classes, groups, seed, folds=3):
-    """Folds of the training rows, held-out groups never split; fewer where groups are few."""
-    folds = min(folds, len(np.unique(groups)))
-    if folds < 2:  # one group left to train on: rows are all there is to split
-        groups, folds = np.arange(len(truth)), 3
-    if classes is None:
-        return list(GroupKFold(folds, shuffle=True, random_state=seed).split(truth, truth, groups))
-    splits = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    if np.bincount(truth).max() < folds:
-        splits = GroupKFold(folds, shuffle=True, random_state=seed)
-    return [s for s in splits.split(truth, truth, groups) if len(np.unique(truth[s[0]])) > 1]
-
-
-def _tidy(features, rows, truth, classes, splits, output, decision, positive):
-    task = "number" if classes is None else "label"
-    code = -1 if classes is None else _positive_code(classes, positive)
-    tested = [test for _, test in splits.train_test]
-    table = [
-        _measure(truth[t], output[f, t], decision[f, t], code, task) for f, t in enumerate(tested)
-    ]
-    names = list(table[0])
-    scores = np.array([[row[m][0] for row in table] for m in names])
-    mean = np.nanmean(np.where(np.isnan(output).all(0), 0, output), 0)
-    coords = {
-        "model": [name_of(features)],
-        "metric": names,
-        "fold": splits.names,
-        "class": ["value"] if classes is None else list(classes),
-    }
-    out = xr.Dataset(
-        {
-            "score": (("model", "metric", "fold"), scores[None]),
-            "prediction": (("model", "subject"), _label(mean, classes)[None]),
-            "output": (("model", "fold", "subject", "class"), output[None]),
-            "decision": (("model", "fold", "subject"), decision[None]),
-            "truth": ("subject", truth if classes is None else classes[truth]),
-        },
-        coords,
-    ).assign_coords(rows.labels.coords)
-    if classes is not None:
-        out.attrs["positive"] = str(classes[code])
-    return out
-
-
-def _label(mean, classes):
-    return mean[:, 0] if classes is None else classes[mean.argmax(1)]
-
-
-def _positive_code(classes, positive):
-    if positive is None:
-        return len(classes) - 1
-    if str(positive) not in classes:
-        raise InputError(
-            f"Expected positive as one of {listed(classes)}, found '{positive}'", "Choose one"
-        )
-    return int(np.flatnonzero(classes == str(positive))[0])
-
-
-def _measure(truth, output, decision, positive, task, weights=None):
-    if task == "number":
-        return metrics.measure_numbers(truth, output[:, 0], weights)
-    return metrics.measure_labels(truth, output, decision, weights, positive, task == "ordinal")
-
-
-# ---------------------------------------------------------------- compare
-
-
-def compare(*scores: xr.Dataset, level: float = 0.95, draws: int = 1000, seed: int = 0):
-    """One readable table of every model on one target, with intervals.
+def compare(
+    *scores: xr.Dataset,
+    control: str | None = None,
+    reference: str | None = None,
+    adjust: str = "holm",
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One readable table of every model, with intervals and the difference to a control.
 
     Parameters
     ----------
-    scores : what `probe` returned, one or several, of the same target
+    scores : what `probe` returned, one or several, of one target or several
+    control : the model the others are tested against; by default the last of each target
+    reference : name of a cohort in `REFERENCE`; adds what others report for it
+    adjust : "holm" or "fdr", over all models and targets of the table, metric by metric
+    level, draws, seed : of the bootstrap
 
     Returns
     -------
-    pandas DataFrame, a row a model and metric: `score` (mean over folds), `low` and `high` (its
-    bias-corrected interval under a bootstrap of participants), `n` subjects.
+    pandas DataFrame, a row a (target,) model and metric: `score` (mean over folds), `low` and
+    `high` (its bias-corrected interval under a bootstrap of participants), `n` subjects,
+    `difference` to the control and `p` (corrected resampled t-test over shared folds, adjusted;
+    NaN where the folds are not the same), `p_null` where `probe` was given permutations.
     """
-    targets = {s.attrs["target"] for s in scores}
-    if len(targets) != 1:
-        raise InputError(
-            f"Expected scores of one target, found {listed(targets)}", "Compare them apart"
+    if not scores:
+        raise InputError("Expected scores to compare, found none", "Call bhx.probe first")
+    targets = list(dict.fromkeys(s.attrs["target"] for s in scores))
+    parts = []
+    for target in targets:
+        parts.append(
+            _table([s for s in scores if s.attrs["target"] == target], control, level, draws, seed)
         )
-    rows = [row for s in scores for row in _table(s, level, draws, seed)]
-    table = pd.DataFrame(rows).set_index(["model", "metric"])
-    table.columns.name = targets.pop()
+    table = pd.concat(parts, ignore_index=True)
+    for metric in table.metric.unique():
+        at = table.metric == metric
+        table.loc[at, "p"] = metrics.adjust_p(table.loc[at, "p"].values, adjust)
+    if reference is not None:
+        table = _with_reference(table, reference)
+    if table.p_null.isna().all():
+        table = table.drop(columns="p_null")
+    index = ["target", "model", "metric"] if len(targets) > 1 else ["model", "metric"]
+    table = table.set_index(index).drop(columns="target", errors="ignore")
+    table.columns.name = targets[0] if len(targets) == 1 else None
     return table.round(3)
 
 
-def _table(scores, level, draws, seed):
-    estimate = scores.score.mean("fold").values
-    low, high = metrics.interval(estimate, resample(scores, draws, seed).values, level)
-    for i, model in enumerate(scores.model.values):
-        for j, metric in enumerate(scores.metric.values):
-            yield {
-                "model": model,
-                "metric": metric,
-                "score": estimate[i, j],
-                "low": low[i, j],
-                "high": high[i, j],
-                "n": scores.attrs["n"],
-            }
+def _table(scores, control, level, draws, seed):
+    """Rows of one target."""
+    last = (scores[-1], str(scores[-1].model.values[-1]))
+    found = [(s, str(m)) for s in scores for m in s.model.values]
+    if control is not None:
+        last = next((pair for pair in found if pair[1] == control), None)
+        if last is None:
+            names = listed([model for _, model in found], 20)
+            raise InputError(f"Expected control as one of {names}, found '{control}'", "Choose one")
+    rows = []
+    for s in scores:
+        low, high = metrics.interval(
+            s.score.mean("fold").values, resample(s, draws, seed).values, level
+        )
+        for i, model in enumerate(s.model.values.astype(str)):
+            for j, metric in enumerate(s.metric.values.astype(str)):
+                one = s.score[i, j]
+                row = {"target": s.attrs["target"], "model": model, "metric": metric}
+                row |= {"score": float(one.mean()), "low": low[i, j], "high": high[i, j]}
+                row |= {"n": s.attrs["n"], **_against(s, one, *last, metric)}
+                row["p_null"] = np.nan
+                if "null" in s and j == 0:
+                    row["p_null"] = metrics.permutation_p(row["score"], s.null[i])
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _against(scores, one, other, control, metric):
+    """Difference to the control in this metric and its p, where both saw the same folds."""
+    if str(one.model.values) == control or metric not in other.metric.values:
+        return {"difference": np.nan, "p": np.nan}
+    base = other.score.sel(model=control, metric=metric)
+    out = {"difference": float(one.mean() - base.mean()), "p": np.nan}
+    if _same_folds(scores, other):
+        difference = one.values - base.values
+        out["p"] = metrics.corrected_t(difference, scores.attrs["test_share"])[1]
+    return out
+
+
+def _same_folds(a, b):
+    if a is b:
+        return True
+    if not np.array_equal(a.subject.values, b.subject.values) or a.sizes["fold"] != b.sizes["fold"]:
+        return False
+    tested = [np.isfinite(s.output.values[0, :, :, 0]) for s in (a, b)]
+    return np.array_equal(*tested)
+
+
+def _with_reference(table, cohort):
+    known = {name for protocol in REFERENCE.values() for name in protocol}
+    if cohort not in known:
+        raise InputError(
+            f"Expected reference as one of {listed(sorted(known), 20)}, found '{cohort}'",
+            "Choose one",
+        )
+    for protocol, cohorts in REFERENCE.items():
+        for model, numbers in cohorts.get(cohort, {}).items():
+            table[f"{protocol}: {model}"] = table.metric.map(numbers)
+    return table
 
 
 def resample(scores: xr.Dataset, draws: int = 1000, seed: int = 0) -> xr.DataArray:
@@ -552,28 +905,39 @@ def resample(scores: xr.Dataset, draws: int = 1000, seed: int = 0) -> xr.DataArr
     A participant drawn twice counts twice in every fold that tested them; predictions are kept,
     models are not fitted again.
     """
-    units = scores.participant.values if "participant" in scores.coords else scores.subject.values
-    weights = metrics.bootstrap_weights(units.astype(str), draws, seed)
-    task, classes = scores.attrs["task"], scores["class"].values.astype(str)
-    truth = scores.truth.values
-    if task != "number":
-        truth = np.searchsorted(classes, truth.astype(str))
-    positive = list(classes).index(scores.attrs["positive"]) if "positive" in scores.attrs else -1
+    weights = metrics.bootstrap_weights(participants_of(scores), draws, seed)
+    plan, truth = plan_of(scores), codes_of(scores)
     out = np.empty((scores.sizes["model"], scores.sizes["metric"], draws))
     for i in range(scores.sizes["model"]):
         output, decision = scores.output.values[i], scores.decision.values[i]
         folds = []
         for f in range(len(output)):
             t = np.flatnonzero(np.isfinite(output[f, :, 0]))
-            measured = _measure(
-                truth[t], output[f, t], decision[f, t], positive, task, weights[:, t]
-            )
+            measured = plan.measure(truth[t], output[f, t], decision[f, t], weights[:, t])
             folds.append([measured[m] for m in scores.metric.values])
-        out[i] = np.nanmean(np.array(folds), 0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Mean of empty slice")
+            out[i] = np.nanmean(np.array(folds), 0)
     dims = ("model", "metric", "draw")
     return xr.DataArray(out, {"model": scores.model, "metric": scores.metric}, dims)
 
 
-def name_of(features: xr.Dataset) -> str:
-    """What a features Dataset is called in tables of scores."""
-    return str(features.attrs.get("name", "features"))
+def participants_of(scores):
+    units = scores.participant if "participant" in scores.coords else scores.subject
+    return units.values.astype(str)
+
+
+def plan_of(scores):
+    if scores.attrs["task"] == "number":
+        return _Plan("number", None, -1, None, None, 0)
+    names = scores["class"].values.astype(str)
+    return _Plan(
+        scores.attrs["task"], names, _positive(names, scores.attrs["positive"]), None, None, 0
+    )
+
+
+def codes_of(scores):
+    if scores.attrs["task"] == "number":
+        return scores.truth.values
+    names = list(scores["class"].values.astype(str))
+    return np.array([names.index(str(t)) for t in scores.truth.values])

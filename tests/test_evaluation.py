@@ -5,118 +5,18 @@ import json
 import numpy as np
 import pytest
 import xarray as xr
+from small_cohorts import make_cohort, noise
 
 from bhx import evaluation
+from bhx.controls import connectome, fuse, nothing
 from bhx.errors import InputError
-from bhx.evaluation import compare, connectome, probe
-from bhx.schema import build_cohort, check
-
-
-def make_cohort(n=90, rois=8, volumes=60, seed=0, bold=None):
-    """Parcel 1 follows parcel 0 the more the older; two rows a participant; three sites."""
-    rng = np.random.default_rng(seed)
-    rois = rois if bold is None else bold.shape[1]
-    age = np.repeat(rng.uniform(20, 80, (n + 1) // 2), 2)[:n]
-    if bold is None:
-        bold = rng.standard_normal((n, rois, volumes)).astype(np.float32)
-        bold[:, 1] += bold[:, 0] * (age[:, None] - 20) / 40
-    subject = {
-        "subject": [f"sub-{i // 2:03}/ses-{i % 2}" for i in range(n)],
-        "participant": [f"sub-{i // 2:03}" for i in range(n)],
-        "site": np.array(["A", "B", "C"])[np.arange(n) // 2 % 3],
-        "tr": np.full(n, 2.0),
-        "n_volumes": np.isfinite(bold[:, 0]).sum(1),
-        "has_bold": np.isfinite(bold).any((1, 2)),
-        "has_t1": np.zeros(n, bool),
-        "age": age,
-        "group": np.where(age > 50, "older", "younger"),
-    }
-    roi = {"roi": [f"roi{i}" for i in range(rois)]}
-    return build_cohort(bold, None, subject, roi, {"atlas": "test", "source": "test"})
+from bhx.evaluation import compare, probe
+from bhx.schema import check
 
 
 @pytest.fixture(scope="module")
-def cohort():
-    return make_cohort()
-
-
-@pytest.fixture(scope="module")
-def features(cohort):
-    return connectome(cohort)
-
-
-def noise(features, seed=1, width=12):
-    values = np.random.default_rng(seed).standard_normal((features.sizes["subject"], width))
-    out = features.drop_vars(["features", "roi_a", "roi_b"])
-    return out.assign(features=(("subject", "feature"), values)).assign_attrs(name="noise")
-
-
-# -------------------------------------------------------------- connectome
-
-
-def test_connectome_is_fisher_z_of_the_upper_triangle_over_valid_volumes(cohort):
-    short = cohort.bold.values.copy()
-    short[2, :, 40:] = np.nan
-    features = connectome(make_cohort(bold=short))
-    check(features, "features")
-    assert features.sizes["feature"] == 8 * 7 // 2
-    for i in (0, 2):
-        r = np.corrcoef(short[i][:, np.isfinite(short[i][0])])
-        np.testing.assert_allclose(
-            np.tanh(features.features[i]), r[np.triu_indices(8, 1)], atol=1e-6
-        )
-    pair = features.isel(feature=9)
-    a, b = str(pair.roi_a.item()), str(pair.roi_b.item())
-    assert (a, b) == ("roi1", "roi4")
-
-
-def test_lazy_connectome_equals_eager_and_reads_nothing_before_it_must(cohort):
-    lazy = connectome(cohort.chunk(subject=7))
-    assert lazy.features.chunks is not None
-    xr.testing.assert_allclose(lazy.compute(), connectome(cohort))
-
-
-def test_labels_travel_when_subjects_and_parcels_are_permuted(cohort):
-    rng = np.random.default_rng(3)
-    moved = cohort.isel(subject=rng.permutation(90), roi=rng.permutation(8))
-    a = connectome(cohort).features
-    b = connectome(moved).features.sel(subject=a.subject)
-    for i in range(0, a.sizes["feature"], 5):
-        pair = {a.roi_a.values[i], a.roi_b.values[i]}
-        at = [j for j in range(28) if {b.roi_a.values[j], b.roi_b.values[j]} == pair]
-        np.testing.assert_allclose(a[:, i], b[:, at[0]], atol=1e-6)
-
-
-def test_partial_connectome_explains_away_a_chain():
-    rng = np.random.default_rng(0)
-    bold = rng.standard_normal((4, 3, 2000)).astype(np.float32)
-    bold[:, 1] += bold[:, 0]
-    bold[:, 2] += bold[:, 1]
-    cohort = make_cohort(n=4, bold=bold)
-    full = connectome(cohort).features.mean("subject").values  # pairs 01, 02, 12
-    partial = connectome(cohort, "partial").features.mean("subject").values
-    assert full[1] > 0.5
-    assert abs(partial[1]) < 0.05
-    assert partial[0] > 0.3
-
-
-def test_silent_parcels_and_subjects_without_bold_are_missing_not_zero(cohort):
-    bold = cohort.bold.values.copy()
-    bold[0] = np.nan
-    bold[1, 4] = 7.0
-    features = connectome(make_cohort(bold=bold))
-    assert features.attrs["without_bold"] == 1
-    assert np.isnan(features.features[0]).all()
-    silent = (features.roi_a == "roi4") | (features.roi_b == "roi4")
-    np.testing.assert_array_equal(np.isnan(features.features[1]), silent)
-
-
-def test_connectome_refuses_what_it_cannot_read(cohort):
-    with pytest.raises(InputError, match="Expected kind as one of correlation, partial"):
-        connectome(cohort, "coherence")
-    t1 = cohort.drop_vars("bold").assign(t1=(("subject", "x", "y", "z"), np.zeros((90, 1, 1, 1))))
-    with pytest.raises(InputError, match="Expected a cohort with 'bold'"):
-        connectome(t1)
+def features():
+    return connectome(make_cohort())
 
 
 # ------------------------------------------------------------------- probe
@@ -246,7 +146,13 @@ BAD = [
     ({"target": "age", "folds": 46}, "Expected from 2 to 45 folds .participants., found 46"),
     ({"target": "age", "folds": 1}, "Expected from 2 to 45 folds"),
     ({"target": "group", "task": "number"}, "Expected numbers in 'group', found older, younger"),
-    ({"target": "age", "task": "regression"}, "Expected task as 'number' or 'label'"),
+    ({"target": "age", "task": "regression"}, "Expected task as one of number, label, ordinal"),
+    ({"target": "third", "task": "ordinal"}, "Expected an order for the words of 'third'"),
+    ({"target": "third", "classes": ("low", "top")}, "Expected subjects of every class low, top"),
+    ({"target": "age", "protocol": "kfold"}, "Expected protocol as 'paper' or 'brainmarks'"),
+    ({"target": "age", "protocol": "brainmarks"}, "Expected labels for protocol 'brainmarks'"),
+    ({"target": "age", "confounds": ["age"]}, "Expected 'age' as the target only, found it among"),
+    ({"target": "age", "train_share": 0}, "Expected train_share above 0 and at most 1, found 0"),
     ({"target": "group", "positive": "ASD"}, "Expected positive as one of older, younger"),
     ({"target": "mixed"}, "Expected distinct labels in 'mixed', found 'ASD', 'asd' that differ"),
     ({"target": "single"}, "Expected at least two labels in 'single', found 'x' only"),
@@ -267,6 +173,7 @@ def test_bad_input_is_refused_with_both_facts(features, options, message):
         mixed=("subject", np.array(["ASD", "asd", "TDC"])[np.arange(n) % 3]),
         single=("subject", np.full(n, "x")),
         flat=("subject", np.ones(n)),
+        third=("subject", np.array(["low", "mid", "high"])[np.arange(n) % 3]),
         empty=("subject", np.full(n, np.nan)),
         by_site=("subject", np.where(features.site == "A", "patient", "control")),
     )
@@ -288,7 +195,7 @@ def test_small_sites_are_held_out_together_and_said_so(features):
     site[:2], site[2:4] = "tiny", "small"
     scores = probe(features.assign_coords(site=("subject", site)), "age", groups="site")
     assert "small+tiny" in scores.fold.values
-    assert "fewer than 5 subjects held out together" in scores.attrs["notes"]
+    assert "fewer than 5 subjects, held out together" in scores.attrs["notes"]
 
 
 def test_participants_at_two_sites_tie_the_sites_together(features):
@@ -321,5 +228,169 @@ def test_compare_is_one_table_of_one_target(features):
     np.testing.assert_allclose(
         table.loc[("connectome", "mae"), "score"], a.score.sel(metric="mae").mean(), atol=1e-3
     )
-    with pytest.raises(InputError, match="Expected scores of one target, found age, group"):
-        compare(a, probe(features, "group"))
+
+
+def test_compare_tests_against_the_control_on_shared_folds_only(features):
+    both = probe([features, noise(features)], "age")
+    table = compare(both)
+    assert 0 <= table.loc[("connectome", "r"), "p"] < 0.05
+    assert np.isnan(table.loc[("noise", "r"), "p"])
+    r = both.score.sel(metric="r").mean("fold").values
+    np.testing.assert_allclose(table.loc[("connectome", "r"), "difference"], r[0] - r[1], atol=1e-3)
+    apart = compare(probe(features, "age"), probe(noise(features), "age"))
+    assert apart.loc[("connectome", "r"), "p"] == table.loc[("connectome", "r"), "p"]
+    fewer = probe(noise(features).isel(subject=slice(4, None)), "age")
+    other = compare(probe(features, "age"), fewer)
+    assert np.isnan(other.p).all()
+    assert np.isfinite(other.loc[("connectome", "r"), "difference"])
+    turned = compare(both, control="connectome")
+    assert turned.loc[("noise", "r"), "difference"] < 0
+    with pytest.raises(InputError, match="Expected control as one of connectome, noise, found 'x'"):
+        compare(both, control="x")
+
+
+def test_p_values_are_adjusted_over_targets(features):
+    by_age = probe([features, noise(features)], "age")
+    later = features.assign_coords(later=("subject", features.age.values + 1.0))
+    second = probe([later, noise(later)], "later")
+    alone, both = compare(by_age), compare(by_age, second)
+    p = alone.loc[("connectome", "r"), "p"]
+    np.testing.assert_allclose(both.loc[("age", "connectome", "r"), "p"], min(1, 2 * p), atol=2e-3)
+
+
+def test_reference_numbers_stand_in_their_own_column(features):
+    table = compare(probe(features, "age", protocol="paper"), reference="HCP-A")
+    assert table.loc[("connectome", "mae"), "paper: BrainHarmonix"] == 6.56
+    with pytest.raises(InputError, match="Expected reference as one of ABIDE, ABIDE-I"):
+        compare(probe(features, "age"), reference="UKB")
+
+
+# ----------------------------------------------------------- other options
+
+
+def test_nothing_predicts_the_mean_or_the_frequencies(features):
+    number = probe(nothing(features), "age")
+    tested = np.isfinite(number.output[0, :, :, 0].values)
+    for fold, test in enumerate(tested):
+        guess = number.output[0, fold, test, 0].values
+        np.testing.assert_allclose(guess, features.age.values[~test].mean(), rtol=1e-6)
+    label = probe(nothing(features), "group")
+    np.testing.assert_allclose(label.score.sel(metric="auroc"), 0.5)
+    np.testing.assert_allclose(label.score.sel(metric="balanced_accuracy"), 0.5)
+
+
+def test_fused_parts_weigh_the_same_whatever_their_width(features):
+    """A hundred copies of a noisy part beside the signal cost no more than one."""
+    wide = noise(features, width=5)
+    wide = xr.concat([wide] * 100, "feature").assign_attrs(name="copies")
+    narrow = probe(fuse(features, noise(features, width=5)), "age").score.sel(metric="r").mean()
+    copied = probe(fuse(features, wide), "age").score.sel(metric="r").mean()
+    np.testing.assert_allclose(narrow, copied, atol=1e-3)
+
+
+def test_fuse_keeps_common_subjects_and_all_labels(features):
+    some = noise(features).isel(subject=slice(10, None))
+    both = fuse(features, some)
+    check(both, "features")
+    assert both.sizes == {"subject": 80, "feature": 28 + 12}
+    assert both.attrs["name"] == "connectome + noise"
+    np.testing.assert_array_equal(both.site, some.site)
+    np.testing.assert_array_equal(both.features[:, 28:], some.features)
+
+
+def test_confound_regression_takes_out_a_confound_and_only_in_the_fold(features):
+    """Features that are motion and nothing else predict what follows motion, until asked."""
+    rng = np.random.default_rng(0)
+    motion = np.where(features.group == "older", 0.4, 0.2) + rng.normal(0, 0.08, 90)
+    values = motion[:, None] * rng.normal(size=20) + 0.01 * rng.normal(size=(90, 20))
+    moving = noise(features).drop_vars("features").assign_coords(mean_fd=("subject", motion))
+    moving["features"] = (("subject", "feature"), values)
+    naive = compare(probe(moving, "group"))
+    controlled = compare(probe(moving, "group", confounds=["mean_fd"]))
+    assert naive.loc[("noise", "auroc"), "low"] > 0.75
+    assert controlled.loc[("noise", "auroc"), "low"] < 0.5
+    assert controlled.loc[("noise", "auroc"), "score"] < 0.65
+
+
+def test_combat_in_the_fold_removes_site_but_not_age(features):
+    rng = np.random.default_rng(0)
+    site = np.unique(features.site, return_inverse=True)[1]
+    shifted = features.copy(deep=True)
+    shifted.features[:] = features.features + 3 * rng.normal(size=(3, 28))[site]
+    seen = probe(shifted, "site").score.sel(metric="auroc").mean()
+    gone = probe(shifted, "site", harmonise="site").score.sel(metric="auroc").mean()
+    assert seen > 0.99
+    assert gone < 0.65
+    plain = probe(shifted, "age").score.sel(metric="r").mean()
+    harmonised = probe(shifted, "age", harmonise="site", preserve=["group"])
+    assert harmonised.score.sel(metric="r").mean() > plain - 0.05
+    apart = probe(shifted, "age", harmonise="site", groups="site")
+    assert "ComBat has not seen the site it tests" in apart.attrs["notes"]
+
+
+def test_permuted_labels_give_the_null_and_a_small_p_only_where_there_is_an_effect(features):
+    scores = probe([features, noise(features)], "age", permutations=19)
+    assert scores.null.dims == ("model", "permutation")
+    assert abs(float(scores.null.mean())) < 0.15
+    table = compare(scores)
+    assert table.loc[("connectome", "r"), "p_null"] == pytest.approx(1 / 20, abs=1e-3)
+    assert table.loc[("noise", "r"), "p_null"] > 0.1
+
+
+def test_ordinal_labels_use_their_order(features):
+    third = np.array(["low", "mid", "high"])[np.digitize(features.age.values, [40, 60])]
+    some = features.assign_coords(third=("subject", third))
+    scores = probe(some, "third", task="ordinal", classes=("low", "mid", "high"))
+    assert scores.score.sel(metric="kappa").mean() > 0.5
+    assert list(scores["class"].values) == ["low", "mid", "high"]
+    numbers = some.assign_coords(third=("subject", np.digitize(features.age.values, [40, 60])))
+    same = probe(numbers, "third", task="ordinal")
+    np.testing.assert_allclose(same.score, scores.score)
+
+
+def test_classes_choose_and_order_labels_and_count_the_rest(features):
+    third = np.array(["low", "mid", "high"])[np.digitize(features.age.values, [40, 60])]
+    some = features.assign_coords(third=("subject", third))
+    scores = probe(some, "third", classes=("low", "high"))
+    assert scores.attrs["positive"] == "high"
+    out = json.loads(scores.attrs["excluded"])["another third"]
+    np.testing.assert_array_equal(out, features.subject.values[third == "mid"])
+
+
+def test_any_scikit_learn_estimator_fits_in(features):
+    from sklearn.neighbors import KNeighborsRegressor
+
+    scores = probe(features, "age", estimator=KNeighborsRegressor(5))
+    assert scores.score.sel(metric="r").mean() > 0.4
+    assert "KNeighborsRegressor" in scores.attrs["estimator"]
+
+
+def test_paper_protocol_is_three_splits_of_6_2_2_balanced_over_sites(features):
+    scores = probe(features, "group", protocol="paper")
+    tested = np.isfinite(scores.output[0, :, :, 0].values)
+    assert tested.shape[0] == 3
+    np.testing.assert_allclose(tested.mean(1), 0.2, atol=0.05)
+    assert scores.attrs["test_share"] == pytest.approx(0.25, abs=0.08)
+    for row in tested:
+        assert not set(scores.participant.values[row]) & set(scores.participant.values[~row])
+        assert set(scores.site.values[row]) == {"A", "B", "C"}
+    np.testing.assert_array_equal(
+        scores.decision.values[0][tested], scores.output.values[0].argmax(-1)[tested]
+    )
+
+
+def test_brainmarks_protocol_is_a_hundred_resplits(features, monkeypatch):
+    assert evaluation.RESPLITS["brainmarks"] == 100
+    monkeypatch.setitem(evaluation.RESPLITS, "brainmarks", 6)
+    scores = probe(features.isel(subject=slice(40)), "group", protocol="brainmarks")
+    tested = np.isfinite(scores.output[0, :, :, 0].values)
+    assert tested.shape[0] == 6
+    np.testing.assert_allclose(tested.mean(1), 0.2, atol=0.05)
+
+
+def test_less_training_data_same_test_subjects(features):
+    all_, half = probe(features, "age"), probe(features, "age", train_share=0.5)
+    tested = [np.isfinite(s.output[0, :, :, 0].values) for s in (all_, half)]
+    np.testing.assert_array_equal(*tested)
+    assert half.attrs["test_share"] == pytest.approx(2 * all_.attrs["test_share"], rel=0.1)
+    assert half.score.sel(metric="mae").mean() > all_.score.sel(metric="mae").mean()

@@ -21,7 +21,16 @@ REPO = PACKAGE.parent
 BASE = ("errors",)
 DATA_WING = ("schema", "geometry", "atlas", "catalog", "quality", "scans", "synthetic", "cohort")
 MODEL_WING = ("layers", "harmonix_s", "harmonix_f", "harmonizer", "checkpoints")
-BROWSED = ("latents", "surface", "explorer", "metrics", "confounds", "evaluation")
+BROWSED = (
+    "latents",
+    "surface",
+    "explorer",
+    "metrics",
+    "confounds",
+    "controls",
+    "evaluation",
+    "reporting",
+)
 ROOMS = ("encoding", "training", *BROWSED)
 CORRIDOR = (*BASE, *DATA_WING, *MODEL_WING, *ROOMS, "__main__")
 AT_MOST_LINES = 6000  # of the whole library

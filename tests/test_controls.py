@@ -1,0 +1,163 @@
+"""Plain features: valid volumes only, labels that travel, lazy equal to eager."""
+
+import numpy as np
+import pytest
+import xarray as xr
+from small_cohorts import make_cohort
+
+from bhx.controls import (
+    Tangent,
+    confound_features,
+    connectome,
+    cube_means,
+    nothing,
+    plain_controls,
+    raw_signal,
+)
+from bhx.errors import InputError
+from bhx.evaluation import probe
+from bhx.schema import T1_SHAPE, check
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    return make_cohort()
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Twelve subjects with T1; the first has none."""
+    t1 = np.random.default_rng(0).random((12, *(n // 16 for n in T1_SHAPE)), dtype=np.float32)
+    out = make_cohort(n=12, t1=t1)
+    out["t1"][0] = 0
+    return out.assign_coords(has_t1=("subject", np.arange(12) > 0))
+
+
+def test_connectome_is_fisher_z_of_the_upper_triangle_over_valid_volumes(cohort):
+    short = cohort.bold.values.copy()
+    short[2, :, 40:] = np.nan
+    features = connectome(make_cohort(bold=short))
+    check(features, "features")
+    assert features.sizes["feature"] == 8 * 7 // 2
+    for i in (0, 2):
+        r = np.corrcoef(short[i][:, np.isfinite(short[i][0])])
+        np.testing.assert_allclose(
+            np.tanh(features.features[i]), r[np.triu_indices(8, 1)], atol=1e-6
+        )
+    pair = features.isel(feature=9)
+    a, b = str(pair.roi_a.item()), str(pair.roi_b.item())
+    assert (a, b) == ("roi1", "roi4")
+
+
+def test_lazy_connectome_equals_eager_and_reads_nothing_before_it_must(cohort):
+    lazy = connectome(cohort.chunk(subject=7))
+    assert lazy.features.chunks is not None
+    xr.testing.assert_allclose(lazy.compute(), connectome(cohort))
+
+
+def test_labels_travel_when_subjects_and_parcels_are_permuted(cohort):
+    rng = np.random.default_rng(3)
+    moved = cohort.isel(subject=rng.permutation(90), roi=rng.permutation(8))
+    a = connectome(cohort).features
+    b = connectome(moved).features.sel(subject=a.subject)
+    for i in range(0, a.sizes["feature"], 5):
+        pair = {a.roi_a.values[i], a.roi_b.values[i]}
+        at = [j for j in range(28) if {b.roi_a.values[j], b.roi_b.values[j]} == pair]
+        np.testing.assert_allclose(a[:, i], b[:, at[0]], atol=1e-6)
+
+
+def test_partial_connectome_explains_away_a_chain():
+    rng = np.random.default_rng(0)
+    bold = rng.standard_normal((4, 3, 2000)).astype(np.float32)
+    bold[:, 1] += bold[:, 0]
+    bold[:, 2] += bold[:, 1]
+    cohort = make_cohort(n=4, bold=bold)
+    full = connectome(cohort).features.mean("subject").values  # pairs 01, 02, 12
+    partial = connectome(cohort, "partial").features.mean("subject").values
+    assert full[1] > 0.5
+    assert abs(partial[1]) < 0.05
+    assert partial[0] > 0.3
+
+
+def test_silent_parcels_and_subjects_without_bold_are_missing_not_zero(cohort):
+    bold = cohort.bold.values.copy()
+    bold[0] = np.nan
+    bold[1, 4] = 7.0
+    features = connectome(make_cohort(bold=bold))
+    assert features.attrs["without_bold"] == 1
+    assert np.isnan(features.features[0]).all()
+    silent = (features.roi_a == "roi4") | (features.roi_b == "roi4")
+    np.testing.assert_array_equal(np.isnan(features.features[1]), silent)
+
+
+def test_controls_refuse_what_they_cannot_read(cohort, both):
+    with pytest.raises(InputError, match="Expected kind as one of correlation, partial, tangent"):
+        connectome(cohort, "coherence")
+    with pytest.raises(InputError, match="Expected a cohort with 'bold', found 't1' only"):
+        connectome(both.drop_vars("bold"))
+    with pytest.raises(InputError, match="Expected a cohort with 't1', found 'bold' only"):
+        cube_means(cohort)
+    with pytest.raises(InputError, match="Expected mm as a multiple of 16 mm, found 24"):
+        cube_means(both, 24)
+
+
+def test_tangent_of_the_mean_is_zero_and_distances_do_not_depend_on_a_mixing():
+    rng = np.random.default_rng(0)
+    a, b = np.triu_indices(5)
+    spd = [np.cov(rng.normal(size=(5, 30))) for _ in range(20)]
+    rows = np.stack([c[a, b] for c in spd])
+    fitted = Tangent().fit(rows)
+    np.testing.assert_allclose(fitted.transform(rows.mean(0)[None]), 0, atol=1e-9)
+    mix = rng.normal(size=(5, 5))
+    mixed = np.stack([(mix @ c @ mix.T)[a, b] for c in spd])
+    norm = np.linalg.norm(fitted.transform(rows), axis=1)
+    np.testing.assert_allclose(np.linalg.norm(Tangent().fit_transform(mixed), axis=1), norm)
+
+
+def test_tangent_connectome_is_fitted_in_the_fold(cohort):
+    features = connectome(cohort, "tangent")
+    assert features.sizes["feature"] == 8 * 9 // 2
+    scores = probe(features, "age")
+    assert scores.score.sel(metric="r").mean() > 0.6
+
+
+def test_cube_means_are_block_statistics_of_the_scaled_volume(both):
+    features = cube_means(both.chunk(subject=5), 32.0)
+    check(features, "features")
+    assert np.isnan(features.features[0]).all()
+    volume = both.t1[3].values.astype(float)
+    z = (volume - volume.mean()) / volume.std()
+    half = features.sizes["feature"] // 2
+    np.testing.assert_allclose(features.features[3, 0], z[:2, :2, :2].mean(), rtol=1e-4)
+    np.testing.assert_allclose(features.features[3, half], z[:2, :2, :2].std(), rtol=1e-4)
+    brighter = both.assign(t1=both.t1 * 7)
+    xr.testing.assert_allclose(cube_means(brighter, 32.0), features.compute(), rtol=1e-4, atol=1e-4)
+
+
+def test_raw_signal_of_one_sinusoid_agrees_across_sampling_rates():
+    seconds = {tr: np.arange(int(90 / tr)) * tr for tr in (0.75, 1.5)}
+    bold = np.full((2, 3, 120), np.nan, np.float32)
+    for row, (_tr, t) in zip(bold, seconds.items(), strict=True):
+        row[:, : len(t)] = np.sin(2 * np.pi * t / 30 + np.arange(3)[:, None])
+    cohort = make_cohort(n=2, bold=bold).assign_coords(tr=("subject", list(seconds)))
+    values = raw_signal(cohort).features.values
+    assert values.shape == (2, 3 * 45)
+    np.testing.assert_allclose(values[0], values[1], atol=0.05)
+
+
+def test_confound_features_encode_words_and_keep_unknown_numbers(cohort):
+    age = cohort.age.values.copy()
+    age[0] = np.nan
+    features = confound_features(cohort.assign_coords(age=("subject", age)))
+    assert features.attrs["name"] == "confounds: age, site, n_volumes"
+    values = features.features.values
+    assert values.shape == (90, 4)  # age, two of three sites, n_volumes
+    assert np.isnan(values[0, 0])
+    np.testing.assert_array_equal(values[:, 1] == 1, cohort.site.values == "B")
+
+
+def test_plain_controls_leave_the_target_out(both):
+    names = [f.attrs["name"] for f in plain_controls(both, "age")]
+    assert names[:3] == ["mean or majority", "confounds: site, n_volumes", "T1 cubes"]
+    assert names[-1] == "T1 cubes + connectome"
+    assert nothing(both).sizes["feature"] == 0
