@@ -28,7 +28,7 @@ from bhx.schema import ROI_COORDS, InputError, build_cohort, check_tr, listed, t
 
 @dataclass(frozen=True)
 class Site:
-    """A scanner and its protocol; what it does to the data is undone by no one but the analyst."""
+    """A scanner and its protocol."""
 
     name: str
     tr: float  # s
@@ -236,10 +236,7 @@ def _participant(number, seed, sites, effects, missing, repeats) -> list[_Row]:
         has_bold=bool(lacks <= 1 - missing / 2),
         has_t1=bool(lacks >= missing / 2),
     )
-    later = (
-        replace(first, session=s, age=first.age + s - 1) for s in range(2, first.n_sessions + 1)
-    )
-    return [first, *later]
+    return [replace(first, session=1 + k, age=first.age + k) for k in range(first.n_sessions)]
 
 
 def _labels(rows) -> dict[str, np.ndarray]:
@@ -342,21 +339,16 @@ def _waves(first_two, n, period):
 def _coupling(row, brain, effects):
     """This participant's coupling W: the group's, its fingerprint and its planted effects."""
     same, default, sensory = brain["same_network"], brain["default_mode"], brain["sensory"]
-    age, fusion = SIZES["age"], SIZES["fusion"]
-    n = len(same)
-    noise = row.rng(_WIRING, lasting=True).standard_normal((n, n))
+    age = SIZES["age"]
+    noise = row.rng(_WIRING, lasting=True).standard_normal(same.shape)
     log = _INDIVIDUAL * (noise + noise.T) / np.sqrt(2)
     within, between = age["within_network_coupling_per_sd"], age["between_network_coupling_per_sd"]
     log += effects["age"] * row.age_sd * np.where(same, within, between)
     if row.diagnosis == "patient":
         change = SIZES["diagnosis"]["default_mode_coupling_of_patients"]
         log += effects["diagnosis"] * change * default
-    log += (
-        effects["fusion"]
-        * row.trait_function
-        * fusion["function_sensory_coupling_per_sd"]
-        * sensory
-    )
+    per_sd = effects["fusion"] * SIZES["fusion"]["function_sensory_coupling_per_sd"]
+    log += per_sd * row.trait_function * sensory
     coupling = brain["coupling"] * np.exp(log)
     return coupling / np.linalg.eigvalsh(coupling)[-1]
 
@@ -460,13 +452,10 @@ def _source(row, head, effects):
     """Where in the template each voxel comes from: (3, x, y, z) in template voxels."""
     rng = row.rng(_ANATOMY, lasting=True)
     length = 0.9 * np.exp(0.02 * rng.standard_normal())
-    length *= (
-        1 + effects["sex"] * SIZES["sex"][f"head_length_of_{'men' if row.sex == 'M' else 'women'}"]
-    )
-    longer = (
-        effects["fusion"] * SIZES["fusion"]["structure_elongation_per_sd"] * row.trait_structure
-    )
-    scale = length * np.exp(longer * np.array([-0.5, 1.0, -0.5]))
+    who = "men" if row.sex == "M" else "women"
+    length *= np.exp(effects["sex"] * SIZES["sex"][f"head_length_of_{who}"])
+    per_sd = effects["fusion"] * SIZES["fusion"]["structure_elongation_per_sd"]
+    scale = length * np.exp(per_sd * row.trait_structure * np.array([-0.5, 1.0, -0.5]))
     wider = effects["age"] * row.decades * SIZES["age"]["ventricle_border_mm_per_decade"]
     out = np.empty((3, *map(len, head["grid"])), np.float32)
     for axis, grid in enumerate(head["grid"]):  # mm
@@ -480,12 +469,11 @@ def _source(row, head, effects):
 
 def _smooth_field(rng, grid):
     """A Gaussian random field of variance 1 and reach _WARP_REACH on the grid."""
-    centres = [
-        np.arange(g.min() - _WARP_REACH, g.max() + 2 * _WARP_REACH, _WARP_REACH) for g in grid
-    ]
+    reach = _WARP_REACH
+    centres = [np.arange(g.min() - reach, g.max() + 2 * reach, reach) for g in grid]
     field = rng.standard_normal([len(c) for c in centres])
     for g, c in zip(grid, centres, strict=True):
-        basis = np.exp(-(((g[:, None] - c) / _WARP_REACH) ** 2) / 2)
+        basis = np.exp(-(((g[:, None] - c) / reach) ** 2) / 2)
         basis /= np.linalg.norm(basis, axis=1, keepdims=True)
         field = np.tensordot(field, basis, ((0,), (1,)))  # the axes rotate back into place
     return field
@@ -541,13 +529,8 @@ def _template_volumes():
     """MNI152 (ICBM 2009a) T1 and grey matter as nilearn ships them, in 0 to 1, 1 mm."""
     from nilearn import datasets  # slow to import
 
-    t1, grey = (
-        datasets.load_mni152_template(resolution=1),
-        datasets.load_mni152_gm_template(resolution=1),
-    )
-    brain = t1.get_fdata(dtype=np.float32)
-    brain = np.where(ndimage.binary_fill_holes(brain > 0.2), brain, 0)
-    return (brain, t1.affine), (grey.get_fdata(dtype=np.float32), grey.affine)
+    volumes = datasets.load_mni152_template(1), datasets.load_mni152_gm_template(1)
+    return [(volume.get_fdata(dtype=np.float32), volume.affine) for volume in volumes]
 
 
 def _on_grid(volume, step):
@@ -604,21 +587,19 @@ def _check_effects(effects):
 
 
 def _check_sizes(n, seed, atlas, missing, repeats):
-    for name, value, least in (("n", n, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise InputError(
-                f"Expected {name} to be a whole number of at least {least}, found {value!r}",
-                f"Give {name}={max(least, 0) or 0}" if name == "seed" else "Give n=10, for example",
-            )
-    if atlas not in ATLASES:
+    whole = isinstance(n, int | np.integer) and isinstance(seed, int | np.integer)
+    if not (whole and n >= 1 and seed >= 0):
         raise InputError(
-            f"Expected an atlas among {listed(ATLASES)}, found {atlas!r}", "Take one of these"
+            f"Expected n as a whole number from 1 and seed as one from 0, found {n!r} and {seed!r}",
+            "Call synthetic_cohort(200, seed=0), for example",
         )
-    for name, share in (("missing", missing), ("repeats", repeats)):
-        if not 0 <= share <= 1:
-            raise InputError(
-                f"Expected {name} as a share from 0 to 1, found {share!r}", "Give 0.06, say"
-            )
+    if atlas not in ATLASES:
+        raise InputError(f"Expected an atlas among {listed(ATLASES)}, found {atlas!r}", "Name one")
+    if not (0 <= missing <= 1 and 0 <= repeats <= 1):
+        raise InputError(
+            f"Expected missing and repeats from 0 to 1, found {missing!r} and {repeats!r}",
+            "They are shares of the participants: missing=0.06 is 6 %",
+        )
 
 
 def _check_sites(sites, minutes, tr):
@@ -635,6 +616,11 @@ def _check_sites(sites, minutes, tr):
         chosen = [replace(site, tr=tr) for site in chosen]
     if minutes is not None:
         chosen = [replace(site, minutes=minutes) for site in chosen]
+    if len({site.name for site in chosen}) < len(set(chosen)):
+        raise InputError(
+            f"Expected a name of its own for each site, found {listed(s.name for s in chosen)}",
+            "Rename the sites that differ",
+        )
     check_tr([site.tr for site in chosen], [f"site {site.name}" for site in chosen])
     for site in chosen:
         if not (0 < site.minutes <= 120 and site.n_volumes >= 2):
