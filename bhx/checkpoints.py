@@ -50,7 +50,7 @@ class HarmonixConfig:
         try:
             made = {k: make(**_tuples(values[k])) for k, make in parts.items()}
             return cls(**{**values, **made})
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"Expected the configuration of a bhx model, found one that does not fit ({error})",
                 "Was it written by another version of bhx",
@@ -173,21 +173,23 @@ def _read_own(folder):
         )
     try:
         about = json.loads(description.read_text())
-        config = HarmonixConfig.from_dict(about["config"])
+        written, digest, provenance = (about[k] for k in ("config", "sha256", "provenance"))
         state = load_file(weights)
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"Expected whole weights in '{folder}', found a file cut short or damaged ({error})",
             "Copy or make them again",
         ) from error
-    model = Harmonix(config)
-    load_strictly(model, state, weights.name)
-    if sha256(weights) != about["sha256"]:
+    model = Harmonix(HarmonixConfig.from_dict(written))
+    if not any(k.startswith("structure_decoder.") for k in state):
+        model.structure_decoder = None  # as in the release
+    load_strictly(model, state, str(weights))
+    if sha256(weights) != digest:
         raise InputError(
-            f"Expected weights with sha256 {about['sha256'][:12]}, found {sha256(weights)[:12]}",
+            f"Expected weights with sha256 {digest[:12]}, found {sha256(weights)[:12]}",
             "The file is not the one its config.json describes: copy both again",
         )
-    model.provenance = {**about["provenance"], "weights_sha256": about["sha256"]}
+    model.provenance = {**provenance, "weights_sha256": digest}
     return model.eval()
 
 
@@ -273,8 +275,14 @@ def _tensors(path):
             f"objects ({type(error).__name__})",
             "Nothing in it was run; download it again from the authors",
         ) from error
-    state = loaded["model"] if isinstance(loaded.get("model"), dict) else loaded
-    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        loaded = loaded["model"]
+    if not isinstance(loaded, dict):
+        raise InputError(
+            f"Expected named tensors at '{path}', found one {type(loaded).__name__}",
+            "Is this the file of the release",
+        )
+    return {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
 
 
 def _table(path, header):
@@ -304,11 +312,12 @@ def _fill_dynamics(model, state, where):
             groups[group][rest] = value
     tables = ("harmonics", "gradients")
     for part, group, place in (
+        (model.dynamics, "encoder", "pos_embed"),  # only checked: the next replaces it
         (model.dynamics, "encoder_ema", "pos_embed"),
         (model.dynamics_predictor, "decoder", "predictor_pos_embed"),
     ):
         own = {f"{place}.{t}": part.state_dict()[f"{place}.{t}"] for t in tables}
-        load_strictly(part, groups[group] | own, where)
+        load_strictly(part, groups[group] | own, f"{where} ({group})")
 
 
 def _fill_structure(model, state, where):

@@ -7,7 +7,9 @@ numbers is not decided here.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 import warnings
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -42,6 +44,7 @@ KEEP = {
     "attention": ("hub_to_roi", "hub_to_t1", "modality_share"),
 }
 CUBE_DIMS = ("cx", "cy", "cz")
+_ONE_AT_A_TIME = Lock()  # the networks use all cores, so threads of Dask take turns
 
 
 def load_model(source="workshop", *, device: str | None = None) -> Model:
@@ -116,8 +119,9 @@ def embed(
         its data are flat, not finite, or too short; what a store holds by then stays.
     """
     cohort, names = _aligned(check(cohort, "cohort"), model)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
     options = _Options(
-        model, tuple(keep), _scaling(scaling, model, names), missing_parcels, attention, precision
+        model, keep, _scaling(scaling, model, names), missing_parcels, attention, precision
     )
     template = _template(cohort, options, names)
     blocks = _blocks(cohort, model.config, tokens_at_once)
@@ -152,7 +156,6 @@ class Model:
         self.config = networks.config
         self.provenance = networks.provenance
         self.atlas = load_atlas(self.config.atlas, order=self.config.order)
-        self._one_at_a_time = Lock()
 
     def __repr__(self):
         size = sum(p.numel() for p in self.networks.parameters()) / 1e6
@@ -181,7 +184,8 @@ class Model:
     def dynamics(self, bold: xr.DataArray, *, tr: float | None = None) -> xr.DataArray:
         """Tokens (roi, patch, feature) of one scaled scan (roi, time), in windows if it is long.
 
-        `tr` [s]; read off `time` in seconds (bhx.scan gives it) by default.
+        `tr` [s]; read off `time` in seconds (bhx.scan gives it) by default. Patches with a NaN
+        are not computed and are NaN in the result.
         """
         if bold.dims != ("roi", "time"):
             raise InputError(
@@ -190,12 +194,9 @@ class Model:
             )
         tr = _tr(bold, tr)
         bold = bold.isel(roi=_positions_of(self, bold.roi.values))
-        patches = patchify(torch.tensor(bold.values, dtype=torch.float32), tr, self.config.dynamics)
-        parts = []
-        for window in _windows(patches, self.config.dynamics.max_patches):
-            tokens, _ = self.networks.dynamics([window.to(self.device)])
-            parts.append(tokens.unflatten(0, window.shape[:2]).cpu())
-        tokens = torch.cat(parts, 1).numpy()
+        reading = Reading(*_windows(bold.values, tr, self.config.dynamics))
+        done = _encode_windows(self.networks, [reading], self.device)[0]
+        tokens, _ = _dynamics_array(self.config, reading, done)
         onset = self.config.dynamics.patch_onsets(tokens.shape[1], tr)
         return xr.DataArray(
             tokens,
@@ -205,7 +206,10 @@ class Model:
 
     @torch.no_grad()
     def harmonize(self, dynamics=None, structure=None) -> xr.DataArray:
-        """Hub tokens (token, feature) of one subject's tokens, either of which may be None."""
+        """Hub tokens (token, feature) of one subject's tokens, either of which may be None.
+
+        Tokens that are NaN are left out.
+        """
         c = self.config.harmonizer
         tokens, rows = [], []
         if dynamics is not None:
@@ -224,7 +228,9 @@ class Model:
                 f"Expected at most {c.max_patches} patches, found {dynamics.sizes['patch']}",
                 "Give one window: dynamics.isel(patch=slice(0, 18)); bhx.embed does this by itself",
             )
-        hub = self.networks.harmonizer([torch.cat(tokens).to(self.device)], [torch.cat(rows)])
+        tokens, rows = torch.cat(tokens), torch.cat(rows)
+        there = tokens.isfinite().all(-1)
+        hub = self.networks.harmonizer([tokens[there].to(self.device)], [rows[there]])
         return xr.DataArray(hub[0, 1:].cpu().numpy(), dims=("token", "feature"))
 
     @torch.no_grad()
@@ -247,6 +253,7 @@ class Model:
     @torch.no_grad()
     def kernels(self, tr: float) -> xr.DataArray:
         """The patch kernel (feature, seconds) as a scan at this TR [s] meets it."""
+        check_tr(tr)
         c = self.config.dynamics
         k = c.kernel if c.patching == "exact" else c.patch_volumes(tr)
         step = c.patch_seconds / c.kernel if c.patching == "exact" else tr
@@ -300,6 +307,7 @@ class _Options:
                     raise InputError(
                         f"Expected {name} of {listed(known)}, found {one!r}", "Choose one"
                     )
+        self.model.networks.harmonizer.layers_of(self.attention)
 
 
 @dataclass
@@ -320,11 +328,7 @@ def read_subject(
     reading = Reading([], [])
     if bold is not None:
         scaled = scale_bold(bold, scaling, missing, names)
-        patches = patchify(torch.from_numpy(scaled), tr, config.dynamics)
-        reading.windows = _windows(patches, config.dynamics.max_patches)
-        reading.tokens = [
-            w.isfinite().all(-1).flatten().nonzero().squeeze(1) for w in reading.windows
-        ]
+        reading.windows, reading.tokens = _windows(scaled, tr, config.dynamics)
     if t1 is not None:
         reading.t1 = torch.from_numpy(scale_t1(t1, config.structure.voxel_mm))
         whole = cubes(reading.t1[None], config.structure.cube)[0].isfinite().all(-1)
@@ -338,6 +342,7 @@ def scale_bold(bold, scaling="zscore", missing="refuse", names=()):
     """Parcel series (parcels, volumes) scaled: z-scored in time, or (x - median) / iqr."""
     bold = np.asarray(bold, np.float32)
     finite = np.isfinite(bold)
+    bold = np.where(finite, bold, np.nan)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # parcels that are NaN throughout
         varies = np.nanmax(bold, 1) > np.nanmin(bold, 1)
@@ -360,7 +365,7 @@ def scale_t1(t1, voxel_mm: float):
 
     The mean and deviation count the background, the cropped margin included, as the release does.
     """
-    t1 = np.asarray(t1, np.float32)
+    t1 = np.where(np.isfinite(t1), t1, np.nan).astype(np.float32)
     count = np.prod(MNI_SHAPE) / voxel_mm**3 - np.isnan(t1).sum()
     mean = np.nansum(t1, dtype=np.float64) / count
     std = np.sqrt(max(np.nansum(np.square(t1, dtype=np.float64)) / count - mean**2, 0))
@@ -382,9 +387,12 @@ def _refuse_parcels(varies, finite, names):
     )
 
 
-def _windows(patches, most):
-    """Equal windows of at most `most` patches of (parcels, P, samples)."""
-    return list(patches.tensor_split(ceil(patches.shape[1] / most), dim=1))
+def _windows(bold, tr, config):
+    """Scaled series (parcels, volumes) in equal windows of at most `max_patches` patches, and the
+    tokens of each that can be computed."""
+    patches = patchify(torch.tensor(bold, dtype=torch.float32), tr, config)
+    windows = patches.tensor_split(ceil(patches.shape[1] / config.max_patches), dim=1)
+    return windows, [w.isfinite().all(-1).flatten().nonzero().squeeze(1) for w in windows]
 
 
 def encode(networks: Harmonix, readings, device, want=(), attention="last"):
@@ -396,9 +404,7 @@ def encode(networks: Harmonix, readings, device, want=(), attention="last"):
     out = []
     for i, reading in enumerate(readings):
         mine = [j for j, o in enumerate(owner) if o == i]
-        weight = torch.tensor([float(len(rows[j])) for j in mine])
-        if reading.windows:
-            weight = torch.tensor([float(len(k)) for k in reading.tokens if len(k)] or [1.0])
+        weight = torch.tensor([float(len(k)) for k in reading.tokens if len(k)] or [1.0])
         weight = weight / weight.sum()
         one = {"hub": (hub[mine] * weight[:, None, None]).sum(0).numpy()}
         if "dynamics" in want and dynamics[i]:
@@ -529,12 +535,13 @@ def _aligned(cohort, model):
 
 
 def _check_atlas(cohort, model):
-    given = cohort.attrs.get("atlas", model.config.atlas)
+    given = cohort.attrs.get("atlas") or model.config.atlas  # names alone tell, if nothing else
     if given != model.config.atlas:
         raise InputError(
             f"Expected parcels of {model.config.atlas} ({model.config.dynamics.parcels}), which "
             f"these weights were trained on, found {given} ({cohort.sizes['roi']})",
-            f"bhx.reparcellate(cohort, '{model.config.atlas}') brings them there, or load other weights",
+            f"bhx.atlas.reparcellate(cohort, '{model.config.atlas}') brings them there, or load "
+            "other weights",
         )
 
 
@@ -549,7 +556,7 @@ def _check_lengths(cohort, config):
     for subject, n, tr in zip(
         cohort.subject.values[has], cohort.n_volumes.values[has], cohort.tr.values[has], strict=True
     ):
-        if config.patch_count(int(n), float(tr)) < 1 or n * tr < config.patch_seconds * 0.99:
+        if config.patch_count(int(n), float(tr)) < 1:
             raise InputError(
                 f"Expected scans of at least one patch ({config.patch_seconds:.2f} s), found "
                 f"{int(n)} volumes at TR {tr:g} s = {n * tr:.1f} s in '{subject}'",
@@ -574,7 +581,7 @@ def _check_grid(t1, voxel_mm):
     if size != shape:
         raise InputError(
             f"Expected a T1 of {shape} voxels of {voxel_mm:g} mm, found {size}",
-            "Bring it to FSL's MNI152 grid (bhx.prepare does), or open the cohort with voxel_mm=",
+            "bhx.cohort.prepare brings it there; or open the cohort with voxel_mm=",
         )
     for axis, values in grid.items():
         if axis not in t1.coords:
@@ -659,7 +666,10 @@ def _fill(dtype):
 def _onsets(config, patches, cohort):
     if config.patching == "exact":
         return ("patch", config.patch_onsets(patches, 1.0), {"units": "s"})
-    each = [config.patch_onsets(patches, float(tr)) for tr in cohort.tr.values]
+    each = [
+        config.patch_onsets(patches, float(tr)) if has else np.full(patches, np.nan)
+        for has, tr in zip(cohort.has_bold.values, cohort.tr.values, strict=True)
+    ]
     return (("subject", "patch"), np.array(each), {"units": "s"})
 
 
@@ -667,7 +677,9 @@ def _describe(cohort, options):
     """Attributes that say what made these latents."""
     model = options.model
     trs = np.unique(cohort.tr.values[cohort.has_bold.values.astype(bool)])
-    scaling = options.scaling if isinstance(options.scaling, str) else "cohort-robust"
+    scaling = options.scaling
+    if not isinstance(scaling, str):  # two fits are told apart
+        scaling = f"cohort-robust {hashlib.sha256(np.stack(scaling).tobytes()).hexdigest()[:12]}"
     return {
         "bhx_schema": VERSION,
         "model": model.config.name,
@@ -677,6 +689,7 @@ def _describe(cohort, options):
         "versions": json.dumps({"bhx": __version__, "torch": torch.__version__.split("+")[0]}),
         "scaling": scaling,
         "t1_scaling": "zscore over the MNI152 volume",
+        "missing_parcels": options.missing_parcels,
         "precision": options.precision,
         "attention": str(options.attention) if "attention" in options.keep else "",
         "atlas": model.config.atlas,
@@ -739,7 +752,7 @@ def _block(rows: xr.Dataset, options, like):
             )
         except InputError as error:
             raise InputError(f"Subject '{subject}': {error.fact}", error.help) from error
-    with model._one_at_a_time, torch.no_grad(), _autocast(model.device, options.precision):
+    with _ONE_AT_A_TIME, torch.no_grad(), _autocast(model.device, options.precision):
         done = encode(model.networks, readings, model.device, options.keep, options.attention)
     out = {}
     for name, (shape, dtype) in like.items():
@@ -773,7 +786,9 @@ def _lazy(cohort, options, template, blocks):
 
 
 def _stored(cohort, options, template, blocks, path, progress):
-    """Write block by block; subjects whose hub tokens are there are not computed again."""
+    """Write block by block; blocks whose hub tokens are all there are not computed again."""
+    from .cohort import _plain, _text
+
     if not path.exists():
         start = template.assign_attrs(complete=False)
         encoding = {
@@ -781,9 +796,11 @@ def _stored(cohort, options, template, blocks, path, progress):
             | ({} if v.dtype.kind == "b" else {"fill_value": np.nan})
             for n, v in template.data_vars.items()
         }
-        start.to_zarr(path, compute=False, encoding=encoding, consolidated=False, zarr_format=3)
-    there = xr.open_zarr(path, consolidated=False)
-    _check_same(there, template, path)
+        start = start.assign_coords({k: _text(v) for k, v in start.coords.items()})
+        part = path.with_name(path.name + ".part")  # a store is there whole or not at all
+        start.to_zarr(part, "w", compute=False, encoding=encoding, consolidated=False)
+        os.replace(part, path)
+    _check_same(path, template)
     todo = [b for b in blocks if not all(_written(path, i) for i in range(b.start, b.stop))]
     like = _like(template)
     needed = cohort[[v for v in ("bold", "t1") if v in cohort]]
@@ -799,16 +816,23 @@ def _stored(cohort, options, template, blocks, path, progress):
     import zarr
 
     zarr.open_group(path, mode="r+").attrs["complete"] = True
-    return xr.open_zarr(path, consolidated=False)
+    out = xr.open_zarr(path, consolidated=False)
+    return out.assign_coords({k: v.copy(data=_plain(v.values)) for k, v in out.coords.items()})
 
 
 def _written(path, subject):
     return (path / "hub" / "c" / str(subject) / "0" / "0").exists()
 
 
-def _check_same(there, template, path):
-    keys = ("model", "config", "weights_sha256", "scaling", "precision", "attention")
-    different = [k for k in keys if there.attrs.get(k) != template.attrs[k]]
+def _check_same(path, template):
+    """Refuse to go on with a store that another model, cohort or option began."""
+    if not (path / "zarr.json").exists():
+        raise InputError(
+            f"Expected latents or nothing at '{path}', found something else", "Give a new path"
+        )
+    there = xr.open_zarr(path, consolidated=False)
+    made = {k: v for k, v in template.attrs.items() if k != "versions"}
+    different = [k for k, v in made.items() if there.attrs.get(k) != v]
     if set(there.data_vars) != set(template.data_vars):
         different.append("keep")
     if not np.array_equal(there.get("subject", ()), template.subject):

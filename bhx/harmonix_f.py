@@ -52,9 +52,10 @@ class DynamicsConfig:
         return max(1, round(self.patch_seconds / tr))
 
     def patch_count(self, volumes: int, tr: float) -> int:
-        """Patches of a scan: whole ones when exact; with tape the last may be part-filled."""
+        """Patches of a scan: whole ones; with tape the last may be part-filled, if not the only."""
         if self.patching == "tape":
-            return ceil(volumes / self.patch_volumes(tr))
+            k = self.patch_volumes(tr)
+            return ceil(volumes / k) if volumes >= k else 0
         return int(volumes * tr / self.patch_seconds + 1e-6)
 
     def patch_onsets(self, patches: int, tr: float) -> np.ndarray:
@@ -179,7 +180,8 @@ class DynamicsEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self._resized = {}  # k -> (version of the weight, kernel), outside training
         initialise(self)
-        nn.init.normal_(self.patch_embed.proj.weight, std=config.kernel**-0.5)  # as wide as the input
+        # tokens as wide as the scaled input
+        nn.init.normal_(self.patch_embed.proj.weight, std=config.kernel**-0.5)
         nn.init.zeros_(self.patch_embed.proj.bias)
 
     def forward(self, patches, keep=None):
@@ -273,26 +275,22 @@ def jepa_masks(parcels: int, patches: int, random: np.random.Generator):
     """
     observed = np.zeros((parcels, patches), bool)
     hidden = np.zeros_like(observed)
-    window = _span(patches, *_share(random, 0.84, 1.0), random)
+    window = _span(patches, random.uniform(0.84, 1.0), random)
     order = random.permutation(parcels)
-    seen = order[: _count(parcels, *_share(random, 0.84, 1.0))]
+    seen = order[: _count(parcels, random.uniform(0.84, 1.0))]
     observed[np.ix_(seen, window)] = True
-    rows = random.permutation(parcels)[: _count(parcels, *_share(random, 0.45, 0.60))]
-    inside = _span(len(window), *_share(random, 0.20, 0.60), random)
+    rows = random.permutation(parcels)[: _count(parcels, random.uniform(0.45, 0.60))]
+    inside = _span(len(window), random.uniform(0.20, 0.60), random)
     hidden[np.ix_(rows, window[inside])] = True
     outside = np.setdiff1d(np.arange(patches), window)
     unseen = order[len(seen) :]
     for pool in (seen, unseen):  # Cross-Time, Double-Cross
         if len(outside) and len(pool):
-            rows = random.permutation(pool)[: _count(parcels, *_share(random, 0.15, 0.30))]
-            columns = _span(len(outside), *_share(random, 0.0, 0.40), random)
+            rows = random.permutation(pool)[: _count(parcels, random.uniform(0.15, 0.30))]
+            columns = _span(len(outside), random.uniform(0.0, 0.40), random)
             hidden[np.ix_(rows, outside[columns])] = True
     observed &= ~hidden
     return np.flatnonzero(observed), np.flatnonzero(hidden)
-
-
-def _share(random, low, high):
-    return (random.uniform(low, high),)
 
 
 def _count(total, share):

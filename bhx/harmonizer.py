@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .layers import Block, initialise, run, sincos
+from .layers import Block, attention_weights, initialise, run, sincos
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Harmonizer(nn.Module):
     """A subject's data tokens to hub tokens, and back through the decoder.
 
     A batch is a list of subjects' tokens [(n_i, width)] and the rows [(n_i,)] of the positions
-    they take (see HarmonizerConfig.rows). What a subject does not have, a modality, a patch, a
-    parcel, is simply not among its tokens.
+    they take (HarmonizerConfig.dynamics_rows, structure_rows). What a subject does not have, a
+    modality, a patch, a parcel, is simply not among its tokens.
     """
 
     def __init__(self, config: HarmonizerConfig):
@@ -113,6 +113,7 @@ class Harmonizer(nn.Module):
         arXiv 2005.00928). Heads are averaged; each row sums to 1. Only hub rows, or for the
         rollout blocks of rows, are ever held.
         """
+        layers = self.layers_of(method)
         x, lengths = self.sequence(tokens, rows)
         inputs = []
         for block in self.blocks:
@@ -121,7 +122,6 @@ class Harmonizer(nn.Module):
         if method == "rollout":
             maps = self._rollout(inputs, lengths)
         else:
-            layers = _layers(method, len(self.blocks))
             hub = slice(-self.config.hubs, None)
             each = [self.blocks[i].weights(inputs[i], lengths, hub) for i in layers]
             maps = [
@@ -130,16 +130,30 @@ class Harmonizer(nn.Module):
         data = [m[:, 1 : -self.config.hubs] for m in maps]
         return [m / m.sum(-1, keepdim=True) for m in data]
 
+    def layers_of(self, method):
+        """The layers whose attention a method reads."""
+        depth = len(self.blocks)
+        if method in ("mean", "rollout"):
+            return range(depth)
+        if method == "last":
+            return [depth - 1]
+        if isinstance(method, int) and -depth <= method < depth:
+            return [method]
+        raise InputError(
+            f"Expected attention of 'last', 'mean', 'rollout' or a layer below {depth}, "
+            f"found {method!r}",
+            "Choose one of these",
+        )
+
     def _rollout(self, inputs, lengths, rows_at_once: int = 512):
         hubs = self.config.hubs
-        flows = [torch.eye(n, device=inputs[0].device)[-hubs:] for n in lengths]
+        own = torch.eye(hubs, device=inputs[0].device)
+        flows = [nn.functional.pad(own, (n - hubs, 0)) for n in lengths]
         for block, x in zip(reversed(self.blocks), reversed(inputs), strict=True):
             for i, (sequence, flow) in enumerate(zip(x.split(lengths), flows, strict=True)):
-                through = torch.zeros_like(flow)
-                for start in range(0, len(sequence), rows_at_once):
-                    part = slice(start, start + rows_at_once)
-                    weights = block.weights(sequence, (len(sequence),), part)[0].mean(0)
-                    through += flow[:, part] @ weights
+                q, k, _ = block.before(sequence)
+                parts = zip(q.split(rows_at_once), flow.split(rows_at_once, 1), strict=True)
+                through = sum(f @ attention_weights(part, k).mean(0) for part, f in parts)
                 flows[i] = (flow + through) / 2
         return flows
 
@@ -189,19 +203,6 @@ class Harmonizer(nn.Module):
             one[at - 1] = data.to(one)
         mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
         return (decoded - (target - mean) / (var + 1e-6).sqrt()).pow(2).mean((1, 2))
-
-
-def _layers(method, depth):
-    if method == "mean":
-        return range(depth)
-    if method == "last":
-        return [depth - 1]
-    if isinstance(method, int) and -depth <= method < depth:
-        return [method]
-    raise InputError(
-        f"Expected 'last', 'mean', 'rollout' or a layer below {depth}, found {method!r}",
-        "Choose one of these",
-    )
 
 
 def ends(sequence, hubs: int):
