@@ -536,8 +536,8 @@ def _write_rows(path, read):
     while start < end:
         stop = min(end, (start // step + 1) * step)
         block = read(slice(start, stop))
-        for name, array in arrays.items():
-            values = np.asarray(block[name])
+        for name in block:  # what these rows do not have at all stays unwritten: NaN
+            values, array = np.asarray(block[name]), arrays[name]
             array[(slice(start, stop), *map(slice, values.shape[1:]))] = values
         group.attrs["rows_written"] = start = stop
     group.attrs["complete"] = True

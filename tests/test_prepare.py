@@ -1,0 +1,316 @@
+"""Laws of preparing: a folder becomes its cohort, and an interruption leaves no trace."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from small_files import ATLAS, parcel_series
+
+import bhx.cohort as bc
+from bhx.atlas import load_atlas
+from bhx.catalog import find_scans, join_phenotypes, write_derivatives
+from bhx.scans import read_template_t1
+from bhx.schema import ROI_COORDS, InputError, build_cohort, t1_grid
+
+OPTIONS = {"atlas": ATLAS, "voxel_mm": 16.0}
+
+
+def cohort_of(n=6, t1=(), seed=0):
+    """n participants with mirror-symmetric BOLD; those numbered in `t1` have the template's T1."""
+    lengths = 20 + 5 * np.arange(n)
+    bold = np.full((n, 100, lengths.max()), np.nan, "float32")
+    for i, length in enumerate(lengths):
+        bold[i, :, :length] = parcel_series(length, seed + i) - 1000
+    brains = None
+    if t1:
+        brains = np.full((n, 40, 48, 40), np.nan, "float32")
+        coarse = read_template_t1().reshape(40, 4, 48, 4, 40, 4).mean((1, 3, 5))
+        brains[list(t1)] = 500 * coarse
+    ids = [f"sub-{seed + i:02d}" for i in range(n)]
+    parcels = load_atlas(ATLAS)
+    subject = {
+        "subject": ids,
+        "participant": ids,
+        "site": [f"site {i % 2}" for i in range(n)],
+        "tr": np.full(n, 2.0),
+        "n_volumes": lengths,
+        "has_bold": np.ones(n, bool),
+        "has_t1": np.isin(np.arange(n), list(t1)),
+        "age": 20.0 + np.arange(n),
+    }
+    roi = {"roi": parcels.roi.values} | {name: parcels[name].values for name in ROI_COORDS}
+    return build_cohort(bold, brains, subject, roi, {"atlas": ATLAS, "source": "test"}, 4)
+
+
+@pytest.fixture(scope="module")
+def derivatives(tmp_path_factory):
+    """Six participants with parcel tables."""
+    folder = tmp_path_factory.mktemp("study") / "derivatives"
+    return write_derivatives(cohort_of(), folder, surface=False)
+
+
+@pytest.fixture
+def one_file_each(monkeypatch):
+    monkeypatch.setattr(bc, "SHARD_BYTES", 1)
+
+
+def files_of(store):
+    files = (p for p in sorted(Path(store).rglob("*")) if p.is_file())
+    return {str(p.relative_to(store)): p.read_bytes() for p in files}
+
+
+def test_a_folder_becomes_its_cohort(tmp_path):
+    cohort = cohort_of(2, t1=[0])
+    folder = write_derivatives(cohort, tmp_path / "derivatives", surface=False)
+    again = bc.prepare(folder, tmp_path / "c.zarr", **OPTIONS)
+    assert all(v.chunks is not None for v in again.data_vars.values())
+    np.testing.assert_allclose(again.bold, cohort.bold, rtol=1e-4, atol=1e-4)
+    for name in (
+        "subject",
+        "site",
+        "age",
+        "tr",
+        "n_volumes",
+        "has_bold",
+        "has_t1",
+        "roi",
+        "network",
+    ):
+        np.testing.assert_array_equal(again[name], cohort[name])
+    coarse = bc.coarsen_t1(cohort, 16).t1[0]
+    assert np.corrcoef(again.t1[0].values.ravel(), coarse.values.ravel())[0, 1] > 0.99
+    assert np.isnan(again.t1[1:]).all()
+    for axis, values in t1_grid(16).items():
+        np.testing.assert_array_equal(again[axis], values)
+    assert again.attrs["refused"] == {}
+    assert not (tmp_path / "c.zarr.parts").exists()
+
+
+def test_surfaces_are_denoised_and_become_the_same_parcels(tmp_path):
+    cohort = cohort_of(2)
+    folder = write_derivatives(cohort.isel(time=slice(0, 60)), tmp_path / "derivatives")
+    raw = bc.prepare(folder, tmp_path / "raw.zarr", **OPTIONS, denoising=None)
+    np.testing.assert_allclose(raw.bold, cohort.bold + 1000, rtol=1e-5)
+    assert raw.bold_scale.values.tolist() == ["raw", "raw"]
+    assert (raw.mean_fd > 0).all()
+
+
+KILLED = """
+import os, signal, sys
+import bhx.cohort as bc
+bc.SHARD_BYTES = 1
+calls, original = [], getattr(bc, sys.argv[3])
+def dies(*args):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+setattr(bc, sys.argv[3], dies)
+bc.prepare(sys.argv[1], sys.argv[2], atlas="schaefer100", voxel_mm=16.0, workers=1)
+"""
+
+
+@pytest.mark.parametrize("moment", ["_stage_one", "_load_parts"])
+def test_a_killed_run_continues_and_equals_an_unbroken_one(
+    moment, derivatives, tmp_path, one_file_each
+):
+    broken, whole = tmp_path / "broken.zarr", tmp_path / "whole.zarr"
+    command = [sys.executable, "-c", KILLED, str(derivatives), str(broken), moment]
+    ended = subprocess.run(command, capture_output=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    assert broken.exists() == (moment == "_load_parts")
+    assert len(list((tmp_path / "broken.zarr.parts").glob("*.npz"))) == (
+        2 if moment == "_stage_one" else 6
+    )
+    if broken.exists():
+        with pytest.raises(InputError, match="found 2 of 6 subjects written"):
+            bc.open_cohort(broken)
+    bc.prepare(derivatives, broken, **OPTIONS)
+    bc.prepare(derivatives, whole, **OPTIONS)
+    assert files_of(broken) == files_of(whole)
+
+
+def test_a_continued_run_reads_only_what_is_missing(derivatives, tmp_path, monkeypatch):
+    read = []
+    original = bc.read_scan
+    monkeypatch.setattr(bc, "read_scan", lambda row, **o: read.append(row) or original(row, **o))
+    rows = find_scans(derivatives)
+    bc.prepare(rows.iloc[:4], tmp_path / "c.zarr", **OPTIONS)
+    assert len(read) == 4
+    bc.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
+    assert len(read) == 6
+    bc.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
+    assert len(read) == 6
+
+
+@pytest.mark.parametrize("shard", [1, 1e9])
+def test_added_subjects_follow_and_longer_scans_fit(shard, derivatives, tmp_path, monkeypatch):
+    monkeypatch.setattr(bc, "SHARD_BYTES", shard)
+    rows = find_scans(derivatives)
+    at_once = bc.prepare(rows, tmp_path / "a.zarr", **OPTIONS).compute()
+    for some in ([0, 1, 2], [0, 1, 2, 3], range(6)):
+        grown = bc.prepare(rows.iloc[list(some)], tmp_path / "b.zarr", **OPTIONS)
+    xr.testing.assert_identical(grown.compute(), at_once)
+
+
+def test_broken_subjects_are_left_out_and_named(derivatives, tmp_path):
+    folder = shutil.copytree(derivatives, tmp_path / "derivatives")
+    content = {file: file.read_bytes() for file in folder.rglob("*timeseries.tsv")}
+    for file in content:
+        if file.parts[-3] == "sub-02" and "confounds" not in file.name:
+            file.write_text("no numbers here")
+        if file.parts[-3] == "sub-04" and "confounds" not in file.name:
+            file.write_bytes(b"")
+    cohort = bc.prepare(folder, tmp_path / "c.zarr", **OPTIONS)
+    assert cohort.subject.values.tolist() == ["sub-00", "sub-01", "sub-03", "sub-05"]
+    assert {*cohort.attrs["refused"]} == {"sub-02", "sub-04"}
+    assert "found 0 bytes" in cohort.attrs["refused"]["sub-04"]
+    for file, was in content.items():
+        file.write_bytes(was)
+    mended = bc.prepare(folder, tmp_path / "c.zarr", **OPTIONS)
+    assert mended.subject.values.tolist()[4:] == ["sub-02", "sub-04"]
+    assert mended.attrs["refused"] == {}
+
+
+def test_nothing_usable_is_an_error_and_leaves_no_store(derivatives, tmp_path):
+    rows = find_scans(derivatives).assign(bold=str(tmp_path / "nowhere.tsv"), t1="")
+    with pytest.raises(InputError, match="usable subject, found none among 6; the first: Expected"):
+        bc.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
+    assert not (tmp_path / "c.zarr").exists()
+
+
+def test_other_options_for_the_same_store_are_refused(derivatives, tmp_path):
+    rows = find_scans(derivatives).iloc[1:3]
+    bc.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
+    with pytest.raises(InputError, match=r"voxel_mm=8.0, found voxel_mm=16.0"):
+        bc.prepare(rows, tmp_path / "c.zarr", atlas=ATLAS, voxel_mm=8.0)
+
+
+def test_a_second_writer_is_refused(derivatives, tmp_path):
+    out = tmp_path / "c.zarr"
+    with bc._only_writer(out), pytest.raises(InputError, match="only writer of .* found another"):
+        bc.prepare(derivatives, out, **OPTIONS)
+
+
+def test_the_lock_of_a_dead_process_is_free(tmp_path):
+    hold = "import sys, time, pathlib, bhx.cohort as bc\n"
+    hold += "with bc._only_writer(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
+    hold += "    time.sleep(60)"
+    out = tmp_path / "c.zarr"
+    with subprocess.Popen([sys.executable, "-c", hold, str(out)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="only writer"), bc._only_writer(out):
+            pass
+        holder.kill()
+    with bc._only_writer(out):
+        assert out.parent.is_dir()
+
+
+def test_a_cluster_gives_what_threads_give(derivatives, tmp_path):
+    from distributed import Client
+
+    rows = find_scans(derivatives).iloc[1:4]
+    with Client(
+        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+    ) as client:
+        bc.prepare(rows, tmp_path / "a.zarr", **OPTIONS, client=client)
+        address = client.scheduler.address
+        assert address.startswith("inproc")
+    bc.prepare(rows, tmp_path / "b.zarr", **OPTIONS)
+    assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "b.zarr")
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "../../a", "a b", "<script>alert(1)</script>", "ä", "x" * 300]
+)
+def test_any_subject_name_is_safe(name, derivatives, tmp_path):
+    rows = find_scans(derivatives).iloc[1:2].assign(subject=name)
+    cohort = bc.prepare(rows, tmp_path / "here" / "c.zarr", **OPTIONS)
+    assert cohort.subject.item() == name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here"]
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == [".c.zarr.lock", "c.zarr"]
+
+
+# --- what is found in a folder ---
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    return folder
+
+
+SPACE = "space-MNI152NLin6Asym"
+
+
+def test_sessions_runs_and_lone_t1_are_rows(tmp_path):
+    func, bold = "func/sub-1_ses-{}_task-rest_run-{}_", f"{SPACE}_desc-preproc_bold.nii.gz"
+    touch(
+        tmp_path,
+        *(f"sub-1/ses-{s}/" + func.format(s, r) + bold for s, r in ("a1", "a2", "b1")),
+        f"sub-1/ses-a/anat/sub-1_ses-a_{SPACE}_desc-preproc_T1w.nii.gz",
+        f"sub-1/ses-a/anat/sub-1_ses-a_{SPACE}_desc-brain_mask.nii.gz",
+        "sub-1/ses-a/" + func.format("a", 1) + "desc-confounds_timeseries.tsv",
+        f"sub-2/anat/sub-2_{SPACE}_desc-preproc_T1w.nii.gz",
+        "sub-2/anat/sub-2_desc-preproc_T1w.nii.gz",
+    )
+    rows = find_scans(tmp_path).set_index("subject")
+    assert rows.index.tolist() == [
+        "sub-1/ses-a/run-1",
+        "sub-1/ses-a/run-2",
+        "sub-1/ses-b/run-1",
+        "sub-2",
+    ]
+    assert rows.participant.tolist() == ["sub-1"] * 3 + ["sub-2"]
+    assert (rows.t1 != "").all()
+    assert [Path(t1).name[:12] for t1 in rows.t1[:3]] == ["sub-1_ses-a_"] * 3
+    assert (rows.t1_mask != "").tolist() == [True, True, True, False]
+    assert (rows.confounds != "").tolist() == [True, False, False, False]
+    assert rows.bold["sub-2"] == ""
+
+
+def test_the_best_form_of_a_run_is_taken_once(tmp_path):
+    stem = "sub-1/func/sub-1_task-rest_"
+    forms = [
+        "space-MNI152NLin6Asym_desc-preproc_bold.nii.gz",
+        "hemi-L_space-fsaverage5_bold.func.gii",
+        "hemi-R_space-fsaverage5_bold.func.gii",
+        "space-fsLR_den-91k_bold.dtseries.nii",
+    ]
+    touch(tmp_path, *(stem + form for form in forms), stem + "desc-brain_mask.nii.gz")
+    assert [Path(b).name for b in find_scans(tmp_path).bold] == ["sub-1_task-rest_" + forms[3]]
+
+
+def test_fsl_space_is_preferred_for_t1(tmp_path):
+    spaces = ("MNI152NLin2009cAsym", "MNI152NLin6Asym")
+    touch(tmp_path, *(f"sub-1/anat/sub-1_space-{s}_desc-preproc_T1w.nii.gz" for s in spaces))
+    assert "NLin6Asym" in find_scans(tmp_path).t1.item()
+
+
+def test_a_loop_of_links_ends(tmp_path):
+    touch(tmp_path / "study", f"sub-1/anat/sub-1_{SPACE}_desc-preproc_T1w.nii.gz")
+    (tmp_path / "study" / "sub-1" / "loop").symlink_to(tmp_path / "study")
+    assert len(find_scans(tmp_path / "study")) == 1
+
+
+def test_other_tasks_are_named(tmp_path):
+    touch(tmp_path, f"sub-1/func/sub-1_task-nback_{SPACE}_desc-preproc_bold.nii.gz")
+    with pytest.raises(InputError, match="BOLD of task-rest .* found tasks: nback"):
+        find_scans(tmp_path)
+    assert len(find_scans(tmp_path, task="nback")) == 1
+
+
+def test_phenotypes_join_by_participant():
+    scans = pd.DataFrame({"subject": ["sub-1/a", "sub-1/b", "sub-2"]})
+    scans["participant"] = ["sub-1", "sub-1", "sub-2"]
+    people = pd.DataFrame({"participant_id": ["1"], "age": [30.0], "group": ["x"]})
+    joined = join_phenotypes(scans, people)
+    assert joined.age.tolist()[:2] == [30, 30]
+    assert joined.age.isna().tolist() == [False, False, True]
