@@ -1,0 +1,351 @@
+"""How fast pretraining runs: scans and tokens a second, and the share of this machine's own
+matrix product that the networks' arithmetic reaches.
+
+    python benchmarks/pretrain.py --preset workshop --out DIR
+    python benchmarks/pretrain.py --preset base --device cuda --out DIR
+
+The loop is that of bhx.pretrain; its samples are made in memory, so no disk is measured. Model
+FLOPs count matrix products alone: three times the forward pass of what is trained (one forward,
+two backward), once that of frozen encoders and of the teacher. Nothing recomputed is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bhx.checkpoints import PRESETS
+from bhx.encoding import Model, Reading, random_model
+from bhx.harmonix_f import jepa_masks
+from bhx.training import Feed, Sample, _precision, _Run, cube_mask, recipe
+
+STAGES = ("structure", "dynamics", "harmonizer")
+
+
+def main():
+    args = arguments()
+    if args.only:
+        return one_of_many(args)
+    report = {"machine": machine(args), "rows": []}
+    model = random_model(args.preset, device=args.device)
+    peak = matrix_product(args.device, args.precision)
+    report["matrix_product_tflops"] = peak
+    print(f"matrix product, {args.precision}: {peak:.2f} TFLOP/s", flush=True)
+    for settings in plans(args, model.config):
+        row = measure(model, args, **settings)
+        row["utilisation"] = row.get("tflops", float("nan")) / peak
+        report["rows"].append(row)
+        print(line(row), flush=True)
+        write(report, args)
+    for processes in args.processes:
+        report["rows"] += scaled_out(args, processes, peak)
+        write(report, args)
+    return 0
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="workshop", choices=PRESETS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=4.0, help="measured for each row")
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"))
+    parser.add_argument("--quick", action="store_true", help="no scaling with batch and length")
+    parser.add_argument("--compile", nargs="+", choices=("no", "yes"), help="both on a GPU")
+    parser.add_argument("--processes", type=int, nargs="*", help="numbers of processes (CPU)")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # a process of `scaled_out`
+    args = parser.parse_args()
+    on_cpu = args.device == "cpu"
+    args.precision = args.precision or ("float32" if on_cpu else "bfloat16")
+    args.compile = args.compile or (("no",) if on_cpu else ("no", "yes"))
+    if args.processes is None:
+        args.processes = (1, 2) if on_cpu and not args.quick else ()
+    return args
+
+
+def plans(args, config):
+    """Settings of the rows: each stage eager and compiled, then other batches and lengths."""
+    longest = config.dynamics.max_patches
+    for stage in args.stages:
+        full = full_batch(stage, args.preset, config, longest)
+        for choice in args.compile:
+            compiled = choice == "yes"
+            yield {"stage": stage, "batch": full, "patches": longest, "compiled": compiled}
+    if args.quick:
+        return
+    for stage in args.stages:
+        full = full_batch(stage, args.preset, config, longest)
+        for batch in sorted({1, max(1, full // 3)} - {full}):
+            yield {"stage": stage, "batch": batch, "patches": longest, "compiled": False}
+    if "dynamics" in args.stages:
+        for patches in (2, 6):
+            batch = full_batch("dynamics", args.preset, config, patches)
+            yield {"stage": "dynamics", "batch": batch, "patches": patches, "compiled": False}
+
+
+def full_batch(stage, preset, config, patches):
+    """As many subjects as are computed at once."""
+    cubes, tokens = config.structure.tokens, config.dynamics.parcels * patches
+    cost = {"structure": cubes, "dynamics": tokens, "harmonizer": tokens + cubes}[stage]
+    return max(1, recipe(stage, preset).tokens_at_once // cost)
+
+
+def measure(model, args, stage, batch, patches, compiled):
+    """One row: steps of the real loop, timed after two that warm up."""
+    row = {"stage": stage, "preset": args.preset, "batch": batch, "compiled": compiled}
+    row |= {"patches": patches if stage != "structure" else 0}
+    folder = Path(tempfile.mkdtemp())
+    try:
+        run = start(model, args, folder, stage, batch, patches, compiled)
+        forget_peak(args.device)
+        began = time.perf_counter()
+        for step in range(2):
+            run.advance(step)
+        wait(args.device)
+        row["warmup_s"] = time.perf_counter() - began
+        seconds = timed(run, args)
+        row |= {"step_s": statistics.median(seconds), "steps": len(seconds)}
+        row["gib"] = peak_memory(args.device)
+        row |= work(run, args)
+        row["scans_per_s"] = batch / row["step_s"]
+        row["tokens_per_s"] = row.pop("tokens") / row["step_s"]
+        row["tflops"] = row["tflop_per_scan"] * row["scans_per_s"]
+    except Exception as error:  # out of memory, no compiler: the other rows still count
+        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return row
+
+
+def start(model, args, folder, stage, batch, patches, compiled):
+    """A run of the library's loop whose feed is in memory."""
+    plan = recipe(
+        stage, args.preset, steps=10_000, batch=batch, precision=args.precision, compile=compiled,
+        evaluate_every=10**9, checkpoint_every=10**9,
+    )  # fmt: skip
+    feed = Memory(model.config, plan, patches)
+    copy = Model(deepcopy(model.networks).requires_grad_(True), args.device)
+    run = _Run(feed, copy, folder / stage, ["held out"], 0, False)
+    run.begin(False)
+    return run
+
+
+class Memory(Feed):
+    """A feed of a few samples made in memory, each read again and again."""
+
+    def __init__(self, config, plan, patches, distinct: int = 8):
+        self.config, self.plan, self.path = config, plan, None
+        ids = [f"s{i}" for i in range(plan.batch)] + ["held out"]
+        labels = {"subject": ("subject", ids), "participant": ("subject", ids)}
+        self.labels = xr.Dataset(coords=labels)
+        need = {"structure": ("t1",), "dynamics": ("bold",)}.get(plan.stage, ("bold", "t1"))
+        self.need = {m: np.ones(len(ids), bool) for m in need}
+        self.usable = np.arange(len(ids))
+        random = np.random.default_rng(0)
+        self.samples = [self._made(patches, random) for _ in range(min(distinct, plan.batch))]
+
+    def _made(self, patches, random):
+        reading, hidden, masks = Reading([], []), None, ([], [])
+        if "bold" in self.need:
+            d = self.config.dynamics
+            shape = (d.parcels, patches, d.kernel)
+            reading.windows = [torch.from_numpy(random.standard_normal(shape, np.float32))]
+            reading.tokens = [torch.arange(d.parcels * patches)]
+            masks = [[torch.from_numpy(m)] for m in jepa_masks(d.parcels, patches, random)]
+        if "t1" in self.need:
+            s = self.config.structure
+            reading.t1 = torch.from_numpy(random.standard_normal(s.shape, np.float32))
+            reading.cubes = torch.arange(s.tokens)
+            hidden = cube_mask(s.tokens, self.plan.hidden, random)
+        return Sample("", reading, hidden, *masks)
+
+    def __getitem__(self, key):
+        return self.samples[key[1] % len(self.samples)]
+
+
+def timed(run, args):
+    """Seconds of each step, for about args.seconds."""
+    seconds, step, end = [], 2, time.perf_counter() + args.seconds
+    while len(seconds) < 3 or (time.perf_counter() < end and len(seconds) < 200):
+        began = time.perf_counter()
+        run.advance(step)
+        wait(args.device)
+        seconds.append(time.perf_counter() - began)
+        step += 1
+    return seconds
+
+
+def work(run, args):
+    """Tokens of a step, and TFLOP of one scan: counted in a forward pass that is not compiled."""
+    samples = next(run.batches)
+    for module in run.objective.modules():  # back to eager
+        for name in ("before", "after"):
+            module.__dict__.pop(name, None)
+    total = frozen = 0
+    for sample in samples[: len(run.feed.samples)]:
+        total += flops(lambda one=sample: run.objective([one], run.device), run, args)
+        frozen += flops(lambda one=sample: still(run.objective, one, run.device), run, args)
+    each = (3 * (total - frozen) + frozen) / min(len(samples), len(run.feed.samples))
+    tokens = sum(run.objective.cost(s) for s in samples) * run.world
+    return {"tokens": tokens, "tflop_per_scan": each / 1e12}
+
+
+def still(objective, sample, device):
+    """The part of a forward pass that is not trained."""
+    if hasattr(objective, "teacher"):
+        with torch.no_grad():
+            objective.teacher([sample.reading.windows[0].to(device)])
+    elif hasattr(objective, "encode"):
+        objective.encode([sample], device)
+
+
+def flops(function, run, args):
+    """Of the matrix products in a call, attention included."""
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def attention(query, key, value, *_, out_shape=None, **__):
+        return sdpa_flop_count(query, key, value)
+
+    counter = FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
+    with counter, _precision(run.device, args.precision):
+        function()
+    return counter.get_total_flops()
+
+
+def matrix_product(device, precision):
+    """TFLOP/s of a large square product: what this machine can do, measured now."""
+    n = 8192 if torch.device(device).type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, precision))
+    best = float("inf")
+    end = time.perf_counter() + 3
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        repeats = 20 if n > 4096 else 1
+        for _ in range(repeats):
+            a @ a
+        wait(device)
+        best = min(best, (time.perf_counter() - began) / repeats)
+    return 2 * n**3 / best / 1e12
+
+
+def scaled_out(args, processes, peak):
+    """The same step shared by several processes on this machine (torchrun, gloo)."""
+    rows = []
+    for stage in args.stages:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={processes}", __file__, "--only", stage, "--preset", args.preset,
+            "--device", args.device, "--precision", args.precision, "--out", str(args.out),
+            "--seconds", str(args.seconds),
+        ]  # fmt: skip
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        found = [x for x in done.stdout.splitlines() if x.startswith("{")]
+        row = json.loads(found[-1]) if found else {"stage": stage, "error": done.stderr[-200:]}
+        row |= {"processes": processes, "utilisation": row.get("tflops", float("nan")) / peak}
+        print(line(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def one_of_many(args):
+    """What each process of `scaled_out` does; the first prints its row."""
+    model = random_model(args.preset, device=args.device)
+    longest = model.config.dynamics.max_patches
+    full = full_batch(args.only, args.preset, model.config, longest)
+    row = measure(model, args, args.only, max(2, full // 2 * 2), longest, False)
+    if int(os.environ["RANK"]) == 0:
+        print(json.dumps(row), flush=True)
+    return 0
+
+
+def wait(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def forget_peak(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """GiB on the GPU, or of the process where the system tells."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    peak = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+    return int(peak.split()[1]) / 2**20
+
+
+def machine(args):
+    name = platform.processor() or platform.machine()
+    if torch.device(args.device).type == "cuda":
+        name = torch.cuda.get_device_name()
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
+        "torch": torch.__version__,
+        "precision": args.precision,
+    }
+
+
+COLUMNS = {
+    "stage": "{}", "processes": "{}", "batch": "{}", "patches": "{}", "compiled": "{}",
+    "step_s": "{:.4f}", "scans_per_s": "{:.2f}", "tokens_per_s": "{:,.0f}",
+    "tflop_per_scan": "{:.4f}", "tflops": "{:.2f}", "utilisation": "{:.1%}", "gib": "{:.2f}",
+    "warmup_s": "{:.1f}",
+}  # fmt: skip
+
+
+def line(row):
+    if "error" in row:
+        return f"| {row['stage']} | {row.get('batch', '')} | {row['error']} |"
+    cells = [COLUMNS[k].format(row.get(k, 1 if k == "processes" else "")) for k in COLUMNS]
+    return "| " + " | ".join(cells) + " |"
+
+
+def write(report, args):
+    """JSON for programs, Markdown for people."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = f"pretrain_{args.preset}_{torch.device(args.device).type}"
+    (args.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+    about = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
+    table = [
+        f"Pretraining, preset {args.preset}: {about}; matrix product "
+        f"{report['matrix_product_tflops']:.2f} TFLOP/s",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+        *map(line, report["rows"]),
+    ]
+    (args.out / f"{stem}.md").write_text("\n".join(table) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
