@@ -72,7 +72,7 @@ def project(data: xr.Dataset, *, n: int = 2, method: str = "pca", fit_on=None, s
     (component), the share of the fitted subjects' variance
     """
     features = _features(data)
-    chosen = _chosen(features, fit_on)
+    chosen = subject_mask(features, fit_on)
     values = np.asarray(features, float)
     if not 1 <= n <= min(chosen.sum(), values.shape[1]):
         raise InputError(
@@ -329,10 +329,7 @@ def each_token(latents: xr.Dataset, *, of: str = "roi", subjects=None) -> xr.Dat
             'Keep the attention when embedding: embed(cohort, model, keep=("attention",))',
         )
     values = latents[MAPS[of]]
-    chosen = _chosen(values, subjects)
-    has = {"roi": "has_bold", "t1": "has_t1"}.get(of)
-    if has in values.coords:
-        chosen = chosen & values[has].values.astype(bool)
+    chosen = subject_mask(values, subjects) & who_has(latents, of)
     if not chosen.any():
         raise InputError(
             "Expected at least one subject with this modality, found none in the selection",
@@ -340,6 +337,13 @@ def each_token(latents: xr.Dataset, *, of: str = "roi", subjects=None) -> xr.Dat
         )
     out = values.isel(subject=np.flatnonzero(chosen)).mean("subject")
     return out.assign_attrs(n_subjects=int(chosen.sum()))
+
+
+def who_has(latents: xr.Dataset, of: str) -> np.ndarray:
+    """Which subjects have what a kind of map is about: a mask (subject)."""
+    name = {"roi": "has_bold", "t1": "has_t1"}.get(of)
+    everyone = np.ones(latents.sizes["subject"], bool)
+    return latents[name].values.astype(bool) if name in latents.coords else everyone
 
 
 def spin_test(values: xr.DataArray, other, atlas: xr.Dataset, *, n_spins=1000, seed=0):
@@ -517,7 +521,7 @@ def map_controls(
     from bhx.encoding import embed, random_model
 
     cohort = check(cohort, "cohort")
-    chosen = _chosen(cohort, subjects) & cohort.has_bold.values.astype(bool)
+    chosen = subject_mask(cohort, subjects) & cohort.has_bold.values.astype(bool)
     cohort = cohort.isel(subject=np.flatnonzero(chosen))
     order = np.random.default_rng(seed).permutation(cohort.sizes["roi"])
     late = xr.DataArray(np.arange(cohort.sizes["time"]), dims="time") >= cohort.n_volumes / 2
@@ -692,7 +696,7 @@ def _features(data):
     return check(data, "features")["features"]
 
 
-def _chosen(data, subjects):
+def subject_mask(data, subjects):
     """A boolean mask over the subjects from ids, a mask, or None for all."""
     ids = data.indexes["subject"]
     if subjects is None:
@@ -715,7 +719,7 @@ def _chosen(data, subjects):
 
 
 def _one(data, subject):
-    return data.subject.values[np.flatnonzero(_chosen(data, [subject]))[0]]
+    return data.subject.values[np.flatnonzero(subject_mask(data, [subject]))[0]]
 
 
 def _tokens(latents, token):

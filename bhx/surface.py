@@ -83,7 +83,7 @@ def plot_surface(
     brain = on_vertices(values, atlas)
     if threshold is not None:
         brain = brain.where(abs(brain) >= threshold)
-    look = _look(brain.values, cmap, limits) | {
+    look = look_of(brain.values, cmap, limits) | {
         "title": brain.attrs.get("long_name", "") if title is None else title,
         "units": brain.attrs.get("units", ""),
     }
@@ -165,7 +165,7 @@ def _per_parcel(values, atlas):
     )
 
 
-def _look(values, cmap, limits):
+def look_of(values, cmap, limits):
     """Colour map and limits: sequential, or diverging and symmetric for values of both signs."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
@@ -179,7 +179,7 @@ def _look(values, cmap, limits):
 
 
 @cache
-def _colours(cmap, steps=33):
+def colours(cmap, steps=33):
     """A matplotlib colour map as a plotly colour scale."""
     import matplotlib
 
@@ -335,7 +335,7 @@ def stage(mesh, sides, view, names, look) -> dict:
             "aspectratio": _extent(mesh, sides),
             "camera": camera(view),
         },
-        "coloraxis": _bar(look),
+        "coloraxis": colour_bar(look),
         "updatemenus": [menu] if len(offered) > 1 else [],
         "margin": {"l": 0, "r": 0, "t": 40, "b": 50},
         "showlegend": False,
@@ -452,25 +452,25 @@ def plot_volume(
     -------
     plotly.graph_objects.Figure, or matplotlib.figure.Figure
     """
-    t1 = _template() if values is None else values
+    t1 = template() if values is None else values
     if t1.dims != ("x", "y", "z"):
         raise InputError(
             f"Expected a T1 with dims ('x', 'y', 'z'), found {t1.dims}",
             "Select one subject: cohort.t1.sel(subject=...)",
         )
-    cubes = None if overlay is None else _with_mm(overlay)
+    cubes = None if overlay is None else with_mm(overlay)
     named = t1 if cubes is None else cubes
-    look = _look(np.zeros(0) if cubes is None else cubes.values, cmap, limits) | {
+    look = look_of(np.zeros(0) if cubes is None else cubes.values, cmap, limits) | {
         "title": named.attrs.get("long_name", "T1") if title is None else title,
         "units": named.attrs.get("units", ""),
     }
-    grey = _bytes(t1)
+    grey = grey_levels(t1)
     if static:
         return _static_volume(grey, cubes, at, look)
     return _volume_figure(grey, cubes, at, n_slices, look)
 
 
-def _with_mm(cubes):
+def with_mm(cubes):
     """A cube map with the MNI coordinates of its cubes' centres, as dims x, y and z."""
     if cubes.dims != ("cx", "cy", "cz"):
         raise InputError(
@@ -488,7 +488,7 @@ def _with_mm(cubes):
 
 
 @cache
-def _template():
+def template():
     """The MNI152 template in nilearn's wheel, masked, on the T1 grid at 2 mm."""
     from nilearn.datasets import load_mni152_template
     from nilearn.image import resample_img
@@ -504,7 +504,7 @@ def _template():
     return xr.DataArray(image.get_fdata(dtype=np.float32), grid, ("x", "y", "z"))
 
 
-def _bytes(t1):
+def grey_levels(t1):
     """Intensities as 0 to 255, at 2 mm or coarser, axes ascending."""
     step = abs(float(t1.x[1] - t1.x[0]))
     if step < 2:
@@ -538,9 +538,15 @@ def _volume_figure(grey, cubes, at, n_slices, look):
         height=400,
         margin={"l": 30, "r": 10, "t": 70, "b": 90},
         plot_bgcolor="black",
-        coloraxis=_bar(look) | {"showscale": cubes is not None},
+        coloraxis=colour_bar(look) | {"showscale": cubes is not None},
     )
     return figure
+
+
+def plane_of(volume, plane: str, stop: float) -> xr.DataArray:
+    """The slice of a volume (x, y, z) nearest to `stop` [mm], as (up, across)."""
+    across, up, through = PLANES[plane]
+    return volume.sel({through: stop}, method="nearest").transpose(up, across)
 
 
 def slices(grey, cubes, plane, stop, visible=True) -> list:
@@ -548,7 +554,7 @@ def slices(grey, cubes, plane, stop, visible=True) -> list:
     import plotly.graph_objects as go
 
     across, up, through = PLANES[plane]
-    cut = grey.sel({through: stop}, method="nearest").transpose(up, across)
+    cut = plane_of(grey, plane, stop)
     mm = f"{across} %{{x:.0f}}, {up} %{{y:.0f}}, {through} {float(stop):.0f} mm"
     out = [
         go.Heatmap(
@@ -565,7 +571,7 @@ def slices(grey, cubes, plane, stop, visible=True) -> list:
         )
     ]
     if cubes is not None:
-        cut = cubes.sel({through: stop}, method="nearest").transpose(up, across)
+        cut = plane_of(cubes, plane, stop)
         out.append(
             go.Heatmap(
                 x=cut[across].values,
@@ -606,9 +612,9 @@ def _slider(figure, through, stops, shown, first, column):
     }
 
 
-def _bar(look):
+def colour_bar(look):
     return {
-        "colorscale": _colours(look["cmap"]),
+        "colorscale": colours(look["cmap"]),
         "cmin": look["limits"][0],
         "cmax": look["limits"][1],
         "colorbar": {"title": {"text": escape(look["units"])}, "len": 0.7, "thickness": 14},
@@ -627,7 +633,7 @@ def _static_volume(grey, cubes, at, look):
             (cubes, {"cmap": look["cmap"], "clim": look["limits"], "alpha": 0.45}),
         ):
             if volume is not None:
-                cut = volume.sel({through: stop}, method="nearest").transpose(up, across)
+                cut = plane_of(volume, plane, stop)
                 drawn = axis.pcolormesh(cut[across], cut[up], cut, **style)
         axis.set(title=f"{through} = {stop:g} mm", xlabel=f"{across} [mm]", ylabel=f"{up} [mm]")
         axis.set_aspect("equal")
@@ -682,7 +688,7 @@ def _token_figure(table, title):
         x=table.network.values,
         y=tokens,
         z=table.preference.values.astype(np.float32),
-        colorscale=_colours("RdBu_r"),
+        colorscale=colours("RdBu_r"),
         zmid=1,
         zmin=1 - top,
         zmax=1 + top,
@@ -766,7 +772,7 @@ def plot_latents(
             "Choose one of the subjects' coordinates",
         )
     groups = point_groups(projection, color)
-    names = [_axis_name(projection, c) for c in components]
+    names = [axis_name(projection, c) for c in components]
     title = (color or "subjects") if title is None else title
     draw = _static_latents if static else _latents_figure
     return draw(projection.sel(component=list(components)), groups, names, title, color)
@@ -787,7 +793,7 @@ def point_groups(projection, color) -> list:
     ]
 
 
-def _axis_name(projection, component):
+def axis_name(projection, component):
     name = f"{projection.attrs.get('long_name', 'component')} {component}"
     if "explained" in projection.coords:
         name += f" ({100 * float(projection.explained.sel(component=component)):.0f} %)"
@@ -803,7 +809,7 @@ def _latents_figure(points, groups, names, title, color):
         marker = {"color": shade, "size": 7, "opacity": 0.8}
         if not isinstance(shade, str):
             bar = {"title": {"text": escape(_with_units(points, color))}, "thickness": 14}
-            marker |= {"colorscale": _colours("viridis"), "showscale": True, "colorbar": bar}
+            marker |= {"colorscale": colours("viridis"), "showscale": True, "colorbar": bar}
         figure.add_scatter(
             x=points.values[where, 0].astype(np.float32),
             y=points.values[where, 1].astype(np.float32),

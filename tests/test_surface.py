@@ -244,7 +244,7 @@ def test_volume_sliders_show_one_position_of_their_plane(latents):
 
 def test_cube_map_lies_where_its_cubes_are(latents):
     """Cube (i, j, k) covers the T1 voxels of block (i, j, k)."""
-    cubes = pictures._with_mm(region_map(latents, 0, of="t1"))
+    cubes = pictures.with_mm(region_map(latents, 0, of="t1"))
     for axis, n in zip("xyz", (5, 6, 5), strict=True):
         blocks = t1_grid()[axis].reshape(n, -1)
         assert (cubes[axis].values > blocks.min(1)).all()

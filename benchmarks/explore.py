@@ -1,0 +1,100 @@
+"""How long the explorer's kernel works for one interaction, and what it sends.
+
+1,000 subjects x 128 tokens x 400 parcels x 1,200 T1 cubes, random numbers, widgets attached:
+
+    python benchmarks/explore.py [subjects]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+import xarray as xr
+
+from bhx import load_atlas, plot_surface
+from bhx.explorer import explore
+
+REPEATS = 7
+
+
+def random_latents(n: int, tokens: int = 128, features: int = 768, grid=(10, 12, 10)) -> xr.Dataset:
+    """Latents of base size without any meaning."""
+    rng = np.random.default_rng(0)
+    atlas = load_atlas("schaefer400")
+    share = rng.random((n, tokens), dtype="f4")
+    ids = [f"sub-{i:04d}" for i in range(n)]
+
+    def maps(*shape):
+        values = rng.random((n, tokens, *shape), dtype="f4")
+        return values / values.sum(axis=tuple(range(2, values.ndim)), keepdims=True)
+
+    return xr.Dataset(
+        {
+            "hub": (("subject", "token", "feature"), rng.random((n, tokens, features), "f4")),
+            "hub_to_roi": (("subject", "token", "roi"), maps(400)),
+            "hub_to_t1": (("subject", "token", "cx", "cy", "cz"), maps(*grid)),
+            "modality_share": (("subject", "token", "modality"), np.stack([share, 1 - share], -1)),
+        },
+        {
+            "subject": ids,
+            "token": np.arange(tokens),
+            "modality": ["bold", "t1"],
+            "roi": atlas.roi.values,
+            "network": ("roi", atlas.network.values),
+            "age": ("subject", rng.uniform(20, 80, n)),
+            "site": ("subject", rng.choice(list("ABC"), n)),
+        },
+    )
+
+
+def milliseconds(act, choices) -> list[float]:
+    """Kernel time of an interaction under each of several choices."""
+    out = []
+    for choice in choices:
+        start = time.perf_counter()
+        act(*choice)
+        out.append(1000 * (time.perf_counter() - start))
+    return out
+
+
+def main(n: int = 1000):
+    """Print one line an interaction: median and worst [ms]."""
+    latents = random_latents(n)
+    start = time.perf_counter()
+    explorer = explore(latents)
+    print(f"open: {time.perf_counter() - start:.1f} s for {latents.nbytes / 1e9:.1f} GB")
+    start = time.perf_counter()
+    panels = explorer.panels
+    print(f"widgets: {time.perf_counter() - start:.1f} s")
+    rng = np.random.default_rng(1)
+    masks = [(rng.random(n) < rng.uniform(0.05, 0.95),) for _ in range(REPEATS)]
+    pairs = [(m & (np.arange(n) % 2 > 0), ~m) for (m,) in masks]
+    acts = {
+        "select subjects": (explorer.select_subjects, masks),
+        "select token": (
+            explorer.select_token,
+            [(int(t),) for t in rng.permutation(128)[:REPEATS]],
+        ),
+        "select parcel": (
+            explorer.select_parcel,
+            [(str(p),) for p in rng.choice(latents.roi.values, REPEATS)],
+        ),
+        "select network": (
+            explorer.select_parcel,
+            [(str(p),) for p in np.unique(latents.network.values)],
+        ),
+        "compare groups": (explorer.compare, pairs),
+    }
+    for name, (act, choices) in acts.items():
+        times = milliseconds(act, choices)
+        print(f"{name:16s} median {np.median(times):5.0f} ms   worst {max(times):5.0f} ms")
+    sent = sum(len(trace.intensity) * 4 for trace in panels.brain.data if "values" in trace.name)
+    print(f"sent to the cortex at each step: {sent / 1e3:.0f} kB of intensities, no mesh")
+    figure = plot_surface(explorer.latents.hub_to_roi[0, 0])
+    print(f"one mesh figure: {len(figure.to_json()) / 1e6:.2f} MB of JSON")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:2]))

@@ -1,0 +1,296 @@
+"""Laws of the explorer, without a browser: what is seen equals what the plain functions give."""
+
+import matplotlib
+import numpy as np
+import pytest
+import xarray as xr
+
+from bhx import explore, load_atlas, region_map
+from bhx.schema import InputError, t1_grid
+
+matplotlib.use("agg")
+BAD = "<img src=x onerror=alert(1)>"
+
+
+def toy(n=20, tokens=8, seed=0):
+    """Latents of Schaefer-100 with fMRI-only and T1-only people among them."""
+    atlas = load_atlas("schaefer100")
+    rng = np.random.default_rng(seed)
+    has_bold, has_t1 = np.arange(n) % 5 != 3, np.arange(n) % 5 != 2
+    share = rng.random((n, tokens)) * has_bold[:, None]
+    share[~has_t1] = 1
+    to_roi = rng.dirichlet(np.ones(100), (n, tokens)) * share[..., None]
+    to_t1 = rng.dirichlet(np.ones(150), (n, tokens)) * (1 - share)[..., None]
+    ids = np.array([f"sub-{i:02d}" for i in range(n)])
+    return xr.Dataset(
+        {
+            "hub": (("subject", "token", "feature"), rng.standard_normal((n, tokens, 4))),
+            "hub_to_roi": (("subject", "token", "roi"), to_roi),
+            "hub_to_t1": (
+                ("subject", "token", "cx", "cy", "cz"),
+                to_t1.reshape(n, tokens, 5, 6, 5),
+            ),
+            "modality_share": (("subject", "token", "modality"), np.stack([share, 1 - share], -1)),
+        },
+        {
+            "subject": ids,
+            "participant": ("subject", ids),
+            "token": np.arange(tokens),
+            "modality": ["bold", "t1"],
+            "has_bold": ("subject", has_bold),
+            "has_t1": ("subject", has_t1),
+            "age": ("subject", rng.uniform(20, 80, n)),
+            "site": ("subject", np.array(["A", "B"])[np.arange(n) % 2]),
+            "roi": atlas.roi.values,
+            "network": ("roi", atlas.network.values),
+        },
+        {"atlas": "schaefer100"},
+    )
+
+
+@pytest.fixture
+def explorer():
+    return explore(toy())
+
+
+def test_maps_are_those_of_region_map(explorer):
+    who = ["sub-01", "sub-04", "sub-12"]
+    explorer.select_subjects(who)
+    explorer.select_token(5)
+    expected = region_map(explorer.latents, 5, subjects=who)
+    np.testing.assert_allclose(explorer.surface_map(), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        explorer.t1_map(), region_map(explorer.latents, 5, subjects=who, of="t1"), rtol=1e-5
+    )
+    explorer.select_token(None)
+    np.testing.assert_allclose(
+        explorer.surface_map(), region_map(explorer.latents, None, subjects=who), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        explorer.t1_map(), region_map(explorer.latents, None, subjects=who, of="t1"), rtol=1e-4
+    )
+
+
+def test_comparison_is_the_difference_of_maps(explorer):
+    a, b = explorer.subjects[:6], explorer.subjects[10:]
+    explorer.select_token(2)
+    explorer.compare(a, b)
+    expected = region_map(explorer.latents, 2, subjects=a) - region_map(
+        explorer.latents, 2, subjects=b
+    )
+    np.testing.assert_allclose(explorer.surface_map(), expected, atol=1e-7)
+    assert "6 against 10" in explorer.card()
+    explorer.select_subjects(a)
+    assert explorer.groups is None
+
+
+def test_parcel_leads_to_the_token_that_prefers_it():
+    data = toy()
+    data.hub_to_roi.values[:, 6, 42] += 1
+    explorer = explore(data)
+    explorer.select_parcel(str(data.roi.values[42]))
+    assert explorer.token == 6
+    assert explorer.preference().argmax() == 6
+    np.testing.assert_allclose(explorer.reading(), data.hub_to_roi[:, 6, 42], rtol=1e-5)
+
+
+def test_network_is_the_sum_of_its_parcels(explorer):
+    explorer.select_parcel("Limbic")
+    np.testing.assert_array_equal(explorer.parcels, explorer.latents.network == "Limbic")
+    maps = region_map(explorer.latents, explorer.token)
+    preference = maps[explorer.parcels].mean() / maps.mean()
+    got = explorer.preference()[explorer.token]
+    assert got == pytest.approx(float(preference), rel=1e-4)
+
+
+def test_written_code_draws_what_is_seen(explorer):
+    explorer.select_token(3)
+    for select in (
+        lambda: explorer.select_subjects(["sub-00", "sub-06"]),
+        lambda: explorer.compare(["sub-00", "sub-01"], ["sub-05", "sub-06"]),
+    ):
+        select()
+        names = {"latents": explorer.latents}
+        exec(explorer.code(), names)
+        np.testing.assert_allclose(names["values"], explorer.surface_map(), atol=1e-7)
+
+
+def test_lazy_store_gives_the_same(tmp_path, explorer):
+    explorer.latents.to_zarr(tmp_path / "latents.zarr", consolidated=False, zarr_format=3)
+    lazy = explore(xr.open_zarr(tmp_path / "latents.zarr", consolidated=False))
+    for one in (lazy, explorer):
+        one.select_token(1)
+        one.select_subjects(explorer.subjects[3:9])
+    np.testing.assert_allclose(lazy.surface_map(), explorer.surface_map())
+    np.testing.assert_allclose(lazy.points, explorer.points, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", ["bold", "t1"])
+def test_one_modality_is_enough(kept):
+    data = toy()
+    data = data.isel(subject=np.flatnonzero(~data[f"has_{'t1' if kept == 'bold' else 'bold'}"]))
+    explorer = explore(data)
+    panels = explorer.panels
+    explorer.select_token(2)
+    assert bool(explorer.surface_map().any()) == (kept == "bold")
+    assert bool(explorer.t1_map().any()) == (kept == "t1")
+    assert ("nobody" in panels.heading.value) == (kept == "t1")
+
+
+def test_latents_without_attention_still_open():
+    explorer = explore(toy()[["hub"]])
+    explorer.select_subjects(["sub-03"])
+    assert "attention" in explorer.panels.brain.layout.title.text
+    assert "sub-03" in explorer.card()
+
+
+# the widgets ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def panels(explorer):
+    return explorer.panels
+
+
+def sent_by(figure, act):
+    """The plotly messages that an action sends for one figure."""
+    messages = []
+    names = ["_py2js_addTraces", "_py2js_restyle", "_py2js_update", "_py2js_relayout"]
+    follow = lambda change: messages.append((change["name"], change["new"]))  # noqa: E731
+    figure.observe(follow, names)
+    act()
+    figure.unobserve(follow, names)
+    return [m for m in messages if m[1]]
+
+
+def test_only_intensities_are_sent_after_the_mesh(explorer, panels):
+    messages = sent_by(panels.brain, lambda: explorer.select_token(4))
+    assert messages
+    keys = {k for _, m in messages for style in (m.get("style_data") or {},) for k in style}
+    changed = {k for name, m in messages for one in m.get("restyle_data", [m]) for k in one}
+    assert "_py2js_addTraces" not in {name for name, _ in messages}
+    assert not ({"x", "y", "z", "i", "j", "k", "text"} & (keys | changed))
+
+
+def test_brain_shows_the_map_and_its_colour_bar(explorer, panels):
+    explorer.select_token(4)
+    values = explorer.surface_map()
+    left, right = (t for t in panels.brain.data if t.name.endswith("values"))
+    assert {*left.intensity, *right.intensity} <= set(values)
+    axis = panels.brain.layout.coloraxis
+    assert (axis.cmin, axis.cmax) == pytest.approx((values.min(), values.max()))
+    explorer.compare(explorer.subjects[:5], explorer.subjects[5:])
+    assert axis.cmin == -axis.cmax
+
+
+def test_callbacks_do_what_the_methods_do(explorer, panels):
+    panels._picked([1, 2, 8])
+    np.testing.assert_array_equal(np.flatnonzero(explorer.chosen), [1, 2, 8])
+    assert list(panels.people.data[0].selectedpoints) == [1, 2, 8]
+    panels._token_clicked([5])
+    assert explorer.token == 5
+    assert panels.strip.layout.shapes[0].x0 == 4.5
+    panels.controls["token"].value = "3"
+    assert explorer.token == 3
+    panels.controls["parcel"].value = "Default"
+    assert explorer.parcels.sum() == (explorer.networks == "Default").sum()
+    assert panels.strip.data[2].visible
+    panels.controls["subject"].value = "sub-07"
+    assert explorer.subjects[explorer.chosen] == ["sub-07"]
+    panels.controls["everyone"].click()
+    assert explorer.chosen.all()
+    assert explorer.token is None
+
+
+def test_click_on_the_brain_selects_the_parcel_under_it(explorer, panels):
+    from plotly.callbacks import Points
+
+    trace = next(t for t in panels.brain.data if t.name == "right values")
+    at = 1234
+    panels._brain_clicked(trace, Points(point_inds=[at]), None)
+    name = explorer.roi[explorer.parcels].item()
+    assert trace.hovertemplate.split("%{text}")[0] + trace.text[at] == name
+    assert panels.controls["parcel"].value == name
+
+
+def test_two_marked_groups_are_compared(explorer, panels):
+    panels._picked([0, 1, 4])
+    panels.controls["first"].click()
+    panels._picked([5, 6, 7, 8])
+    panels.controls["second"].click()
+    assert [g.sum() for g in explorer.groups] == [3, 4]
+    assert "minus" in panels.heading.value
+
+
+def test_wrong_entries_are_answered_not_raised(panels):
+    panels.controls["parcel"].value = "Amygdala"
+    assert "Amygdala" in panels.heading.value
+    panels.controls["token"].value = "99"
+    assert "found 99" in panels.heading.value
+    panels.controls["token"].value = "many"
+    assert "many" in panels.heading.value
+
+
+def test_button_writes_the_code(explorer, panels):
+    explorer.select_token(1)
+    panels.controls["code"].click()
+    assert panels.written.value == explorer.code()
+    assert "token=1" in panels.written.value
+
+
+@pytest.mark.parametrize("name", ["age", "site", "has_t1", "attention"])
+def test_people_take_the_colour_of_any_label(explorer, panels, name):
+    explorer.select_parcel("Vis")
+    panels.controls["colour"].value = name
+    colour = panels.people.data[0].marker.color
+    assert len(colour) == len(explorer.subjects)
+    if name == "attention":
+        np.testing.assert_allclose(colour, explorer.reading(), rtol=1e-5)
+    if name == "site":
+        assert len(set(colour)) == 2
+
+
+def test_names_cannot_inject_html():
+    data = toy().assign_coords(subject=[BAD + str(i) for i in range(20)])
+    data["site"] = ("subject", [BAD] * 10 + ["B"] * 10)
+    explorer = explore(data)
+    panels = explorer.panels
+    panels.controls["colour"].value = "site"
+    panels._picked([4])
+    panels.controls["subject"].value = BAD
+    for html in (panels.card.value, panels.heading.value, panels.legend.value):
+        assert "<img" not in html
+    assert all("<" not in text for text in panels.people.data[0].text)
+
+
+def test_one_person_is_shown_with_their_own_t1():
+    data = toy()
+    grid = t1_grid(4)
+    t1 = np.random.default_rng(0).random((20, *(len(v) for v in grid.values()))).astype("f4")
+    labels = {name: data[name] for name in ("subject", "participant", "has_t1", "has_bold")}
+    cohort = xr.Dataset({"t1": (("subject", "x", "y", "z"), t1)}, labels | grid)
+    panels = explore(data, cohort).panels
+    before = np.asarray(panels.slices.data[0].z)
+    panels._picked([0])
+    own = np.asarray(panels.slices.data[0].z)
+    assert own.shape != before.shape
+    assert own.std() > 10
+    panels._picked([2])  # has no T1
+    np.testing.assert_array_equal(panels.slices.data[0].z, before)
+
+
+def bad_calls():
+    yield lambda e: e.select_token(99), "found 99"
+    yield lambda e: e.select_parcel("Amygdala"), "'Amygdala'"
+    yield lambda e: e.select_subjects(["who"]), "who"
+    yield lambda e: e.select_subjects(np.zeros(20, bool)), "none"
+    yield lambda e: e.compare(["sub-01"], ["sub-01", "sub-02"]), "sub-01 in both"
+    yield lambda e: explore(e.latents, e.latents.isel(subject=slice(5))), "missing"
+    yield lambda e: explore(e.latents.drop_vars("hub")), "'hub'"
+
+
+@pytest.mark.parametrize("call, says", list(bad_calls()))
+def test_bad_input_is_named(explorer, call, says):
+    with pytest.raises(InputError) as caught:
+        call(explorer)
+    assert says in str(caught.value)
