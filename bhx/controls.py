@@ -193,7 +193,7 @@ def confound_features(data: xr.Dataset, names=None) -> xr.Dataset:
     values = encoded(data.coords.to_dataset(), names)
     out = xr.Dataset({"features": (("subject", "feature"), values)})
     out = out.assign_coords(subject_coords(data))
-    return out.assign_attrs(name="confounds: " + ", ".join(names))
+    return out.assign_attrs(name="confounds", columns=", ".join(names))
 
 
 def nothing(data: xr.Dataset) -> xr.Dataset:

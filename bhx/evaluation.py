@@ -658,6 +658,8 @@ def _fitted(model, penalty, x, y):
     model = clone(model)
     if isinstance(model, Ridge):
         return model.set_params(alpha=penalty * len(x)).fit(x, y)
+    if isinstance(model, LogisticRegression) and len(np.unique(y)) == 2:
+        model.set_params(solver="newton-cholesky")
     return model.set_params(C=1 / (penalty * len(x)), max_iter=2000).fit(x, y)
 
 
@@ -748,8 +750,11 @@ class Rotation(TransformerMixin, BaseEstimator):
         power = ((x - self.mean_) ** 2).mean(0)
         size = [part.sum() for part in np.split(power, np.cumsum(widths)[:-1])]
         self.weight_ = np.repeat([1 / np.sqrt(len(size) * s) if s > 0 else 0 for s in size], widths)
-        _, length, axes = np.linalg.svd((x - self.mean_) * self.weight_, full_matrices=False)
-        self.axes_ = axes[length > 1e-9 * length[0]].T
+        x = (x - self.mean_) * self.weight_
+        wide = x.shape[1] > len(x)  # the Gram matrix of the shorter side has the same axes
+        power, axes = np.linalg.eigh(x @ x.T if wide else x.T @ x)
+        axes, power = axes[:, power > 1e-12 * power[-1]], power[power > 1e-12 * power[-1]]
+        self.axes_ = x.T @ (axes / np.sqrt(power)) if wide else axes
         return self
 
     def transform(self, x):
@@ -763,14 +768,16 @@ class OrdinalLogistic(ClassifierMixin, BaseEstimator):
     Source: Frank and Hall, ECML 2001.
     """
 
-    def __init__(self, C: float = 1.0, max_iter: int = 2000):
+    def __init__(self, C: float = 1.0, max_iter: int = 100):
         self.C, self.max_iter = C, max_iter
 
     def fit(self, x, y):
         """Fit on rows (row, feature) and codes in order."""
         self.classes_ = np.unique(y)
         self.above_ = [
-            LogisticRegression(C=self.C, max_iter=self.max_iter).fit(x, y > code)
+            LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter).fit(
+                x, y > code
+            )
             for code in self.classes_[:-1]
         ]
         return self
@@ -812,8 +819,9 @@ def compare(
     Returns
     -------
     pandas DataFrame, a row a (target,) model and metric: `score` (mean over folds), `low` and
-    `high` (its bias-corrected interval under a bootstrap of participants), `n` subjects,
-    `difference` to the control and `p` (corrected resampled t-test over shared folds, adjusted;
+    `high` (its bias-corrected interval under a bootstrap of participants), `n` subjects (in the
+    table's corner where all rows share it),
+    `diff` to the control and `p` (corrected resampled t-test over shared folds, adjusted;
     NaN where the folds are not the same), `p_null` where `probe` was given permutations.
     """
     if not scores:
@@ -834,7 +842,9 @@ def compare(
         table = table.drop(columns="p_null")
     index = ["target", "model", "metric"] if len(targets) > 1 else ["model", "metric"]
     table = table.set_index(index).drop(columns="target", errors="ignore")
-    table.columns.name = targets[0] if len(targets) == 1 else None
+    if len(targets) == 1 and table.n.nunique() == 1:
+        table.columns.name = f"{targets[0]}, n = {table.n.iloc[0]}"
+        table = table.drop(columns="n")
     return table.round(3)
 
 
@@ -868,9 +878,9 @@ def _table(scores, control, level, draws, seed):
 def _against(scores, one, other, control, metric):
     """Difference to the control in this metric and its p, where both saw the same folds."""
     if str(one.model.values) == control or metric not in other.metric.values:
-        return {"difference": np.nan, "p": np.nan}
+        return {"diff": np.nan, "p": np.nan}
     base = other.score.sel(model=control, metric=metric)
-    out = {"difference": float(one.mean() - base.mean()), "p": np.nan}
+    out = {"diff": float(one.mean() - base.mean()), "p": np.nan}
     if _same_folds(scores, other):
         difference = one.values - base.values
         out["p"] = metrics.corrected_t(difference, scores.attrs["test_share"])[1]

@@ -149,7 +149,7 @@ def test_confound_features_encode_words_and_keep_unknown_numbers(cohort):
     age = cohort.age.values.copy()
     age[0] = np.nan
     features = confound_features(cohort.assign_coords(age=("subject", age)))
-    assert features.attrs["name"] == "confounds: age, site, n_volumes"
+    assert features.attrs["columns"] == "age, site, n_volumes"
     values = features.features.values
     assert values.shape == (90, 4)  # age, two of three sites, n_volumes
     assert np.isnan(values[0, 0])
@@ -157,7 +157,9 @@ def test_confound_features_encode_words_and_keep_unknown_numbers(cohort):
 
 
 def test_plain_controls_leave_the_target_out(both):
-    names = [f.attrs["name"] for f in plain_controls(both, "age")]
-    assert names[:3] == ["mean or majority", "confounds: site, n_volumes", "T1 cubes"]
+    found = plain_controls(both, "age")
+    names = [f.attrs["name"] for f in found]
+    assert names[:3] == ["mean or majority", "confounds", "T1 cubes"]
+    assert found[1].attrs["columns"] == "site, n_volumes"
     assert names[-1] == "T1 cubes + connectome"
     assert nothing(both).sizes["feature"] == 0

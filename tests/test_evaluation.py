@@ -236,15 +236,15 @@ def test_compare_tests_against_the_control_on_shared_folds_only(features):
     assert 0 <= table.loc[("connectome", "r"), "p"] < 0.05
     assert np.isnan(table.loc[("noise", "r"), "p"])
     r = both.score.sel(metric="r").mean("fold").values
-    np.testing.assert_allclose(table.loc[("connectome", "r"), "difference"], r[0] - r[1], atol=1e-3)
+    np.testing.assert_allclose(table.loc[("connectome", "r"), "diff"], r[0] - r[1], atol=1e-3)
     apart = compare(probe(features, "age"), probe(noise(features), "age"))
     assert apart.loc[("connectome", "r"), "p"] == table.loc[("connectome", "r"), "p"]
     fewer = probe(noise(features).isel(subject=slice(4, None)), "age")
     other = compare(probe(features, "age"), fewer)
     assert np.isnan(other.p).all()
-    assert np.isfinite(other.loc[("connectome", "r"), "difference"])
+    assert np.isfinite(other.loc[("connectome", "r"), "diff"])
     turned = compare(both, control="connectome")
-    assert turned.loc[("noise", "r"), "difference"] < 0
+    assert turned.loc[("noise", "r"), "diff"] < 0
     with pytest.raises(InputError, match="Expected control as one of connectome, noise, found 'x'"):
         compare(both, control="x")
 

@@ -24,6 +24,7 @@ MODEL_WING = ("layers", "harmonix_s", "harmonix_f", "harmonizer", "checkpoints")
 BROWSED = (
     "latents",
     "surface",
+    "figures",
     "explorer",
     "metrics",
     "confounds",
@@ -32,7 +33,7 @@ BROWSED = (
     "reporting",
 )
 ROOMS = ("encoding", "training", *BROWSED)
-CORRIDOR = (*BASE, *DATA_WING, *MODEL_WING, *ROOMS, "__main__")
+CORRIDOR = (*BASE, *DATA_WING, *MODEL_WING, *ROOMS, "demo", "__main__")
 AT_MOST_LINES = 6000  # of the whole library
 
 there = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

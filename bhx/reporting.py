@@ -1,0 +1,411 @@
+"""What scores mean, for a reader: strata, confounds, operating points, figures, one page.
+
+Everything here reads the Scores Datasets of `bhx.probe`. Models are fitted again by
+`learning_curve` alone.
+"""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from . import metrics
+from .controls import CONFOUNDS, encoded
+from .errors import InputError, listed
+from .evaluation import codes_of, compare, plan_of, probe
+
+BLUE, GREY = "#0072B2", "#7f7f7f"
+
+
+def report(*scores: xr.Dataset, path="report.html", control=None, reference=None) -> Path:
+    """Write one self-contained page about scores of one target, and its table as Markdown.
+
+    Parameters
+    ----------
+    scores : what `bhx.probe` returned, one or several
+    path : where the page goes; the table goes beside it, ending in .md
+    control, reference : as for `bhx.compare`
+
+    Returns
+    -------
+    Path of the page: methods, who was left out and why, the scores with intervals beside their
+    controls, calibration or bias with age, strata, what confounds explain, versions and hashes.
+    """
+    path = Path(path)
+    table = compare(*scores, control=control, reference=reference)
+    figures = [plot_scores(table)]
+    first = scores[0]
+    if first.attrs["task"] == "label" and first.sizes["class"] == 2:
+        figures.append(plot_calibration(*scores))
+    if first.attrs["task"] == "number":
+        figures.append(plot_predictions(*scores))
+    sections = {
+        "Methods": "".join(f"<p>{escape(methods(s))}</p>" for s in scores),
+        "Who entered": "".join(_flow(s) for s in scores),
+        "Scores": _html(table) + "".join(_figure(f, i == 0) for i, f in enumerate(figures)),
+        **_strata_section(scores),
+        **_confound_section(scores),
+        "What was taken for granted": _list(note for s in scores for note in _notes(s)),
+        "Made by": _list(_made_by(s) for s in scores),
+    }
+    title = f"Scores: {first.attrs['target']}"
+    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items())
+    path.write_text(PAGE.format(title=escape(title), body=body), encoding="utf-8")
+    path.with_suffix(".md").write_text(as_markdown(table), encoding="utf-8")
+    return path
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
+table{{border-collapse:collapse;margin:1rem 0;font-size:14px}}th,td{{padding:.2rem .7rem;
+text-align:right;border-bottom:1px solid #ddd}}th{{font-weight:600}}
+.flow{{display:flex;gap:.6rem;align-items:center;flex-wrap:wrap;margin:.6rem 0}}
+.flow div{{border:1px solid #777;border-radius:4px;padding:.4rem .8rem}}
+.flow div.out{{border-style:dashed;color:#555}}</style>
+<h1>{title}</h1>{body}</html>"""
+
+
+def methods(scores: xr.Dataset) -> str:
+    """The methods paragraph of a probe, in full sentences."""
+    a = scores.attrs
+    confounds, preserve = json.loads(a["confounds"]), json.loads(a["preserve"])
+    kinds = {"number": "the number", "label": "the label", "ordinal": "the ordered label"}
+    models = listed(scores.model.values, 20)
+    what = f"We predicted {kinds[a['task']]} '{a['target']}' from {models} by {a['estimator']}"
+    splits = {
+        "paper": "three splits of 6:2:2 stratified by label and site",
+        "brainmarks": f"{scores.sizes['fold']} stratified resplits with one fifth tested",
+    }.get(
+        a["protocol"],
+        f"{scores.sizes['fold']} folds that held out whole values of {a['groups']}"
+        if a["groups"] != "participant"
+        else f"{scores.sizes['fold']} folds over participants",
+    )
+    text = [f"{what} in {splits}; no participant was on both sides of a split."]
+    if a["stratify"]:
+        text.append(f"Folds were balanced over {a['stratify']}.")
+    text.append("Missing features were filled with, and all features scaled by, training means.")
+    if a["harmonise"]:
+        kept = f", keeping the effect of {listed(preserve)}" if preserve else ""
+        text.append(f"ComBat, fitted in the training part, removed {a['harmonise']}{kept}.")
+    if confounds:
+        text.append(
+            f"Linear effects of {listed(confounds, 20)}, fitted in the training part, were removed."
+        )
+    text.append(
+        "Scores are means over folds with bias-corrected 95 % intervals of a bootstrap over "
+        "participants, models not refitted; models were compared by the corrected resampled "
+        "t-test with Holm's adjustment."
+    )
+    if "null" in scores:
+        text.append(
+            f"The null comes from {scores.sizes['permutation']} exchanges of labels between "
+            "participants within site."
+        )
+    if a["train_share"] < 1:
+        text.append(f"Only {a['train_share']:.0%} of the training participants were used.")
+    return " ".join(text)
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """A table of `bhx.compare` as Markdown."""
+    flat = table.reset_index()
+    lines = [[str(c) for c in flat.columns], ["---"] * len(flat.columns)]
+    lines += [["" if pd.isna(v) else str(v) for v in row] for row in flat.itertuples(index=False)]
+    title = [f"**{table.columns.name}**", ""] if table.columns.name else []
+    return "\n".join([*title, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+
+
+def _flow(scores):
+    """Boxes from all rows to those judged, with what was left out on the way."""
+    excluded = json.loads(scores.attrs["excluded"])
+    boxes = [f"<div>{scores.attrs['n_rows']} rows given</div>"]
+    for reason, ids in excluded.items():
+        boxes.append(f'<div class="out" title="{escape(listed(ids, 50))}">')
+        boxes[-1] += f"{len(ids)} out: {escape(reason)}</div>"
+    people = scores.attrs["n_participants"]
+    boxes.append(f"<div><b>{scores.attrs['n']} rows of {people} participants judged</b></div>")
+    return '<div class="flow">' + "<span>→</span>".join(boxes) + "</div>"
+
+
+def _html(table):
+    return table.to_html(border=0, na_rep="", float_format=lambda v: f"{v:.3f}")
+
+
+def _figure(figure, with_script):
+    return figure.to_html(full_html=False, include_plotlyjs=with_script)
+
+
+def _list(items):
+    items = list(dict.fromkeys(items))
+    return "<ul>" + "".join(f"<li>{escape(i)}</li>" for i in items) + "</ul>"
+
+
+def _notes(scores):
+    yield "Rows without a label, a confound or a feature are left out as shown above."
+    yield from json.loads(scores.attrs["notes"])
+
+
+def _made_by(scores):
+    versions = json.loads(scores.attrs["versions"])
+    parts = [f"{k} {v}" for k, v in versions.items()] + [f"seed {scores.attrs['seed']}"]
+    for name, made in json.loads(scores.attrs["features"]).items():
+        parts += [f"{name}: {k} {v}" for k, v in made.items() if k != "config"]
+    return "; ".join(parts)
+
+
+def _strata_section(scores):
+    if "site" not in scores[0].coords:
+        return {}
+    return {"Within each site": "".join(_html(within(s, "site")) for s in scores)}
+
+
+def _confound_section(scores):
+    first = scores[0]
+    names = [n for n in CONFOUNDS if n in first.coords and n != first.attrs["target"]]
+    names = [n for n in names if len(np.unique(first[n].values)) > 1]
+    if not names or (first.attrs["task"] != "number" and first.sizes["class"] != 2):
+        return {}
+    tables = "".join(_html(explained_by(s, names)) for s in scores)
+    text = (
+        f"<p>Linear share of each prediction that {escape(listed(names, 20))} explain together.</p>"
+    )
+    return {"Confounds": text + tables}
+
+
+# ---------------------------------------------------------------- figures
+
+
+def plot_scores(table: pd.DataFrame, metric: str | None = None):
+    """One metric of a table of `bhx.compare`: a dot and an interval a model, the first on top."""
+    import plotly.graph_objects as go
+
+    levels = table.index.get_level_values("metric")
+    metric = metric or levels[0]
+    rows = table[levels == metric].droplevel("metric")
+    names = [" · ".join(map(str, np.atleast_1d(n))) for n in rows.index.to_list()]
+    bars = {"array": rows.high - rows.score, "arrayminus": rows.score - rows.low, "thickness": 2}
+    dots = go.Scatter(
+        x=rows.score,
+        y=names,
+        error_x={"type": "data", "symmetric": False, **bars},
+        mode="markers",
+        marker={"size": 10, "color": BLUE},
+        hovertemplate="%{y}: %{x:.3f}<extra></extra>",
+    )
+    figure = go.Figure(dots)
+    if metric in metrics.CHANCE:
+        figure.add_vline(metrics.CHANCE[metric], line={"dash": "dot", "color": GREY})
+    figure.update_xaxes(title=f"{metric.replace('_', ' ')} (mean over folds, 95 % interval)")
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    height = 140 + 36 * len(names)
+    return figure.update_layout(template="simple_white", height=height, title=table.columns.name)
+
+
+def plot_calibration(*scores: xr.Dataset, bins: int = 10):
+    """Predicted probability of the positive label against how often it is true."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    line = {"dash": "dot", "color": GREY}
+    figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=line, name="perfect")
+    for s in scores:
+        truth = s.truth.values.astype(str) == s.attrs["positive"]
+        for output in pooled_output(s):
+            found = metrics.calibration(truth, output.values, bins)
+            name = f"{output.model.item()} (error {found['error']:.2f})"
+            x, y = found["predicted"], found["observed"]
+            figure.add_scatter(x=x, y=y, mode="lines+markers", name=name)
+    figure.update_xaxes(title=f"predicted probability of {scores[0].attrs['positive']}")
+    figure.update_yaxes(title="observed frequency")
+    return figure.update_layout(template="simple_white", height=420, title="Calibration")
+
+
+def plot_predictions(*scores: xr.Dataset):
+    """Predicted against true numbers, one dot a subject."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    truth = scores[0].truth.values
+    ends = [truth.min(), truth.max()]
+    line = {"dash": "dot", "color": GREY}
+    figure.add_scatter(x=ends, y=ends, mode="lines", line=line, name="perfect")
+    for s in scores:
+        for output in pooled_output(s):
+            dots = {"size": 6, "opacity": 0.6}
+            name = str(output.model.item())
+            figure.add_scatter(x=s.truth, y=output, mode="markers", marker=dots, name=name)
+    target = scores[0].attrs["target"]
+    figure.update_xaxes(title=f"true {target}").update_yaxes(title=f"predicted {target}")
+    return figure.update_layout(template="simple_white", height=460, title="Predictions")
+
+
+# ---------------------------------------------------------------- tables
+
+
+def pooled_output(scores: xr.Dataset) -> xr.DataArray:
+    """One number a subject and model: the predicted number, or the positive label's probability,
+    averaged over the folds that tested the subject."""
+    column = "value" if scores.attrs["task"] == "number" else scores.attrs["positive"]
+    return scores.output.sel({"class": column}, drop=True).mean("fold")
+
+
+def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
+    """Every metric inside each value of a coordinate (site, sex), and how many subjects it has.
+
+    Predictions of all folds are taken together; a stratum of one label has no AUROC.
+    """
+    if by not in scores.coords:
+        raise InputError(
+            f"Expected '{by}' as a coordinate on subject, found {listed(scores.coords, 20)}",
+            "Assign it to the features before the probe",
+        )
+    plan, truth, rows = plan_of(scores), codes_of(scores), []
+    for i, model in enumerate(scores.model.values):
+        output = np.nanmean(scores.output.values[i], 0)
+        decision = _majority(scores.decision.values[i], plan)
+        for value in np.unique(scores[by].values):
+            t = np.flatnonzero(scores[by].values == value)
+            measured = plan.measure(truth[t], output[t], decision[t])
+            rows.append(
+                {"model": str(model), by: value, "n": len(t)}
+                | {k: v[0] for k, v in measured.items()}
+            )
+    return pd.DataFrame(rows).set_index(["model", by]).round(3)
+
+
+def _majority(decision, plan):
+    if plan.names is None:
+        return np.full(decision.shape[1], -1)
+    return np.stack([(decision == k).sum(0) for k in range(len(plan.names))]).argmax(0)
+
+
+def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:
+    """How much of a prediction the confounds explain, and what of its skill is left without them.
+
+    Returns
+    -------
+    pandas DataFrame, a row a model: `explained` (R2 of the prediction on the confounds), `r` of
+    prediction and truth, and `partial_r`, the same with the confounds' linear effect taken out of
+    both. Subjects without one of the confounds do not enter (`n`).
+    """
+    labels = scores.coords.to_dataset()
+    missing = [n for n in confounds if n not in labels.coords]
+    if missing:
+        raise InputError(
+            f"Expected coordinates on subject, found no {listed(missing)}", "Assign them"
+        )
+    design = encoded(labels, confounds)
+    truth = codes_of(scores)
+    if scores.attrs["task"] == "label":
+        truth = truth == plan_of(scores).positive
+    known = np.isfinite(design).all(1)
+    design = np.column_stack([np.ones(known.sum()), design[known]])
+    rows = []
+    for model in scores.model.values:
+        prediction = pooled_output(scores).sel(model=model).values[known]
+        both = np.column_stack([prediction, truth[known].astype(float)])
+        rest = both - design @ np.linalg.lstsq(design, both)[0]
+        total = both[:, 0].var()
+        rows.append(
+            {
+                "model": str(model),
+                "explained": 1 - rest[:, 0].var() / total if total > 0 else np.nan,
+                "r": _r(both),
+                "partial_r": _r(rest),
+                "n": int(known.sum()),
+            }
+        )
+    return pd.DataFrame(rows).set_index("model").round(3)
+
+
+def _r(pair):
+    flat = pair.std(0) <= 1e-9 * (1 + np.abs(pair).max(0))
+    return 0.0 if flat.any() else float(np.corrcoef(pair.T)[0, 1])
+
+
+def operating_point(scores: xr.Dataset, sensitivity: float = 0.9) -> pd.DataFrame:
+    """Decide at a chosen sensitivity, each fold's threshold taken from the other folds' subjects.
+
+    Returns
+    -------
+    pandas DataFrame, a row a model: `sensitivity` and `specificity` reached in the tested folds,
+    `precision` (positive predictive value) and `npv`.
+    """
+    if scores.attrs["task"] != "label" or scores.sizes["class"] != 2:
+        raise InputError("Expected scores of two labels, found others", "Choose a binary target")
+    positive = scores.truth.values.astype(str) == scores.attrs["positive"]
+    rows = []
+    for model in scores.model.values:
+        output = scores.output.sel(model=model, **{"class": scores.attrs["positive"]}).values
+        score = np.nanmean(output, 0)
+        called, truth = [], []
+        for row in output:
+            t = np.isfinite(row)
+            at = metrics.threshold_for(positive[~t], score[~t], sensitivity)
+            called.append(row[t] >= at)
+            truth.append(positive[t])
+        called, truth = np.concatenate(called), np.concatenate(truth)
+        with np.errstate(invalid="ignore"):
+            rows.append(
+                {
+                    "model": str(model),
+                    "sensitivity": called[truth].mean(),
+                    "specificity": (~called[~truth]).mean(),
+                    "precision": truth[called].mean() if called.any() else np.nan,
+                    "npv": (~truth[~called]).mean() if (~called).any() else np.nan,
+                }
+            )
+    return pd.DataFrame(rows).set_index("model").round(3)
+
+
+def age_gap(scores: xr.Dataset) -> xr.Dataset:
+    """Predicted minus true age, before and after the correction of its bias with age.
+
+    A regularised model predicts the young too old and the old too young. The gap's line on age is
+    fitted on the other folds' subjects and subtracted (Beheshti et al., NeuroImage: Clinical 2019;
+    de Lange and Cole 2020). The corrected gap uses the true age: it may be related to other
+    labels, but never call it a prediction, and report no accuracy from it.
+
+    Returns
+    -------
+    Dataset with `gap` and `corrected` (model, subject) [years], and `bias` and `bias_left`
+    (model,): their correlation with age.
+    """
+    if scores.attrs["task"] != "number":
+        raise InputError("Expected scores of a number (age), found labels", "Probe the age")
+    age = scores.truth
+    gap = pooled_output(scores) - age
+    corrected = gap.copy()
+    for i in range(scores.sizes["model"]):
+        for row in scores.output.values[i, :, :, 0]:
+            t = np.isfinite(row)
+            slope, level = np.polyfit(age.values[~t], gap.values[i, ~t], 1)
+            corrected.values[i, t] = gap.values[i, t] - (level + slope * age.values[t])
+    out = xr.Dataset({"gap": gap, "corrected": corrected})
+    out = out.assign(
+        bias=xr.corr(gap, age, "subject"), bias_left=xr.corr(corrected, age, "subject")
+    )
+    for name in ("gap", "corrected"):
+        out[name].attrs["units"] = "years"
+    return out
+
+
+def learning_curve(features, target: str, shares=(0.2, 0.4, 0.6, 0.8, 1.0), **options):
+    """Scores at growing shares of the training participants, the tested ones staying the same.
+
+    Returns
+    -------
+    Dataset `score (share, model, metric, fold)` with the coordinate `n_train` on share: training
+    rows, mean over folds.
+    """
+    runs = [probe(features, target, train_share=share, **options) for share in shares]
+    tested = [np.isfinite(r.output.values[0, :, :, 0]).sum(1).mean() for r in runs]
+    n_train = [round(n / r.attrs["test_share"]) for n, r in zip(tested, runs, strict=True)]
+    out = xr.concat([r.score for r in runs], "share").to_dataset()
+    return out.assign_coords(share=list(shares), n_train=("share", n_train))

@@ -1,0 +1,133 @@
+"""Strata, confounds, operating points and the page say what the predictions say."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from small_cohorts import make_cohort, noise
+
+from bhx import reporting
+from bhx.controls import connectome
+from bhx.errors import InputError
+from bhx.evaluation import compare, probe
+from bhx.reporting import age_gap, explained_by, learning_curve, operating_point, report, within
+
+
+@pytest.fixture(scope="module")
+def features():
+    return connectome(make_cohort())
+
+
+@pytest.fixture(scope="module")
+def ages(features):
+    return probe([features, noise(features)], "age")
+
+
+@pytest.fixture(scope="module")
+def labels(features):
+    return probe([features, noise(features)], "group")
+
+
+def test_scores_within_sites_are_those_of_the_sites_rows(ages):
+    table = within(ages, "site")
+    site = ages.site.values == "B"
+    r = np.corrcoef(ages.prediction[0].values[site], ages.truth.values[site])[0, 1]
+    assert table.loc[("connectome", "B"), "r"] == pytest.approx(r, abs=1e-3)
+    assert table.loc["connectome", "n"].sum() == 90
+    with pytest.raises(InputError, match="Expected 'scanner' as a coordinate"):
+        within(ages, "scanner")
+
+
+def test_confounds_explain_a_prediction_made_of_them_and_nothing_of_another(features, ages):
+    with_age = ages.assign_coords(years=("subject", ages.truth.values))
+    own = explained_by(with_age, ["years"])
+    assert own.loc["connectome", "partial_r"] == 0
+    assert own.loc["connectome", "explained"] > 0.7
+    random = np.random.default_rng(0).normal(size=90)
+    other = explained_by(ages.assign_coords(dice=("subject", random)), ["dice"])
+    assert other.loc["connectome", "explained"] < 0.08
+    row = other.loc["connectome"]
+    assert row.partial_r == pytest.approx(row.r, abs=0.02)
+    with pytest.raises(InputError, match="Expected coordinates on subject, found no iq"):
+        explained_by(ages, ["iq"])
+
+
+def test_operating_point_reaches_about_the_sensitivity_it_was_asked_for(labels):
+    for wanted in (0.7, 0.95):
+        point = operating_point(labels, sensitivity=wanted)
+        assert abs(point.loc["connectome", "sensitivity"] - wanted) < 0.15
+    loose, strict = (operating_point(labels, s).loc["connectome"] for s in (0.95, 0.5))
+    assert strict.specificity >= loose.specificity
+    with pytest.raises(InputError, match="Expected scores of two labels"):
+        operating_point(probe(make_features_of_three(), "third"))
+
+
+def make_features_of_three():
+    features = connectome(make_cohort(n=30))
+    return features.assign_coords(third=("subject", np.array(list("abc"))[np.arange(30) // 2 % 3]))
+
+
+def test_age_gap_is_biased_with_age_and_the_correction_removes_it(ages, labels):
+    gap = age_gap(ages)
+    assert (gap.bias < -0.3).all()
+    assert (abs(gap.bias_left) < 0.1).all()
+    np.testing.assert_allclose(gap.gap + ages.truth, ages.prediction, rtol=1e-5)
+    with pytest.raises(InputError, match="Expected scores of a number"):
+        age_gap(labels)
+
+
+def test_learning_curve_improves_and_ends_at_the_full_score(features, ages):
+    curve = learning_curve(features, "age", shares=(0.3, 1.0))
+    assert curve.n_train.values[0] < 0.4 * curve.n_train.values[1]
+    mae = curve.score.sel(metric="mae").mean("fold").squeeze("model").values
+    assert mae[0] > mae[1]
+    np.testing.assert_allclose(curve.score[-1, 0], ages.score[0])
+
+
+def test_page_is_self_contained_and_says_who_was_left_out(features, tmp_path):
+    some = features.copy(deep=True)
+    some.features[3] = np.nan
+    scores = probe([some, noise(some)], "group", confounds=["n_volumes"], stratify="site")
+    page = report(scores, path=tmp_path / "scores.html").read_text()
+    assert not re.findall(r"<(?:script|link|img|iframe)[^>]{0,200}(?:src|href)=", page)
+    assert "90 rows given" in page
+    assert "1 out: no connectome" in page
+    assert "89 rows of 45 participants judged" in page
+    for sentence in ("Linear effects of n_volumes", "balanced over site", "Within each site"):
+        assert sentence in page
+    markdown = (tmp_path / "scores.md").read_text()
+    rows = [line for line in markdown.splitlines() if line.startswith("| connectome")]
+    assert len(rows) == scores.sizes["metric"]
+    table = compare(scores)
+    assert str(table.loc[("connectome", "auroc"), "score"]) in markdown
+
+
+def test_page_escapes_what_users_name(features, tmp_path):
+    evil = features.assign_attrs(name="<script>alert(1)</script>")
+    page = report(probe(evil, "age"), path=tmp_path / "x.html").read_text()
+    assert "<script>alert(1)" not in page
+
+
+def test_methods_name_every_choice(features):
+    scores = probe(
+        features, "group", groups="site", harmonise="site", preserve=["age"], train_share=0.8
+    )
+    text = reporting.methods(scores)
+    for part in ("held out whole values of site", "ComBat", "age", "80%"):
+        assert part in text
+    paper = reporting.methods(probe(features, "age", protocol="paper"))
+    assert "three splits of 6:2:2" in paper
+
+
+def test_figures_show_the_numbers_of_the_table(ages, labels):
+    table = compare(ages)
+    figure = reporting.plot_scores(table, "r")
+    np.testing.assert_allclose(figure.data[0].x, table.xs("r", level="metric").score)
+    ends = figure.data[0].x + figure.data[0].error_x.array
+    np.testing.assert_allclose(ends, table.xs("r", level="metric").high)
+    curves = reporting.plot_calibration(labels)
+    assert [t.name.split(" (")[0] for t in curves.data[1:]] == ["connectome", "noise"]
+    dots = reporting.plot_predictions(ages)
+    np.testing.assert_array_equal(dots.data[1].x, ages.truth)
+    assert json.loads(figure.to_json())["layout"]["title"]["text"] == "age, n = 90"
