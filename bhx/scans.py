@@ -232,7 +232,11 @@ def _read_table(path, atlas, order, labels):
         keep_default_na=False,
         encoding="utf-8-sig",
     )
-    rows_are_parcels = not _is_number(cells.iloc[1:, 0]).any() and len(cells) > 1
+    if len(cells) < 2:
+        raise InputError(
+            f"Expected lines of numbers in {path.name}, found 1 line", "Check the file"
+        )
+    rows_are_parcels = not _is_number(cells.iloc[1:, 0]).any()
     if rows_are_parcels:
         names = cells.iloc[1:, 0].tolist()
         values = cells.iloc[1:, 1:]
@@ -603,6 +607,8 @@ def read_t1(path, mask=None, *, voxel_mm: float = 1.0) -> tuple[xr.DataArray, li
                 f"Expected 3 dims in {file.name}, found {image.shape}", "Give one volume"
             )
         check_affine(image, file)
+        if not np.isfinite(image.dataobj).all():
+            raise InputError(f"Expected numbers in {file.name}, found NaN or infinity", "Repair it")
         images.append(image)
     _check_space(path)
     t1 = t1_to_grid(*images)
