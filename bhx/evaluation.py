@@ -794,6 +794,98 @@ class OrdinalLogistic(ClassifierMixin, BaseEstimator):
         return self.classes_[self.predict_proba(x).argmax(1)]
 
 
+class AttentionPooling(BaseEstimator):
+    """A probe that learns which hub tokens to read: one query, softmax over tokens, linear head.
+
+    For `probe(pool(latents, "concatenate"), ..., estimator=AttentionPooling(tokens))`. It starts as
+    the mean over tokens. Trained by AdamW on four fifths of the training rows and stopped by the
+    loss on the last fifth.
+
+    Parameters
+    ----------
+    tokens : number of tokens in a row of features, token-major
+    lr, decay, epochs, patience, seed : learning rate, weight decay, most epochs, epochs without
+        a better held-out loss before the end, seed of the split
+
+    Attributes
+    ----------
+    query_ (feature,), weight_ (feature, class), level_ (class,) ; classes_ for labels (integers)
+    """
+
+    def __init__(self, tokens: int, lr=0.01, decay=0.1, epochs=300, patience=30, seed=0):
+        self.tokens, self.lr, self.decay = tokens, lr, decay
+        self.epochs, self.patience, self.seed = epochs, patience, seed
+
+    def fit(self, x, y):
+        """Fit on rows (row, token * feature) and numbers, or integer labels."""
+        import torch
+        from torch.nn.functional import cross_entropy, mse_loss
+
+        x = torch.tensor(self._tokens(x), dtype=torch.float32)
+        labels = np.issubdtype(np.asarray(y).dtype, np.integer)
+        if labels:
+            self.classes_, codes = np.unique(y, return_inverse=True)
+            truth, width, loss = torch.tensor(codes), len(self.classes_), cross_entropy
+        else:
+            self.mean_, self.spread_ = np.mean(y), np.std(y) or 1.0
+            truth = torch.tensor((y - self.mean_) / self.spread_, dtype=torch.float32)[:, None]
+            width, loss = 1, mse_loss
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))
+        fit, hold = order[len(x) // 5 :], order[: len(x) // 5]
+        sizes = ((x.shape[2],), (x.shape[2], width), (width,))
+        parts = [torch.zeros(size, requires_grad=True) for size in sizes]
+        optimiser = torch.optim.AdamW(parts, lr=self.lr, weight_decay=self.decay)
+        best, waited = np.inf, 0
+        for _ in range(self.epochs):
+            optimiser.zero_grad()
+            loss(_pooled(x[fit], *parts), truth[fit]).backward()
+            optimiser.step()
+            with torch.no_grad():
+                held = float(loss(_pooled(x[hold], *parts), truth[hold]))
+            waited = 0 if held < best else waited + 1
+            if held < best:
+                best, kept = held, [part.detach().numpy().copy() for part in parts]
+            if waited > self.patience:
+                break
+        self.query_, self.weight_, self.level_ = kept
+        return self
+
+    def attention(self, x):
+        """Share of each token in the reading of each row, (row, token)."""
+        raw = self._tokens(x) @ self.query_ / np.sqrt(len(self.query_))
+        share = np.exp(raw - raw.max(1, keepdims=True))
+        return share / share.sum(1, keepdims=True)
+
+    def predict_proba(self, x):
+        """(row, class)."""
+        raw = self._read(x)
+        share = np.exp(raw - raw.max(1, keepdims=True))
+        return share / share.sum(1, keepdims=True)
+
+    def predict(self, x):
+        """Numbers, or the most probable labels."""
+        if hasattr(self, "classes_"):
+            return self.classes_[self._read(x).argmax(1)]
+        return self._read(x)[:, 0] * self.spread_ + self.mean_
+
+    def _read(self, x):
+        pooled = np.einsum("nt,ntf->nf", self.attention(x), self._tokens(x))
+        return pooled @ self.weight_ + self.level_
+
+    def _tokens(self, x):
+        if x.shape[1] % self.tokens:
+            raise InputError(
+                f"Expected features of {self.tokens} tokens, found {x.shape[1]} columns",
+                "Pool with how='concatenate' and give the number of hub tokens",
+            )
+        return np.reshape(x, (len(x), self.tokens, -1))
+
+
+def _pooled(x, query, weight, level):
+    share = (x @ query / len(query) ** 0.5).softmax(1)  # (N, T)
+    return (share[..., None] * x).sum(1) @ weight + level
+
+
 # ---------------------------------------------------------------- reading scores
 
 
@@ -842,6 +934,8 @@ def compare(
         table = table.drop(columns="p_null")
     index = ["target", "model", "metric"] if len(targets) > 1 else ["model", "metric"]
     table = table.set_index(index).drop(columns="target", errors="ignore")
+    widths = {s.sizes["class"] for s in scores}
+    table.attrs["chance"] = {"balanced_accuracy": 1 / max(widths), **metrics.CHANCE}
     if len(targets) == 1 and table.n.nunique() == 1:
         table.columns.name = f"{targets[0]}, n = {table.n.iloc[0]}"
         table = table.drop(columns="n")

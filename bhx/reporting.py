@@ -199,8 +199,8 @@ def plot_scores(table: pd.DataFrame, metric: str | None = None):
         hovertemplate="%{y}: %{x:.3f}<extra></extra>",
     )
     figure = go.Figure(dots)
-    if metric in metrics.CHANCE:
-        figure.add_vline(metrics.CHANCE[metric], line={"dash": "dot", "color": GREY})
+    if metric in table.attrs["chance"]:
+        figure.add_vline(table.attrs["chance"][metric], line={"dash": "dot", "color": GREY})
     figure.update_xaxes(title=f"{metric.replace('_', ' ')} (mean over folds, 95 % interval)")
     figure.update_yaxes(autorange="reversed", automargin=True)
     height = 140 + 36 * len(names)

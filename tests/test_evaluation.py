@@ -104,11 +104,7 @@ def test_everyone_left_out_is_counted_with_a_reason(features):
     scores = probe([some, other], "age")
     excluded = json.loads(scores.attrs["excluded"])
     ids = features.subject.values
-    assert excluded == {
-        "not in noise": [ids[0]],
-        "no connectome": [ids[7]],
-        "no age": [ids[5]],
-    }
+    assert excluded == {"not in noise": [ids[0]], "no connectome": [ids[7]], "no age": [ids[5]]}
     assert scores.attrs["n"] == 87 == scores.sizes["subject"]
 
 
@@ -394,3 +390,31 @@ def test_less_training_data_same_test_subjects(features):
     np.testing.assert_array_equal(*tested)
     assert half.attrs["test_share"] == pytest.approx(2 * all_.attrs["test_share"], rel=0.1)
     assert half.score.sel(metric="mae").mean() > all_.score.sel(metric="mae").mean()
+
+
+def test_attention_pooling_finds_the_token_that_knows():
+    """One token of eight carries the label by its content; a mean over tokens dilutes it."""
+    pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(size=(240, 8, 6)).astype(np.float32)
+    tokens[:, 3, 0] += 4  # what marks the informative token, at one place in everyone
+    y = (tokens[:, 3, 1] > 0).astype(int)
+    x = tokens.reshape(240, -1)
+    fitted = evaluation.AttentionPooling(8, lr=0.05, decay=0.01).fit(x[:180], y[:180])
+    share = fitted.attention(x[180:])
+    np.testing.assert_allclose(share.sum(1), 1, rtol=1e-6)
+    assert share.mean(0).argmax() == 3
+    assert (fitted.predict(x[180:]) == y[180:]).mean() > 0.85
+    np.testing.assert_allclose(fitted.predict_proba(x).sum(1), 1)
+    again = evaluation.AttentionPooling(8, lr=0.05, decay=0.01).fit(x[:180], y[:180])
+    np.testing.assert_array_equal(again.query_, fitted.query_)
+    with pytest.raises(InputError, match="Expected features of 7 tokens, found 48 columns"):
+        evaluation.AttentionPooling(7).fit(x, y)
+
+
+def test_attention_pooling_is_an_estimator_of_probe(features):
+    pytest.importorskip("torch")
+    scores = probe(features, "age", estimator=evaluation.AttentionPooling(4))
+    assert np.isfinite(scores.score).all()
+    labels = probe(features, "group", estimator=evaluation.AttentionPooling(4))
+    assert labels.score.sel(metric="auroc").mean() > 0.55
