@@ -104,16 +104,16 @@ _QUICK = {"precision": "float32", "tokens_at_once": 16384, "warmup": 0.1}
 _SMALLER = {
     "workshop": {
         "structure": _QUICK | {
-            "steps": 600, "batch": 16, "rate": (1e-4, 2e-3, 1e-5), "evaluate_every": 100,
+            "steps": 400, "batch": 16, "rate": (1e-4, 2e-3, 1e-5), "evaluate_every": 100,
             "checkpoint_every": 100,
         },
         "dynamics": _QUICK | {
-            "steps": 300, "batch": 8, "rate": (1e-4, 1e-3, 1e-5), "momentum": (0.98, 1.0),
+            "steps": 200, "batch": 8, "rate": (1e-4, 1e-3, 1e-5), "momentum": (0.996, 1.0),
             "decay": (0.04, 0.1), "evaluate_every": 50, "checkpoint_every": 100,
             "decimate": (1, 2),
         },
         "harmonizer": _QUICK | {
-            "steps": 300, "batch": 8, "rate": (1e-4, 1e-3, 1e-5), "evaluate_every": 50,
+            "steps": 200, "batch": 8, "rate": (1e-4, 2e-3, 1e-5), "evaluate_every": 50,
             "checkpoint_every": 100, "decimate": (1, 2),
         },
     },
