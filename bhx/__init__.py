@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .atlas import load_atlas as load_atlas
+    from .atlas import reparcellate as reparcellate
     from .cohort import open_cohort as open_cohort
+    from .cohort import prepare as prepare
     from .cohort import save_cohort as save_cohort
     from .cohort import scan as scan
     from .cohort import split as split
@@ -30,18 +32,17 @@ if TYPE_CHECKING:
     from .surface import plot_surface as plot_surface
     from .surface import plot_volume as plot_volume
     from .synthetic import synthetic_cohort as synthetic_cohort
-    from .training import fine_tune as fine_tune
     from .training import pretrain as pretrain
 
 __version__ = "0.1.0"
 
 # file -> its public names; tests/test_layout.py holds this table and the imports above together
 PUBLIC = {
-    "atlas": ("load_atlas",),
+    "atlas": ("load_atlas", "reparcellate"),
     "synthetic": ("synthetic_cohort",),
-    "cohort": ("open_cohort", "save_cohort", "scan", "split"),
+    "cohort": ("open_cohort", "prepare", "save_cohort", "scan", "split"),
     "encoding": ("load_model", "embed"),
-    "training": ("pretrain", "fine_tune"),
+    "training": ("pretrain",),
     "latents": ("pool", "project", "neighbours", "region_map", "lesion"),
     "surface": ("plot_surface", "plot_volume"),
     "explorer": ("explore",),

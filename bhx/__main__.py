@@ -42,7 +42,109 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="versions, device, memory; what is missing")
     doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser("demo", help="a real scan and a cohort to tokens, scores, a page")
+    demo.add_argument("--out", default="demo")
+    demo.add_argument("--subjects", type=int, help="of the synthetic cohort; all by default")
+    demo.set_defaults(run=_demo)
+
+    catalog = commands.add_parser("catalog", help="list and check the catalogue's entries")
+    catalog.add_argument("--catalog", help="folder with entries of your own")
+    catalog.set_defaults(run=_catalog)
+
+    prepare = commands.add_parser("prepare", help="derivatives to a checked store")
+    prepare.add_argument("source", help="catalogue entry or folder of derivatives")
+    prepare.add_argument("out", help="store to write or continue")
+    prepare.add_argument("--workers", type=int, default=1)
+    prepare.add_argument("--scheduler", help="address of a Dask cluster")
+    prepare.set_defaults(run=_prepare)
+
+    pretrain = commands.add_parser("pretrain", help="train one stage; also under torchrun")
+    pretrain.add_argument("cohort", help="store of bhx prepare or bhx.save_cohort")
+    pretrain.add_argument("--stage", required=True)
+    pretrain.add_argument("--out", required=True)
+    pretrain.add_argument("--preset", default="workshop")
+    pretrain.add_argument("--model", help="where to begin instead of --out or random weights")
+    pretrain.add_argument("--workers", type=int, default=0)
+    pretrain.add_argument("--device")
+    pretrain.add_argument("--resume", action="store_true")
+    pretrain.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="settings")
+    pretrain.set_defaults(run=_pretrain)
+
+    embed = commands.add_parser("embed", help="a cohort to latents")
+    embed.add_argument("cohort", help="catalogue entry or store")
+    embed.add_argument("out", help="store to write or continue")
+    embed.add_argument("--model", default="workshop")
+    embed.add_argument("--keep", nargs="*", default=[])
+    embed.add_argument("--device")
+    embed.set_defaults(run=_embed)
+
+    evaluate = commands.add_parser("evaluate", help="scores of latents beside the connectome's")
+    evaluate.add_argument("latents", help="store that embed wrote")
+    evaluate.add_argument("cohort", help="the cohort it was made from")
+    evaluate.add_argument("--target", required=True, nargs="+")
+    evaluate.add_argument("--groups", help="coordinate held out whole, such as site")
+    evaluate.set_defaults(run=_evaluate)
     return parser
+
+
+def _demo(args):
+    from .demo import run_demo
+
+    run_demo(args.out, subjects=args.subjects)
+
+
+def _catalog(args):
+    from .catalog import catalog_table
+
+    print(catalog_table(args.catalog).to_string())
+
+
+def _prepare(args):
+    client = None
+    if args.scheduler:
+        from dask.distributed import Client
+
+        client = Client(args.scheduler)
+    print(bhx.prepare(args.source, args.out, client=client, workers=args.workers))
+
+
+def _pretrain(args):
+    import ast
+
+    def value(text):
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+
+    settings = dict(pair.split("=", 1) for pair in args.settings)
+    bhx.pretrain(
+        args.cohort,
+        stage=args.stage,
+        out=args.out,
+        preset=args.preset,
+        model=args.model,
+        workers=args.workers,
+        device=args.device,
+        resume=args.resume,
+        **{name: value(text) for name, text in settings.items()},
+    )
+    print(f"weights in {args.out}")
+
+
+def _embed(args):
+    model = bhx.load_model(args.model, device=args.device)
+    print(bhx.embed(bhx.open_cohort(args.cohort), model, store=args.out, keep=args.keep))
+
+
+def _evaluate(args):
+    from .schema import open_latents
+
+    ours = bhx.pool(open_latents(args.latents))
+    control = bhx.connectome(bhx.open_cohort(args.cohort)).compute()
+    scores = [bhx.probe([ours, control], target, groups=args.groups) for target in args.target]
+    print(bhx.compare(*scores, control=control.attrs["name"]).to_string())
 
 
 def _doctor(args) -> int:

@@ -14,7 +14,7 @@ from importlib.resources import files
 import numpy as np
 import xarray as xr
 
-from bhx.schema import UNITS, InputError, listed
+from bhx.schema import ROI_COORDS, UNITS, InputError, listed
 
 ATLASES = {"schaefer100": 100, "schaefer200": 200, "schaefer400": 400}
 ORDERS = ("7networks", "17networks")
@@ -127,6 +127,30 @@ def _names_error(atlas, given, **wrong):
         f"Expected the {atlas.sizes['roi']} parcels of {name}, found {len(given)} names; {found}",
         "Name the ROIs as bhx.load_atlas(name).roi does, or choose the atlas they come from",
     )
+
+
+def reparcellate(cohort: xr.Dataset, atlas: str) -> xr.Dataset:
+    """The cohort's parcel series as those of another Schaefer atlas, lazily.
+
+    Each new parcel is the mean of the old ones weighted by the vertices they share on fsLR-32k;
+    volumes in which fewer than half of those vertices were measured are NaN. Schaefer's scales
+    are not nested, so this approximates parcellating the scans again.
+    """
+    old, new = load_atlas(cohort.attrs["atlas"]), load_atlas(atlas)
+    names = match_names(cohort.roi.values, old)
+    share = np.zeros((new.sizes["roi"] + 1, old.sizes["roi"] + 1), np.float32)
+    np.add.at(share, (new.labels_fslr32k.values, old.labels_fslr32k.values), 1)
+    order = old.indexes["roi"].get_indexer(names)
+    share = share[1:, 1:][:, order] / share[1:].sum(1, keepdims=True)
+    share = xr.DataArray(share, dims=("roi_new", "roi"), coords={"roi": cohort.roi.values})
+    bold = cohort.bold.drop_vars([c for c in cohort.coords if cohort[c].dims == ("roi",)])
+    share = share.drop_vars("roi")
+    measured = xr.dot(bold.notnull().astype("float32"), share, dim="roi")
+    bold = xr.dot(bold.fillna(0), share, dim="roi") / measured.where(measured >= 0.5)
+    bold = bold.rename(roi_new="roi").transpose(*cohort.bold.dims).astype("float32")
+    coords = {c: ("roi", new[c].values) for c in ("roi", *ROI_COORDS)}
+    attrs = {"atlas": atlas, "parcellated_from": cohort.attrs["atlas"]}
+    return cohort.drop_dims("roi").assign(bold=bold).assign_coords(coords).assign_attrs(attrs)
 
 
 def load_sample() -> xr.Dataset:
