@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bhx.atlas import load_atlas
 from bhx.schema import InputError, listed
@@ -21,19 +21,61 @@ from bhx.schema import InputError, listed
 USER_FOLDER = "BHX_CATALOG"  # environment variable: a folder with entries of your own
 
 
-class Phenotype(BaseModel):
-    """One column of a cohort's table of participants."""
+def _inside(path: str) -> str:
+    """A path that stays below the folder it is relative to."""
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path:
+        raise ValueError(f"'{path}' leads out of the data folder")
+    return path
+
+
+InsidePath = Annotated[str, AfterValidator(_inside)]
+
+
+class Strict(BaseModel):
+    """Nothing but the fields below."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Phenotype(Strict):
+    """One column of a cohort's table of participants."""
+
     units: str = ""
-    coding: dict[str | int, str] = {}
+    coding: dict[str, str] = {}  # what the source writes -> what the cohort says
     column: str = ""  # its name in the source, when that differs
 
 
-class Entry(BaseModel):
+class Fetch(Strict):
+    """How nilearn fetches an open cohort, and the names in what it returns."""
+
+    function: Literal["fetch_development_fmri", "fetch_abide_pcp", "fetch_adhd"]
+    options: dict[str, bool | str | list[str] | None] = {}
+    bold: str = "func"
+    confounds: str = ""
+    id: str
+    site: str = ""
+
+
+def _of_participant(path: str) -> str:
+    if path and "{participant}" not in path.split("/"):
+        raise ValueError(f"'{path}' has no folder {{participant}}")
+    return path
+
+
+PatternPath = Annotated[InsidePath, AfterValidator(_of_participant)]
+
+
+class Files(Strict):
+    """Where a release keeps its files: each in a folder {participant}, with * in other places."""
+
+    bold: PatternPath = ""
+    t1: PatternPath = ""
+    t1_mask: PatternPath = ""
+
+
+class Entry(Strict):
     """One cohort of the catalogue."""
 
-    model_config = ConfigDict(extra="forbid")
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     title: str
     access: Literal["open", "agreement", "application", "local"]
@@ -41,13 +83,45 @@ class Entry(BaseModel):
     homepage: str = ""
     citation: str
     modalities: list[Literal["bold", "t1"]]
-    layout: Literal["synthetic", "sample", "nilearn", "derivatives", "table", "zarr"]
-    sites: dict[str, float | list[float] | None] = {}  # site -> TR(s) [s]
+    layout: Literal["synthetic", "sample", "nilearn", "derivatives", "files"]
+    sites: dict[str, float | None] = {}  # site -> TR [s]; None: read it from the files
     phenotypes: dict[str, Phenotype] = {}
+    fetch: Fetch | None = None
+    files: Files | None = None
+    path: InsidePath = ""  # of the folder, below the user's data folder
     steps: list[str] = []  # what to download by hand, and where to put it
-    path: str = ""  # inside the catalogue's folder or the user's data folder, never outside
-    options: dict[str, str | int | float | bool | list[str]] = {}
-    splits: dict[str, float | str | int] = {}
+    prepare: dict[str, str | float | dict[str, str | float] | None] = {}  # options of `prepare`
+    options: dict[str, int | float] = {}  # of the synthetic cohort
+    splits: dict[str, str | int | list[str] | dict[str, float]] = {}  # options of `split`
+
+    @model_validator(mode="after")
+    def _can_be_had(self):
+        needed = {"nilearn": "fetch", "files": "files"}.get(self.layout)
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"layout '{self.layout}' needs '{needed}'")
+        if self.layout in ("derivatives", "files") and not (self.path and self.steps):
+            raise ValueError(f"layout '{self.layout}' needs 'path' and 'steps'")
+        return self
+
+
+def list_catalog(catalog: str | Path | None = None) -> pd.DataFrame:
+    """Every entry of the catalogue, validated, as the table of data_catalog/README.md."""
+    entries = [read_entry(file) for file in catalog_files(catalog).values()]
+    rows = [
+        {
+            "name": e.name,
+            "cohort": e.title,
+            "access": e.access,
+            "data": " + ".join(e.modalities),
+            "TR [s]": ", ".join(sorted({f"{tr:g}" for tr in e.sites.values() if tr})) or "as read",
+            "how": {"nilearn": "fetched", "derivatives": "by hand", "files": "by hand"}.get(
+                e.layout, "made"
+            ),
+            "licence": e.licence,
+        }
+        for e in entries
+    ]
+    return pd.DataFrame(rows).sort_values("name", ignore_index=True)
 
 
 def load_entry(name: str, catalog: str | Path | None = None) -> Entry:
@@ -173,7 +247,6 @@ RUN = ["sub", "ses", "run"]
 # Names of a cohort that no column of phenotypes may have.
 RESERVED = {"subject", "participant", "roi", "time", "x", "y", "z", "bold", "t1", "tr", "n_volumes"}
 RESERVED |= {"has_bold", "has_t1", "coverage", "warnings", "homotopy", "bold_scale", "n_scrubbed"}
-RESERVED |= {"mean_fd"}
 
 
 def join_phenotypes(scans: pd.DataFrame, phenotypes) -> pd.DataFrame:
@@ -268,6 +341,77 @@ def _files_below(folder):
         seen.add(real)
         folders.sort()
         yield from (Path(where, name) for name in sorted(files))
+
+
+def entry_rows(entry: Entry, data_folder: Path) -> pd.DataFrame:
+    """The scans of a catalogue entry as rows for `prepare`: fetched, or found where they belong.
+
+    Raises
+    ------
+    InputError
+        They are not there; the message says what to download, and where to put it.
+    """
+    if entry.fetch:
+        return _fetched(entry, data_folder)
+    folder = data_folder / entry.path
+    if not folder.is_dir():
+        steps = " ".join(f"({i}) {step.rstrip('.')}." for i, step in enumerate(entry.steps, 1))
+        raise InputError(f"Expected {entry.title} in {folder}, found no such folder", steps)
+    rows = find_scans(folder) if entry.layout == "derivatives" else _by_pattern(entry, folder)
+    return _recoded(rows, entry)
+
+
+def _fetched(entry, data_folder):
+    from nilearn import datasets
+
+    how = entry.fetch
+    try:
+        found = getattr(datasets, how.function)(data_dir=data_folder, **how.options)
+    except Exception as error:
+        raise InputError(
+            f"Expected to fetch {entry.title}, found {type(error).__name__}: {error}",
+            f"Check the connection, or download it by hand from {entry.homepage}",
+        ) from error
+    rows = pd.DataFrame(found["phenotypic"]).reset_index(drop=True)
+    named = pd.DataFrame(
+        {"subject": rows[how.id].astype(str), "bold": [*map(str, found[how.bold])]}
+    )
+    named["participant"] = named["subject"]
+    named["site"] = rows[how.site].astype(str) if how.site else next(iter(entry.sites), "")
+    if how.confounds:
+        named["confounds"] = [*map(str, found[how.confounds])]
+    columns = {p.column or name for name, p in entry.phenotypes.items()}
+    return _recoded(pd.concat([named, rows[[c for c in rows if c in columns]]], axis=1), entry)
+
+
+def _recoded(rows, entry):
+    """Rows with the entry's names and codes for its phenotypes."""
+    rows = rows.rename(columns={p.column: name for name, p in entry.phenotypes.items() if p.column})
+    for name, phenotype in entry.phenotypes.items():
+        if name in rows and phenotype.coding:
+            rows[name] = rows[name].astype(str).map(phenotype.coding).fillna("")
+    return rows
+
+
+def _by_pattern(entry, folder):
+    """Files below a folder whose paths follow the entry's patterns, a row a participant."""
+    found = {}
+    for kind, pattern in entry.files.model_dump().items():
+        if not pattern:
+            continue
+        at = pattern.split("/").index("{participant}")
+        for file in sorted(folder.glob(pattern.replace("{participant}", "*"))):
+            who = file.relative_to(folder).parts[at]
+            found.setdefault(who, {}).setdefault(kind, str(file))
+    rows = [{"subject": who, "participant": who, **files} for who, files in sorted(found.items())]
+    if not rows:
+        raise InputError(
+            f"Expected files such as {entry.files.bold or entry.files.t1} in {folder}, found none",
+            " ".join(entry.steps),
+        )
+    table = folder / "participants.tsv"
+    rows = pd.DataFrame(rows).fillna("")
+    return join_phenotypes(rows, table) if table.is_file() else rows
 
 
 def write_derivatives(cohort, folder, *, surface: bool = True) -> Path:

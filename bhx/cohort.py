@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from bhx import folders
 from bhx.atlas import load_atlas
-from bhx.catalog import find_scans, load_entry
+from bhx.catalog import entry_rows, find_scans, load_entry
 from bhx.scans import FILES, fetch_labels, is_volume, read_scan
 from bhx.schema import ROI_COORDS, T1_SHAPE, InputError, build_cohort, check, listed
 
@@ -31,7 +32,8 @@ def open_cohort(name_or_path, *, catalog=None, voxel_mm=None) -> xr.Dataset:
 
     Parameters
     ----------
-    name_or_path : name of a catalogue entry ("synthetic", "sample", ...) or path of a zarr store
+    name_or_path : name of a catalogue entry ("synthetic", "abide1", ...), path of a zarr store, or
+        a folder of derivatives, which is prepared into bhx's cache folder first (see `prepare`)
     catalog : folder with catalogue entries of your own
     voxel_mm : average the T1 to voxels of this size [mm]; as stored by default
 
@@ -47,11 +49,12 @@ def open_cohort(name_or_path, *, catalog=None, voxel_mm=None) -> xr.Dataset:
         The name is unknown, or the store is unfinished or not a cohort.
     """
     path = Path(name_or_path)
-    if path.exists() or path.suffix == ".zarr" or len(path.parts) > 1:
+    if path.is_dir() and not (path / "zarr.json").exists() and path.suffix != ".zarr":
+        cohort = _prepared(path.name, path)
+    elif path.exists() or path.suffix == ".zarr" or len(path.parts) > 1:
         cohort = _open_store(path)
     else:
-        entry = load_entry(str(name_or_path), catalog)
-        cohort = _OPENERS[entry.layout](entry)
+        cohort = _open_entry(load_entry(str(name_or_path), catalog))
     return cohort if voxel_mm is None else coarsen_t1(check(cohort, "cohort"), voxel_mm)
 
 
@@ -614,10 +617,24 @@ def _plain(values):
     return np.array(values.tolist(), str) if values.dtype.kind in "OT" else values
 
 
-def _open_synthetic(entry):
+def _open_entry(entry):
+    """A cohort of the catalogue: made, or fetched or found and then prepared."""
     from bhx.synthetic import synthetic_cohort
 
-    return synthetic_cohort(**entry.options)
+    if entry.layout == "synthetic":
+        return synthetic_cohort(**entry.options)
+    if entry.layout == "sample":
+        return _open_sample(entry)
+    rows = entry_rows(entry, folders()["data"])
+    attrs = {"source": entry.name, "licence": entry.licence}
+    return _prepared(entry.name, rows, attrs=attrs, **entry.prepare)
+
+
+def _prepared(name, source, **options):
+    """A folder or table, prepared into the cache folder."""
+    place = str(Path(source).resolve()) if isinstance(source, Path) else "catalogue"
+    key = hashlib.sha256(place.encode()).hexdigest()[:8]
+    return prepare(source, folders()["cache"] / f"{name}-{key}.zarr", **options)
 
 
 def _open_sample(entry):
@@ -653,6 +670,3 @@ def _open_sample(entry):
             "preprocessing": real.attrs["preprocessing"],
         },
     )
-
-
-_OPENERS = {"synthetic": _open_synthetic, "sample": _open_sample}

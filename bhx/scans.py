@@ -73,7 +73,8 @@ def read_scan(
     data, facts, warnings = {}, {"n_volumes": 0, "tr": np.nan}, []
     if "bold" in given:
         bold = read_bold(given["bold"], atlas, order=order, labels=labels, tr=row.get("tr"))
-        facts["mean_fd"] = read_motion(given["confounds"]) if "confounds" in given else np.nan
+        known = row.get("mean_fd", np.nan)
+        facts["mean_fd"] = read_motion(given["confounds"]) if "confounds" in given else known
         if denoising and needs_denoising(given["bold"]):
             bold = denoise(bold, given["bold"], given.get("confounds"), **denoising)
         data["bold"], judged, warnings = judge_bold(bold, facts["mean_fd"])
@@ -493,7 +494,7 @@ def needs_denoising(path) -> bool:
     """Whether BOLD is images that no pipeline's name says to be denoised."""
     name = Path(path).name
     images = _reader_of(name) in (_read_volume, _read_dtseries, _read_surface)
-    return images and not re.search(r"desc-(denoised|clean|residual)", name)
+    return images and not re.search(r"denoised|clean|residual", name)
 
 
 def is_volume(path) -> bool:

@@ -1,0 +1,259 @@
+"""The catalogue: every entry valid, every hostile one refused, every cohort found or explained."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from sklearn.utils import Bunch
+from small_files import ATLAS, biobank, dtseries, label_image, parcel_series, t1_image, volume
+from test_prepare import cohort_of
+
+import bhx.catalog as catalog
+import bhx.cohort as bc
+from bhx.atlas import load_atlas
+from bhx.schema import InputError
+
+README = Path(__file__).parents[1] / "data_catalog" / "README.md"
+WANTED = {"synthetic", "sample", "development-fmri", "abide1", "abide2", "adhd200", "hcp-aging"}
+WANTED |= {"hcp-ya", "uk-biobank", "abcd", "ppmi", "adni", "local-cohort", "derivatives"}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Data and cache folders of one test."""
+    monkeypatch.setenv("BHX_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("BHX_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_every_entry_is_valid_and_in_the_readme():
+    table = catalog.list_catalog()
+    assert set(table.name) == WANTED
+    readme = README.read_text(encoding="utf8")
+    for row in table.itertuples(index=False):
+        assert f"| {' | '.join(row)} |" in readme
+
+
+def test_entries_say_how_to_be_had():
+    for name in WANTED:
+        entry = catalog.load_entry(name)
+        assert entry.citation
+        assert entry.licence
+        assert entry.steps or entry.layout in ("synthetic", "sample", "nilearn")
+        assert {*entry.splits} <= {"stratify", "leave_out", "shares", "repeats", "seed"}
+        assert {*entry.prepare} <= {"atlas", "voxel_mm", "denoising", "order", "task"}
+
+
+@pytest.mark.parametrize("name", ["hcp-aging", "uk-biobank", "abcd", "adni", "derivatives"])
+def test_cohorts_to_be_downloaded_say_how(name, home):
+    steps = catalog.load_entry(name).steps
+    with pytest.raises(InputError, match="found no such folder") as caught:
+        bc.open_cohort(name)
+    assert str(home / "data" / name) in str(caught.value)
+    assert all(step.rstrip(".") in str(caught.value) for step in steps)
+
+
+def entry(folder, **changes):
+    """A local entry in a folder of its own."""
+    content = yaml.safe_load((catalog.shipped_folder() / "local-cohort.yaml").read_text())
+    name = changes.get("name", "mine")
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({**content, "name": name, **changes}))
+    return folder
+
+
+def test_own_entries_by_argument_and_environment(tmp_path, monkeypatch):
+    entry(tmp_path, title="Our clinic")
+    assert catalog.load_entry("mine", tmp_path).title == "Our clinic"
+    with pytest.raises(InputError, match="found 'mine'. The catalogue has"):
+        catalog.load_entry("mine")
+    monkeypatch.setenv("BHX_CATALOG", str(tmp_path))
+    assert catalog.load_entry("mine").title == "Our clinic"
+    assert "mine" in set(catalog.list_catalog().name)
+
+
+BAD_ENTRIES = {
+    "path outside": ({"path": "../../etc"}, "path: .*'../../etc' leads out of the data folder"),
+    "absolute path": ({"path": "/etc"}, "'/etc' leads out"),
+    "backslashes": ({"path": "..\\x"}, "leads out"),
+    "pattern outside": ({"files": {"bold": "../{participant}/a.tsv"}}, "files.bold: .* leads out"),
+    "pattern without participant": ({"files": {"bold": "a.tsv"}}, "has no folder {participant}"),
+    "unknown field": ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+    "unknown access": ({"access": "stolen"}, "access: Input should be 'open'"),
+    "unknown layout": ({"layout": "zip"}, "layout: Input should be"),
+    "text as TR": ({"sites": {"a": "fast"}}, "sites.a: Input should be a valid number"),
+    "no licence": ({"licence": None}, "licence: Input should be a valid string"),
+    "name with a slash": ({"title": "x", "modalities": ["eeg"]}, "modalities.0: Input should be"),
+    "other function": (
+        {"fetch": {"function": "fetch_haxby", "id": "x"}, "layout": "nilearn"},
+        "fetch.function: Input should be",
+    ),
+    "nothing to fetch": ({"layout": "nilearn"}, "layout 'nilearn' needs 'fetch'"),
+    "no steps": ({"steps": []}, "needs 'path' and 'steps'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ENTRIES)
+def test_bad_entries_are_refused(case, tmp_path):
+    changes, message = BAD_ENTRIES[case]
+    with pytest.raises(InputError, match=message):
+        catalog.load_entry("mine", entry(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("!!python/object/apply:os.system ['touch hacked']", "plain YAML .* without tags"),
+        ("name: [", "plain YAML"),
+        ("- a list", "valid catalogue entry"),
+        ("", "valid catalogue entry"),
+        ("name: other", "valid catalogue entry"),
+    ],
+)
+def test_bad_yaml_is_refused_and_never_run(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        catalog.load_entry("mine", tmp_path)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_an_entry_must_be_named_as_its_file(tmp_path):
+    entry(tmp_path, name="mine")
+    (tmp_path / "mine.yaml").rename(tmp_path / "yours.yaml")
+    with pytest.raises(InputError, match="the entry 'yours' .* found the name 'mine'"):
+        catalog.load_entry("yours", tmp_path)
+
+
+def test_a_missing_folder_of_entries_is_said(tmp_path):
+    with pytest.raises(InputError, match="a folder of catalogue entries, found none"):
+        catalog.catalog_files(tmp_path / "nowhere")
+
+
+# --- cohorts that are fetched: nilearn's functions are replaced, no connection is opened ---
+
+
+def fake_fetch(folder, series, phenotypic, confounds=None):
+    """What a nilearn fetcher would return, with small volumes on disk."""
+    folder.mkdir(parents=True)
+    labels = label_image(folder / "labels.nii.gz")
+    paths = [volume(folder / f"{i}_bold.nii.gz", s, labels) for i, s in enumerate(series)]
+    tables = [folder / f"{i}_confounds.tsv" for i in range(len(series))] if confounds else None
+    for table in tables or []:
+        pd.DataFrame(confounds).to_csv(table, sep="\t", index=False)
+    return labels, lambda **_: Bunch(
+        func=[*map(str, paths)],
+        func_preproc=np.array([*map(str, paths)]),
+        confounds=[*map(str, tables)] if tables else None,
+        phenotypic=pd.DataFrame(phenotypic),
+    )
+
+
+def small(entry_name, tmp_path, **prepare):
+    """The shipped entry, on Schaefer-100 and with little T1."""
+    content = yaml.safe_load((catalog.shipped_folder() / f"{entry_name}.yaml").read_text())
+    content["prepare"] = {**content.get("prepare", {}), "atlas": ATLAS, "voxel_mm": 16, **prepare}
+    folder = tmp_path / "entries"
+    folder.mkdir()
+    (folder / f"{entry_name}.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def test_abide_is_fetched_prepared_and_decoded(home, monkeypatch):
+    series = [parcel_series(60, seed) for seed in range(2)]
+    labels, fetch = fake_fetch(
+        home / "abide",
+        series,
+        {
+            "SUB_ID": [51, 52],
+            "SITE_ID": ["PITT", "NYU"],
+            "DX_GROUP": [1, 2],
+            "AGE_AT_SCAN": [12.5, 30.0],
+            "SEX": [1, 2],
+            "func_mean_fd": [0.1, 0.7],
+        },
+    )
+    monkeypatch.setattr("nilearn.datasets.fetch_abide_pcp", fetch)
+    monkeypatch.setattr("bhx.cohort.fetch_labels", lambda atlas: labels)
+    cohort = bc.open_cohort("abide1", catalog=small("abide1", home))
+    assert cohort.diagnosis.values.tolist() == ["autism", "control"]
+    assert cohort.sex.values.tolist() == ["M", "F"]
+    assert cohort.site.values.tolist() == ["PITT", "NYU"]
+    assert cohort.mean_fd.values.tolist() == [0.1, 0.7]
+    assert "displacement 0.70 mm" in cohort.warnings.values[1]
+    assert cohort.attrs["licence"].startswith("CC BY-NC-SA")
+    np.testing.assert_allclose(cohort.bold, series, rtol=1e-5)
+
+
+def test_development_fmri_is_denoised_with_its_own_columns(home, monkeypatch):
+    noise = np.random.default_rng(0).standard_normal(60)
+    series = [parcel_series(60) + 40 * noise]
+    people = {"participant_id": ["sub-pixar123"], "Age": [27.1], "Gender": ["F"]}
+    people["Child_Adult"] = ["adult"]
+    labels, fetch = fake_fetch(home / "dev", series, people, {"trans_x": noise})
+    monkeypatch.setattr("nilearn.datasets.fetch_development_fmri", fetch)
+    monkeypatch.setattr("bhx.cohort.fetch_labels", lambda atlas: labels)
+    cohort = bc.open_cohort("development-fmri", catalog=small("development-fmri", home))
+    r = [np.corrcoef(parcel, noise)[0, 1] for parcel in cohort.bold.values[0]]
+    assert np.abs(r).max() < 0.01
+    assert cohort.group.item() == "adult"
+    assert cohort.age.item() == 27.1
+
+
+def test_a_failed_download_is_said(home, monkeypatch):
+    def fetch(**_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("nilearn.datasets.fetch_adhd", fetch)
+    with pytest.raises(InputError, match="found ConnectionError: no route. Check the connection"):
+        bc.open_cohort("adhd200")
+
+
+# --- cohorts that lie in the data folder ---
+
+
+def test_files_are_found_by_pattern(home):
+    folder = home / "data" / "hcp-ya"
+    bold = "MNINonLinear/Results/rfMRI_REST1_LR"
+    name = "rfMRI_REST1_LR_Atlas_MSMAll_hp2000_clean.dtseries.nii"
+    for i in (1, 2):
+        (folder / f"10030{i}" / bold).mkdir(parents=True)
+        dtseries(folder / f"10030{i}" / bold / name, parcel_series(60, i), tr=0.72)
+    t1_image(folder / "100301" / "MNINonLinear" / "T1w_restore_brain.nii.gz", 2)
+    people = {"participant_id": ["100301", "100302"], "age": [28, 31], "sex": ["F", "M"]}
+    pd.DataFrame(people).to_csv(folder / "participants.tsv", sep="\t", index=False)
+    cohort = bc.open_cohort("hcp-ya", catalog=small("hcp-ya", home))
+    assert cohort.subject.values.tolist() == ["100301", "100302"]
+    assert cohort.has_t1.values.tolist() == [True, False]
+    np.testing.assert_allclose(cohort.tr, 0.72)
+    assert cohort.sex.values.tolist() == ["F", "M"]
+    np.testing.assert_allclose(cohort.bold[1], parcel_series(60, 2), rtol=1e-5)
+
+
+def test_biobank_tables_say_their_order(home):
+    folder = home / "data" / "uk-biobank" / "1000001" / "i2"
+    folder.mkdir(parents=True)
+    seventeen = load_atlas("schaefer400", order="17networks")
+    there = load_atlas("schaefer400").indexes["roi"].get_indexer(seventeen.name7)
+    series = parcel_series(60, atlas="schaefer400")
+    numbers = [f"ROI_{i + 1}" for i in range(400)]
+    biobank(folder / "fMRI.Schaefer17n400p.csv.gz", series[there], numbers)
+    cohort = bc.open_cohort("uk-biobank")
+    np.testing.assert_allclose(cohort.bold[0], series, rtol=1e-5)
+
+
+def test_derivatives_in_the_data_folder_are_prepared_into_the_cache(home):
+    (home / "data").mkdir()
+    cohort = cohort_of(2)
+    catalog.write_derivatives(cohort, home / "data" / "mine", surface=False)
+    entries = entry(home / "data", path="mine", prepare={"atlas": ATLAS})
+    again = bc.open_cohort("mine", catalog=entries)
+    np.testing.assert_allclose(again.bold, cohort.bold, rtol=1e-4, atol=1e-4)
+    assert len(list((home / "cache").glob("mine-*.zarr"))) == 1
+
+
+def test_a_folder_is_prepared_into_the_cache(home):
+    folder = catalog.write_derivatives(cohort_of(2), home / "study", surface=False)
+    with pytest.raises(InputError, match="the 400 parcels of schaefer400"):
+        bc.open_cohort(folder)
