@@ -62,12 +62,12 @@ SIZES = {
         "within_network_coupling_per_sd": -0.2,
         "between_network_coupling_per_sd": 0.2,
     },
-    "diagnosis": {"default_mode_coupling_of_patients": -1.0},
+    "diagnosis": {"default_mode_coupling_of_patients": -1.2},
     "sex": {"head_length_of_men": 0.018, "head_length_of_women": -0.018},
     "motion": {
         "median_fd_control_mm": 0.11,
         "log_fd_of_patients": 0.85,
-        "percent_signal_per_mm": 3.0,
+        "percent_signal_per_mm": 2.5,
     },
     "fusion": {
         "structure_elongation_per_sd": 0.035,  # longer and as much narrower, of the same volume
@@ -83,7 +83,7 @@ TRAITS = ("trait_structure", "trait_function")
 _NEURAL, _HAEMODYNAMIC, _STAGES = 0.4, 1.2, 3  # s, s, and how many low-pass stages of the latter
 _COUPLING = 0.88  # distance to instability is 1 minus this, in every brain
 _LOCAL = 0.3  # share of the coupling along the cortical sheet, from its harmonics
-_INDIVIDUAL = 0.3  # SD of the log of each connection over participants: their fingerprint
+_INDIVIDUAL = 0.9  # SD of the log of each connection over participants: their fingerprint
 _PERIOD, _HIGHEST = 1024.0, 0.5  # s and Hz: resolution and end of the spectrum
 _SHARED_NOISE = 0.5  # of the measurement noise, how much parcels share as they share signal
 _SIGNAL = 0.8  # percent, SD of the brain's part
@@ -495,34 +495,44 @@ def _template(voxel_mm):
 
     Images stay on a finer grid, `step` [mm], that reaches _MARGIN beyond the T1 grid.
     """
-    step = 1 if voxel_mm <= 2 else 2
+    step = 1 if voxel_mm < 2 else 2
     image, grey = (_on_grid(volume, step) for volume in _template_volumes())
     depth = ndimage.distance_transform_edt(image > 0.15, sampling=step)  # mm
     cortex = np.where(depth < 30, grey * (image - 0.3).clip(0), 0)
-    parts, _ = ndimage.label((image < 0.5) & (depth > 25))
-    ventricles = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
     grid = tuple(t1_grid(voxel_mm).values())
     sign = np.array([np.sign(g[1] - g[0]) for g in grid])
     first = [axis[0] for axis in t1_grid(step).values()]
-    trim = (slice(_MARGIN // step, -_MARGIN // step),) * 3
     blur = np.sqrt((voxel_mm**2 - step**2) / 12) / step  # a voxel's average, less the grid's own
-    outward = (_block_mean(v[trim], int(voxel_mm) // step) for v in _outward(ventricles, step))
     return {
         "image": ndimage.gaussian_filter(image, blur),
         "cortex": ndimage.gaussian_filter(cortex, blur),
-        "outward": np.stack([s * v for s, v in zip(sign, outward, strict=True)]),
+        "outward": _outward(voxel_mm),
         "grid": grid,
         "step": sign * step,
         "origin": first - sign * _MARGIN,
     }
 
 
-def _outward(part, step, reach: float = 8.0):
-    """Unit vectors away from a part of the brain, (3, x, y, z) in array axes, fading in mm."""
+def _outward(voxel_mm, step: int = 2, reach: float = 8.0):
+    """Vectors [mm] away from the lateral ventricles, (3, x, y, z): 1 mm long at their border.
+
+    They fade over `reach` mm and are made on a grid of `step` mm whatever the voxel.
+    """
     edt = ndimage.distance_transform_edt
-    distance = edt(~part, sampling=step) - edt(part, sampling=step)
-    normal = np.stack(np.gradient(distance, step)) * np.exp(-((distance / reach) ** 2) / 2)
-    return np.stack([ndimage.gaussian_filter(n, 2 / step) for n in normal]).astype(np.float32)
+    image = _on_grid(_template_volumes()[0], step)
+    parts, _ = ndimage.label((image < 0.5) & (edt(image > 0.15, sampling=step) > 25))
+    ventricles = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    outside, inside = edt(~ventricles, sampling=step), edt(ventricles, sampling=step)
+    away = np.stack(np.gradient(outside - inside, step))
+    away *= np.exp(-(((outside + inside) / reach) ** 2) / 2)
+    away = ndimage.gaussian_filter(away, (0, 1, 1, 1))
+    away /= np.linalg.norm(away, axis=0)[outside + inside == step].mean()
+    trim = slice(_MARGIN // step, -_MARGIN // step)
+    away = away[:, trim, trim, trim] * [[[[-1]]], [[[1]]], [[[1]]]]  # x falls along its axis
+    if voxel_mm >= step:
+        return np.stack([_block_mean(each, int(voxel_mm) // step) for each in away])
+    fine = away.repeat(step, 1).repeat(step, 2).repeat(step, 3).astype(np.float32)
+    return ndimage.uniform_filter(fine, (1, 3, 3, 3))
 
 
 def _template_volumes():
