@@ -863,7 +863,7 @@ def _modes(config):
 
 def _tr(bold, tr):
     if tr is None:
-        if bold.coords["time"].attrs.get("units") != "s":
+        if bold["time"].attrs.get("units") != "s" or bold.sizes["time"] < 2:
             raise InputError(
                 "Expected the scan's TR, found none", "Give tr= in seconds, or take bhx.scan(...)"
             )

@@ -173,7 +173,8 @@ def _check_cohort(obj):
                 "Expected unique parcel names on the dim 'roi', found none or repeated ones",
                 "Assign them: ds.assign_coords(roi=bhx.load_atlas('schaefer400').roi)",
             )
-        check_tr(obj.tr.values[obj.has_bold.values.astype(bool)], obj.subject.values)
+        has = obj.has_bold.values.astype(bool)
+        check_tr(obj.tr.values[has], obj.subject.values[has])
 
 
 def check_tr(tr, where=()) -> None:
