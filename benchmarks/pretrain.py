@@ -32,11 +32,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bhx.checkpoints import PRESETS
-from bhx.encoding import Model, Reading, random_model
+from bhx.encoding import Model, Reading, _autocast, random_model
+from bhx.feed import NEEDS, Feed, Sample, cube_mask
 from bhx.harmonix_f import jepa_masks
-from bhx.training import Feed, Sample, _precision, _Run, cube_mask, recipe
-
-STAGES = ("structure", "dynamics", "harmonizer")
+from bhx.recipes import STAGES, recipe
+from bhx.training import _Run
 
 
 def main():
@@ -126,7 +126,7 @@ def measure(model, args, stage, batch, patches, compiled):
         row["gib"] = peak_memory(args.device)
         row |= work(run, args)
         row["scans_per_s"] = batch / row["step_s"]
-        row["tokens_per_s"] = row.pop("tokens") / row["step_s"]
+        row["tokens_per_s"] = row["tokens_per_scan"] * row["scans_per_s"]
         row["tflops"] = row["tflop_per_scan"] * row["scans_per_s"]
     except Exception as error:  # out of memory, no compiler: the other rows still count
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -143,7 +143,7 @@ def start(model, args, folder, stage, batch, patches, compiled):
     )  # fmt: skip
     feed = Memory(model.config, plan, patches)
     copy = Model(deepcopy(model.networks).requires_grad_(True), args.device)
-    run = _Run(feed, copy, folder / stage, ["held out"], 0, False)
+    run = _Run(feed, copy, folder / stage, ["held out"])
     run.begin(False)
     return run
 
@@ -152,12 +152,11 @@ class Memory(Feed):
     """A feed of a few samples made in memory, each read again and again."""
 
     def __init__(self, config, plan, patches, distinct: int = 8):
-        self.config, self.plan, self.path = config, plan, None
+        self.config, self.plan, self.cache = config, plan, None
         ids = [f"s{i}" for i in range(plan.batch)] + ["held out"]
         labels = {"subject": ("subject", ids), "participant": ("subject", ids)}
         self.labels = xr.Dataset(coords=labels)
-        need = {"structure": ("t1",), "dynamics": ("bold",)}.get(plan.stage, ("bold", "t1"))
-        self.need = {m: np.ones(len(ids), bool) for m in need}
+        self.need = {m: np.ones(len(ids), bool) for m in NEEDS[plan.stage]}
         self.usable = np.arange(len(ids))
         random = np.random.default_rng(0)
         self.samples = [self._made(patches, random) for _ in range(min(distinct, plan.batch))]
@@ -195,26 +194,26 @@ def timed(run, args):
 
 def work(run, args):
     """Tokens of a step, and TFLOP of one scan: counted in a forward pass that is not compiled."""
-    samples = next(run.batches)
+    samples = [sample.to(run.device) for sample in run.feed.samples]
     for module in run.objective.modules():  # back to eager
         for name in ("before", "after"):
             module.__dict__.pop(name, None)
     total = frozen = 0
-    for sample in samples[: len(run.feed.samples)]:
-        total += flops(lambda one=sample: run.objective([one], run.device), run, args)
-        frozen += flops(lambda one=sample: still(run.objective, one, run.device), run, args)
-    each = (3 * (total - frozen) + frozen) / min(len(samples), len(run.feed.samples))
-    tokens = sum(run.objective.cost(s) for s in samples) * run.world
-    return {"tokens": tokens, "tflop_per_scan": each / 1e12}
+    for sample in samples:
+        total += flops(lambda one=sample: run.objective([one]), run, args)
+        frozen += flops(lambda one=sample: still(run.objective, one), run, args)
+    each = (3 * (total - frozen) + frozen) / len(samples)
+    tokens = sum(map(run.objective.cost, samples)) / len(samples)
+    return {"tokens_per_scan": tokens, "tflop_per_scan": each / 1e12}
 
 
-def still(objective, sample, device):
+def still(objective, sample):
     """The part of a forward pass that is not trained."""
     if hasattr(objective, "teacher"):
         with torch.no_grad():
-            objective.teacher([sample.reading.windows[0].to(device)])
+            objective.teacher([sample.reading.windows[0]])
     elif hasattr(objective, "encode"):
-        objective.encode([sample], device)
+        objective.encode([sample])
 
 
 def flops(function, run, args):
@@ -225,7 +224,7 @@ def flops(function, run, args):
         return sdpa_flop_count(query, key, value)
 
     counter = FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
-    with counter, _precision(run.device, args.precision):
+    with counter, _autocast(run.device, args.precision):
         function()
     return counter.get_total_flops()
 

@@ -32,7 +32,8 @@ BROWSED = (
     "evaluation",
     "reporting",
 )
-ROOMS = ("encoding", "training", *BROWSED)
+PRETRAINING = ("recipes", "feed", "objectives", "token_cache", "monitor", "training")
+ROOMS = ("encoding", *PRETRAINING, *BROWSED)
 CORRIDOR = (*BASE, *DATA_WING, *MODEL_WING, *ROOMS, "demo", "__main__")
 AT_MOST_LINES = 6000  # of the whole library
 
@@ -122,7 +123,7 @@ def test_model_wing_knows_no_labels(file):
 def test_rooms_load_without_torch(file):
     loaded = without_functions(tree(file))
     assert "torch" not in packages_imported(loaded)
-    assert not files_imported(loaded) & {*MODEL_WING, "encoding", "training"}
+    assert not files_imported(loaded) & {*MODEL_WING, "encoding", *PRETRAINING}
 
 
 @every_file

@@ -1,0 +1,67 @@
+"""A tiny model and a tiny cohort on disk, and runs of them that another process can start.
+
+    python tests/tiny_runs.py STORE OUT '{"stage": "dynamics", ...}'
+"""
+
+import json
+import sys
+
+import numpy as np
+
+from bhx.atlas import load_atlas
+from bhx.checkpoints import HarmonixConfig
+from bhx.harmonix_f import DynamicsConfig
+from bhx.harmonix_s import StructureConfig
+from bhx.harmonizer import HarmonizerConfig
+from bhx.schema import ROI_COORDS, build_cohort, t1_grid
+
+WIDTH = {"width": 24, "depth": 1, "heads": 2}
+DECODER = {"decoder_width": 12, "decoder_depth": 1, "decoder_heads": 2}
+TINY = HarmonixConfig(
+    "tiny",
+    "schaefer100",
+    structure=StructureConfig(16.0, (10, 12, 10), 2, **WIDTH, **DECODER),
+    dynamics=DynamicsConfig(
+        100, max_patches=4, harmonics=8, gradients=4, **WIDTH,
+        predictor_width=12, predictor_depth=1, predictor_heads=2,
+    ),
+    harmonizer=HarmonizerConfig(100, 4, 150, 4, **WIDTH, **DECODER, target_width=24),
+)  # fmt: skip
+QUICK = {
+    "preset": TINY, "steps": 6, "batch": 4, "rate": (1e-3, 1e-2, 1e-3), "precision": "float32",
+    "tokens_at_once": 800, "evaluate_every": 3, "checkpoint_every": 2, "progress": False,
+    "shortest": 1, "momentum": (0.9, 1.0), "held_out": 0.2,
+}  # fmt: skip
+
+
+def tiny_cohort(n=12, seed=0, t1_only=(3,), bold_only=(5,)):
+    """Random people on 100 parcels and 16 mm cubes of brain; two TRs, two lengths."""
+    random = np.random.default_rng(seed)
+    atlas = load_atlas("schaefer100")
+    tr = np.where(np.arange(n) % 2, 1.5, 2.0)
+    volumes = np.where(np.arange(n) % 3, 60, 80)
+    bold = np.full((n, 100, 80), np.nan, np.float32)
+    for i in range(n):
+        waves = np.cumsum(random.standard_normal((5, volumes[i])), 1)
+        noise = random.standard_normal((100, volumes[i]))
+        bold[i, :, : volumes[i]] = random.standard_normal((100, 5)) @ waves + noise + 100
+    shape = [len(v) for v in t1_grid(16.0).values()]
+    t1 = np.linspace(1, 5, np.prod(shape)).reshape(shape) * random.uniform(0.5, 1.5, (n, *shape))
+    has_bold = ~np.isin(np.arange(n), t1_only)
+    has_t1 = ~np.isin(np.arange(n), bold_only)
+    bold[~has_bold], t1[~has_t1] = np.nan, np.nan
+    subject = {
+        "subject": [f"s{i:02}" for i in range(n)], "participant": [f"s{i:02}" for i in range(n)],
+        "site": ["A"] * n, "tr": tr, "n_volumes": np.where(has_bold, volumes, 0),
+        "has_bold": has_bold, "has_t1": has_t1,
+    }  # fmt: skip
+    roi = {name: atlas[name].values for name in ("roi", *ROI_COORDS)}
+    attrs = {"atlas": "schaefer100", "source": "test"}
+    return build_cohort(bold, t1.astype(np.float32), subject, roi, attrs, 16.0)
+
+
+if __name__ == "__main__":
+    from bhx.training import pretrain
+
+    store, out, settings = sys.argv[1:]
+    pretrain(store, out=out, **{**QUICK, **json.loads(settings)})
