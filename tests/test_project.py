@@ -58,7 +58,7 @@ def test_prescribed_packages_are_there(environment):
 def test_extras():
     assert set(EXTRAS) == {
         *("notebooks", "test"),
-        *("assets", "umap", "interpret", "niivue", "bids"),
+        *("assets", "umap", "interpret", "niivue", "bids", "brainmarks"),
     }
 
 
@@ -73,6 +73,7 @@ def test_version_is_said_once():
 def shipped() -> set[str]:
     """Every file of the package and the catalogue, by its place in a wheel."""
     places = {REPO / "bhx": "bhx", REPO / "data_catalog": "bhx/data_catalog"}
+    places[REPO / "benchmarks" / "brainmarks"] = "brainmarks/models"
     return {
         f"{inside}/{path.relative_to(folder).as_posix()}"
         for folder, inside in places.items()
@@ -85,7 +86,7 @@ def shipped() -> set[str]:
 def wheel(tmp_path_factory) -> Path:
     """A wheel built from a copy, so that nothing left over in the repository can slip in."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("bhx", "data_catalog"):
+    for name in ("bhx", "data_catalog", "benchmarks/brainmarks"):
         shutil.copytree(REPO / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPO / name, source)

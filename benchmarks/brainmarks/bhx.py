@@ -1,0 +1,102 @@
+"""bhx in the Brainmarks suite: hub tokens as registers, CLS, and dynamics tokens as patches.
+
+Lives in the suite's namespace as `brainmarks.models.bhx` (a wheel of bhx puts it there; from a
+checkout, link this file into a folder `brainmarks/models/` on PYTHONPATH). The suite's samples
+have no T1, so this is the fMRI-only mode. Smoke test, after `pip install bhx brainmarks`:
+
+    python -m brainmarks.models.test_models bhx
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from brainmarks.models.base import Embeddings
+from brainmarks.models.registry import register_model
+
+from bhx.atlas import load_atlas, reparcellate
+from bhx.encoding import encode_parts, load_model, random_model, read_subject, sequences
+from bhx.schema import build_cohort
+
+
+@register_model
+def bhx(source: str = "workshop", **kwargs):
+    """(transform, wrapper) of the shipped model, or of `source` as `bhx.load_model` takes it."""
+    return Prepare(), Hub(load_model(source, device="cpu"))
+
+
+@register_model
+def bhx_random(preset: str = "workshop", seed: int = 0, **kwargs):
+    """The same before any training: what the architecture alone is worth."""
+    return Prepare(), Hub(random_model(preset, seed=seed, device="cpu"))
+
+
+class Prepare:
+    """The suite's sample with its level and scale put back, mirrored in time up to `shortest` [s].
+
+    One patch lasts 35.28 s; a scan shorter than that has no token of its own, so it is continued
+    by its mirror image.
+    """
+
+    shortest = 36.0
+
+    def __call__(self, sample):
+        bold = torch.as_tensor(sample["bold"]).float() * sample["std"] + sample["mean"]
+        tr = float(sample["tr"])
+        needed = int(np.ceil(self.shortest / tr))
+        if len(bold) < needed:
+            there_and_back = torch.cat([bold, bold.flip(0)])
+            bold = there_and_back.repeat(-(-needed // len(there_and_back)), 1)[:needed]
+        return {"bold": bold, "tr": tr}
+
+
+class Hub(torch.nn.Module):
+    """A bhx model as the suite's frozen backbone.
+
+    The suite's Schaefer-400 series, in 17-network order, are aligned by name; a model of another
+    Schaefer scale reads means over its parcels.
+    """
+
+    __space__ = "schaefer400"
+
+    def __init__(self, model):
+        super().__init__()
+        self.networks, self.config = model.networks, model.config
+        self.register_buffer("share", torch.tensor(shares(model.atlas)))
+
+    def forward(self, batch) -> Embeddings:
+        """{"bold": (B, T, 400), "tr": (B,)} -> CLS (B, 1, D), hubs (B, R, D), patches (B, L, D)."""
+        device = self.share.device
+        series = batch["bold"].float() @ self.share.T  # (B, T, parcels)
+        rows = zip(series.cpu().numpy(), torch.as_tensor(batch["tr"]).tolist(), strict=True)
+        readings = [
+            read_subject(one.T, tr, None, self.config, missing="leave out") for one, tr in rows
+        ]
+        dynamics, structure = encode_parts(self.networks, readings, device)
+        tokens, places, owner = sequences(self.config, readings, dynamics, structure)
+        hub = self.networks.harmonizer(tokens, places)  # (windows, 1 + R, D)
+        owner = torch.tensor(owner, device=device)
+        hub = torch.stack([hub[owner == i].mean(0) for i in range(len(readings))])
+        return Embeddings(hub[:, :1], hub[:, 1:], self._patches(readings, dynamics))
+
+    def _patches(self, readings, dynamics):
+        """All dynamics tokens of each subject, zero where a parcel was left out."""
+        out = []
+        for reading, parts in zip(readings, dynamics, strict=True):
+            full = [
+                part.new_zeros(w.shape[0] * w.shape[1], part.shape[1]).index_copy(0, k, part)
+                for w, k, part in zip(reading.windows, reading.tokens, parts, strict=True)
+            ]
+            out.append(torch.cat(full))
+        return torch.stack(out)
+
+
+def shares(atlas):
+    """Weight of each Schaefer-400 parcel, 17-network order, in each parcel of `atlas`."""
+    names = load_atlas("schaefer400", order="17networks").roi.values
+    subject = {"subject": ["unit"], "participant": ["unit"], "site": [""], "tr": [1.0]}
+    subject |= {"n_volumes": [400], "has_bold": [True], "has_t1": [False]}
+    unit = np.eye(400, dtype=np.float32)[None]  # one volume a parcel
+    attrs = {"atlas": "schaefer400", "source": ""}
+    cohort = build_cohort(unit, None, subject, {"roi": names}, attrs)
+    return reparcellate(cohort, atlas.attrs["atlas"]).bold[0].sel(roi=atlas.name7.values).values
