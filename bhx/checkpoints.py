@@ -227,10 +227,7 @@ RELEASED = {
     "structure": "harmonix-s/model.pth",
     "harmonizer": "harmonizer/model.pth",
 }
-TABLES = {
-    "harmonics": "schaefer400_roi_eigenmodes.csv",
-    "gradients": "gradient_mapping_400.csv",
-}
+TABLES = {"harmonics": "schaefer400_roi_eigenmodes.csv", "gradients": "gradient_mapping_400.csv"}
 
 
 def _read_release(folder, config: HarmonixConfig = RELEASE):
@@ -334,7 +331,8 @@ def _fill_structure(model, state, where):
 def _fill(part, state, where):
     """Load a released part; its fixed position tables replace ours."""
     fixed = {k: state.pop(k) for k in ("pos_embed", "decoder_pos_embed") if k in state}
-    load_strictly(part, state, where)
+    ours = {k: v for k, v in part.named_buffers() if k in ("mean_tokens", "spread")}
+    load_strictly(part, state | ours, where)
     for name, table in fixed.items():
         own = getattr(part, name)
         if own.shape != table.shape:

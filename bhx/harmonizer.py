@@ -79,10 +79,20 @@ class Harmonizer(nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(c.decoder_width, eps=1e-6)
         self.decoder_pred = nn.Linear(c.decoder_width, c.target_width)
+        # the mean token of each place, which pretraining fills in: the hub tokens then have only
+        # to carry what differs between subjects; zero with released weights
+        self.register_buffer("mean_tokens", torch.zeros(c.data_tokens, c.target_width))
+        self.register_buffer("spread", torch.ones(2))  # variance around it, of BOLD and of T1
         initialise(self)
-        for name in ("cls_token", "latent_tokens", "enc_latent_token_positional_embedding",
-                     "mask_token", "dec_latent_token_positional_embedding"):  # fmt: skip
+        for name in ("cls_token", "mask_token"):
             nn.init.normal_(getattr(self, name), std=0.02)
+        for name in ("latent_tokens", "enc_latent_token_positional_embedding",
+                     "dec_latent_token_positional_embedding"):  # fmt: skip
+            nn.init.normal_(getattr(self, name))  # hub tokens differ from the start
+        nn.init.zeros_(self.decoder_pred.weight)  # the decoder begins at `mean_tokens`
+        with torch.no_grad():
+            for block in self.blocks:  # and so does what each of them reads
+                block.attn.qkv.weight[: 2 * c.width] *= 3
 
     def forward(self, tokens, rows):
         """Hub tokens (B, 1 + hubs, width), CLS first, after the norm."""
@@ -172,10 +182,11 @@ class Harmonizer(nn.Module):
         lengths = tuple(len(r) + hub.shape[1] for r in rows)
         x = run(self.decoder_blocks, torch.cat(sequences), lengths)
         x = torch.cat([s[1 : 1 + len(r)] for s, r in zip(x.split(lengths), rows, strict=True)])
-        return self.decoder_pred(self.decoder_norm(x))
+        return self.decoder_pred(self.decoder_norm(x)) + self.mean_tokens[torch.cat(list(rows)) - 1]
 
     def losses(self, tokens, rows, targets, target_rows):
-        """The paper's two terms: the mean squared error of each modality's valid tokens.
+        """The paper's two terms: the mean squared error of each modality's valid tokens, in units
+        of their variance around the mean token of each place, so that neither drowns the other.
 
         Returns `loss_bold` and `loss_t1`, one value for each subject that has the modality among
         its targets. What is fed in (`tokens`, `rows`) may lack it: the hub tokens must then guess.
@@ -186,9 +197,10 @@ class Harmonizer(nn.Module):
         for guess, target, at in zip(decoded, targets, target_rows, strict=True):
             error = (guess - target).pow(2).mean(-1)
             is_t1 = self.config.is_structure(at)
-            for name, chosen in (("loss_bold", ~is_t1), ("loss_t1", is_t1)):
-                if chosen.any():
-                    terms[name].append(error[chosen].mean())
+            chosen = (~is_t1, is_t1)
+            for name, here, spread in zip(terms, chosen, self.spread, strict=True):
+                if here.any():
+                    terms[name].append(error[here].mean() / spread)
         return {k: torch.stack(v) if v else decoded[0].new_zeros(0) for k, v in terms.items()}
 
     def release_loss(self, tokens, rows):

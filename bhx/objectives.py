@@ -100,15 +100,21 @@ class HarmonizerObjective(nn.Module):
 
     @torch.no_grad()
     def see(self, samples):
-        """Let the decoder start from the mean token of each place in these samples."""
-        mean = self.harmonizer.mean_tokens
-        count = mean.new_zeros(len(mean), 1)
-        mean.zero_()
+        """Take the mean token of each place, and the variance around it, from these samples."""
+        h = self.harmonizer
+        total, square = torch.zeros_like(h.mean_tokens), torch.zeros_like(h.mean_tokens)
+        count = total.new_zeros(len(total), 1)
         for sample in samples:
             (tokens,), (rows,) = self.encode([sample])
-            mean[rows - 1] += tokens
+            total[rows - 1] += tokens
+            square[rows - 1] += tokens**2
             count[rows - 1] += 1
-        mean /= count.clamp(min=1)
+        h.mean_tokens.copy_(total / count.clamp(min=1))
+        left = (square - count * h.mean_tokens**2).mean(1)
+        is_t1 = h.config.is_structure(1 + torch.arange(len(count), device=count.device))
+        for i, here in enumerate((~is_t1, is_t1)):
+            if count[here].any():
+                h.spread[i] = left[here].sum() / count[here].sum()
 
     @torch.no_grad()
     def encode(self, samples):

@@ -111,7 +111,7 @@ _SMALLER = {
             "decimate": (1, 2),
         },
         "harmonizer": _QUICK | {
-            "steps": 200, "batch": 8, "rate": (1e-4, 2e-3, 1e-5), "evaluate_every": 50,
+            "steps": 300, "batch": 8, "rate": (1e-4, 1e-3, 1e-5), "evaluate_every": 50,
             "checkpoint_every": 100, "decimate": (1, 2),
         },
     },
