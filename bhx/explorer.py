@@ -269,7 +269,7 @@ def _same_people(cohort, latents):
 
 def _summary(values):
     """One value, a mean and range of numbers, or counts of names."""
-    names, counts = np.unique(values.astype(str), return_counts=True)
+    names, counts = np.unique([str(v) for v in values.tolist()], return_counts=True)
     if len(names) == 1:
         return values[0]
     if values.dtype.kind in "fi":

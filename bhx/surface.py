@@ -671,6 +671,7 @@ def token_table(latents: xr.Dataset, subjects=None) -> xr.Dataset:
 
     share = each_token(latents, of="modality", subjects=subjects)
     maps = each_token(latents, of="roi", subjects=subjects)
+    maps = maps.assign_coords(network=("roi", maps.network.values.astype(object)))  # not lazy
     preference = maps.groupby("network").mean() / maps.mean("roi")
     order = np.argsort(-share.sel(modality="bold").values, kind="stable")
     names = list(dict.fromkeys(maps.network.values.tolist()))
@@ -785,7 +786,7 @@ def point_groups(projection, color) -> list:
         return [("", np.arange(projection.sizes["subject"]), CATEGORIES[0])]
     if values.dtype.kind in "fiu" and len(np.unique(values)) > len(CATEGORIES):
         return [("", np.arange(len(values)), values)]
-    values = values.astype(str)
+    values = np.array([str(v) for v in values.tolist()])
     names = sorted(set(values.tolist()))
     return [
         (name, np.flatnonzero(values == name), CATEGORIES[i % len(CATEGORIES)])

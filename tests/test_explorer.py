@@ -7,6 +7,7 @@ import xarray as xr
 
 from bhx import explore, load_atlas, region_map
 from bhx.schema import InputError, t1_grid
+from bhx.surface import token_table
 
 matplotlib.use("agg")
 BAD = "<img src=x onerror=alert(1)>"
@@ -22,7 +23,7 @@ def toy(n=20, tokens=8, seed=0):
     to_roi = rng.dirichlet(np.ones(100), (n, tokens)) * share[..., None]
     to_t1 = rng.dirichlet(np.ones(150), (n, tokens)) * (1 - share)[..., None]
     ids = np.array([f"sub-{i:02d}" for i in range(n)])
-    return xr.Dataset(
+    data = xr.Dataset(
         {
             "hub": (("subject", "token", "feature"), rng.standard_normal((n, tokens, 4))),
             "hub_to_roi": (("subject", "token", "roi"), to_roi),
@@ -46,6 +47,8 @@ def toy(n=20, tokens=8, seed=0):
         },
         {"atlas": "schaefer100"},
     )
+    names = {n: c.astype(object) for n, c in data.coords.items() if c.dtype.kind == "U"}
+    return data.assign_coords(names)
 
 
 @pytest.fixture
@@ -123,6 +126,10 @@ def test_lazy_store_gives_the_same(tmp_path, explorer):
         one.select_subjects(explorer.subjects[3:9])
     np.testing.assert_allclose(lazy.surface_map(), explorer.surface_map())
     np.testing.assert_allclose(lazy.points, explorer.points, atol=1e-6)
+    assert lazy.panels.card.value == explorer.panels.card.value
+    lazy.panels.controls["colour"].value = "site"
+    assert len(set(lazy.panels.people.data[0].marker.color)) == 2
+    xr.testing.assert_allclose(token_table(lazy.latents), token_table(explorer.latents))
 
 
 @pytest.mark.parametrize("kept", ["bold", "t1"])

@@ -1,0 +1,234 @@
+"""The explorer in a real browser: JupyterLab on loopback, driven by mouse and keyboard."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+SHOTS = REPO / ".screenshots"
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--use-gl=angle",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--ignore-gpu-blocklist",
+    "--disable-background-networking",
+]
+CELLS = [
+    "import xarray as xr\nimport bhx",
+    "latents = xr.open_zarr('latents.zarr', consolidated=False)\n"
+    "explorer = bhx.explore(latents)\nexplorer",
+]
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium here: install one to run this test"),
+]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of a JupyterLab that shows the explorer's notebook."""
+    import nbformat
+    from test_explorer import toy
+
+    folder = tmp_path_factory.mktemp("lab")
+    toy(n=40).to_zarr(folder / "latents.zarr", consolidated=False, zarr_format=3)
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS])
+    book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(book, folder / "explorer.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {
+        "ServerApp.ip": "127.0.0.1",
+        "ServerApp.port": port,
+        "ServerApp.root_dir": folder,
+        "ServerApp.open_browser": False,
+        "ServerApp.allow_root": True,
+        "IdentityProvider.token": "loopback",
+        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
+    }
+    own = {"PYTHONPATH": REPO, "JUPYTER_CONFIG_DIR": folder, "IPYTHONDIR": folder / "ipython"}
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *(f"--{k}={v}" for k, v in options.items())],
+            cwd=folder,
+            env=os.environ | {k: str(v) for k, v in own.items()},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _wait_until_up(f"http://127.0.0.1:{port}/api?token=loopback", server)
+        yield f"http://127.0.0.1:{port}/doc/tree/explorer.ipynb?token=loopback"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def _wait_until_up(address, server, seconds=90):
+    end = time.monotonic() + seconds
+    while server.poll() is None and time.monotonic() < end:
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError("JupyterLab did not start")
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    """The explorer, drawn; no address but loopback can be reached from the page."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1500, "height": 1150})
+        page.set_default_timeout(120_000)
+        local = re.compile(r"^(?!(https?|wss?)://127\.0\.0\.1|blob:|data:)")
+        page.route(local, lambda route: route.abort())
+        page.goto(lab)
+        page.get_by_text(re.compile(r"Python 3.*\| Idle")).wait_for()
+        page.add_style_tag(content=".Toastify {display: none}")
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        try:
+            page.wait_for_function(f"() => ({FIGURES})().length === 4 || {FAILED}")
+        finally:
+            shot(page, "opened")
+        assert not page.evaluate(FAILED), "the notebook failed, see opened.png"
+        page.wait_for_timeout(4000)
+        yield page
+        browser.close()
+
+
+FAILED = "document.querySelector('[data-mime-type*=error]') !== null"
+FIGURES = "() => [...document.querySelectorAll('.js-plotly-plot')].filter(g => g._fullLayout)"
+
+
+def state(page, name):
+    """What a figure of the explorer draws now: sums of its numbers, by trace."""
+    return page.evaluate(
+        f"""name => {{
+            const figure = ({FIGURES})().find(g => g.layout.meta === name)
+            const sum = v => v == null ? null : Array.from(v).flat(Infinity)
+                .reduce((a, b, i) => a + b * (1 + i % 7), 0)
+            return figure._fullData.map(t => [
+                t.name, sum(t.intensity), sum(t.z && t.z.map ? [...t.z].map(r => [...r]) : null),
+                sum(t.y), t.selectedpoints ? t.selectedpoints.length : null])
+        }}""",
+        name,
+    )
+
+
+def changed(page, name, before):
+    """Wait until a figure draws something else, and return it."""
+    for _ in range(100):
+        page.wait_for_timeout(200)
+        if state(page, name) != before:
+            return state(page, name)
+    raise AssertionError(f"the figure '{name}' did not change")
+
+
+def box_of(page, name):
+    """Where a figure's drawing area is on the page."""
+    return page.evaluate(
+        f"""name => {{
+            const g = ({FIGURES})().find(g => g.layout.meta === name)
+            g.scrollIntoView({{block: 'center'}})
+            const box = g.getBoundingClientRect(), s = g._fullLayout._size
+            return [box.x + s.l, box.y + s.t, s.w, s.h]
+        }}""",
+        name,
+    )
+
+
+def heading(page):
+    return page.locator(".widget-html b").last.inner_text()
+
+
+def shot(page, name):
+    SHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SHOTS / f"{name}.png")
+
+
+def test_four_figures_are_drawn_without_overlap(page):
+    shot(page, "explorer")
+    boxes = page.evaluate(
+        f"""() => ({FIGURES})().map(g => g.getBoundingClientRect())
+            .map(b => [b.left, b.top, b.right, b.bottom])"""
+    )
+    assert len(boxes) == 4
+    for i, a in enumerate(boxes):
+        assert a[2] - a[0] > 300
+        assert a[3] - a[1] > 150
+        for b in boxes[:i]:
+            apart = a[2] <= b[0] + 1 or b[2] <= a[0] + 1 or a[3] <= b[1] + 1 or b[3] <= a[1] + 1
+            assert apart
+    assert heading(page) == "attention of all tokens"
+
+
+def test_lasso_of_people_changes_the_cortex(page):
+    brain, x, y, w, h = state(page, "brain"), *box_of(page, "people")
+    corners = [(0.05, 0.05), (0.5, 0.02), (0.52, 0.95), (0.05, 0.97), (0.05, 0.05)]
+    page.mouse.move(x + corners[0][0] * w, y + corners[0][1] * h)
+    page.mouse.down()
+    for cx, cy in corners[1:]:
+        page.mouse.move(x + cx * w, y + cy * h, steps=12)
+    page.mouse.up()
+    changed(page, "brain", brain)
+    picked = state(page, "people")[0][-1]
+    assert 0 < picked < 40
+    assert page.get_by_text(f"{picked} of 40").count() == 1
+    shot(page, "lasso")
+
+
+def test_click_on_a_token_changes_cortex_and_slices(page):
+    brain, slices = state(page, "brain"), state(page, "slices")
+    x, y, w, h = box_of(page, "tokens")
+    page.mouse.click(x + w * 5.5 / 8, y + h * 0.97)  # the bar of token 5 of 8
+    changed(page, "brain", brain)
+    changed(page, "slices", slices)
+    assert heading(page) == "attention of token 5"
+    shot(page, "token")
+
+
+def test_click_on_the_cortex_selects_the_parcel_under_it(page):
+    tokens = state(page, "tokens")
+    x, y, w, h = box_of(page, "brain")
+    page.mouse.move(x + w * 0.40, y + h * 0.45, steps=5)
+    page.wait_for_timeout(500)
+    page.mouse.click(x + w * 0.41, y + h * 0.45)
+    changed(page, "tokens", tokens)
+    assert "_LH_" in page.get_by_label("parcel").input_value()  # left of the middle is left
+    shot(page, "parcel")
+
+
+def test_typed_network_and_its_code(page):
+    tokens = state(page, "tokens")
+    page.get_by_label("parcel").fill("Default")
+    page.get_by_label("parcel").press("Enter")
+    changed(page, "tokens", tokens)
+    page.get_by_role("button", name="write code").click()
+    page.wait_for_function(
+        "() => document.querySelector('textarea:not(.xterm-helper-textarea)').value"
+    )
+    page.locator(".widget-output img, .jp-OutputArea-output img").last.wait_for()
+    written = page.locator(".widget-textarea textarea").input_value()
+    assert "bhx.region_map(latents, token=" in written
+    shot(page, "code")
