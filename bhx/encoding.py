@@ -68,8 +68,10 @@ def random_model(preset: str | HarmonixConfig = "workshop", *, seed: int = 0, de
     """The same network before any training: the control of every claim about trained weights."""
     config = PRESETS[preset] if isinstance(preset, str) else preset
     atlas = load_atlas(config.atlas, order=config.order)
-    tables = atlas.harmonics.values, atlas.gradients.values
-    networks = build(config, *(t[:, :n] for t, n in zip(tables, _modes(config), strict=True)), seed)
+    harmonics = atlas.harmonics.values[:, : config.dynamics.harmonics]
+    networks = build(
+        config, harmonics, atlas.gradients.values[:, : config.dynamics.gradients], seed
+    )
     networks.provenance = {"source": f"random weights, seed {seed}", "weights_sha256": ""}
     return Model(networks, device)
 
@@ -118,12 +120,10 @@ def embed(
         Before any work: parcels, TRs, T1 grid, lengths or the store do not fit. At a subject:
         its data are flat, not finite, or too short; what a store holds by then stays.
     """
-    cohort, names = _aligned(check(cohort, "cohort"), model)
+    cohort, _ = _aligned(check(cohort, "cohort"), model)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    options = _Options(
-        model, keep, _scaling(scaling, model, names), missing_parcels, attention, precision
-    )
-    template = _template(cohort, options, names)
+    options = _Options(model, keep, _scaling(scaling, model), missing_parcels, attention, precision)
+    template = _template(cohort, options)
     blocks = _blocks(cohort, model.config, tokens_at_once)
     if store is None:
         return _lazy(cohort, options, template, blocks)
@@ -525,8 +525,7 @@ def _aligned(cohort, model):
         _check_lengths(cohort, model.config.dynamics)
     if "t1" in cohort and cohort.has_t1.any():
         voxel_mm = model.config.structure.voxel_mm
-        t1 = cohort.t1
-        if t1.sizes["x"] != len(t1_grid(voxel_mm)["x"]) and _on_finer_grid(t1, voxel_mm):
+        if cohort.sizes["x"] in [n * len(t1_grid(voxel_mm)["x"]) for n in (2, 4, 8, 16, 32)]:
             from .cohort import coarsen_t1  # here: the networks alone run without zarr or Dask
 
             cohort = coarsen_t1(cohort, voxel_mm)
@@ -551,27 +550,22 @@ def _positions_of(model, given):
     return np.array([found[str(name)] for name in model.atlas.roi.values])
 
 
+def _patch_counts(cohort, config):
+    """Patches of each subject's scan, 0 without one."""
+    has = cohort.has_bold.values.astype(bool) & ("bold" in cohort)
+    scans = zip(has, cohort.n_volumes.values, cohort.tr.values, strict=True)
+    return np.array([config.patch_count(int(n), float(tr)) if h else 0 for h, n, tr in scans])
+
+
 def _check_lengths(cohort, config):
-    has = cohort.has_bold.values.astype(bool)
-    for subject, n, tr in zip(
-        cohort.subject.values[has], cohort.n_volumes.values[has], cohort.tr.values[has], strict=True
-    ):
-        if config.patch_count(int(n), float(tr)) < 1:
-            raise InputError(
-                f"Expected scans of at least one patch ({config.patch_seconds:.2f} s), found "
-                f"{int(n)} volumes at TR {tr:g} s = {n * tr:.1f} s in '{subject}'",
-                "Leave this subject's BOLD out, or check its TR",
-            )
-
-
-def _on_finer_grid(t1, voxel_mm):
-    for finer in (1.0, 2.0, 4.0, 8.0, 16.0):
-        grid = t1_grid(finer)
-        if finer < voxel_mm and all(
-            t1.sizes[a] == len(v) and np.allclose(t1[a], v) for a, v in grid.items()
-        ):
-            return True
-    return False
+    short = cohort.has_bold.values.astype(bool) & (_patch_counts(cohort, config) < 1)
+    for i in np.flatnonzero(short)[:1]:
+        subject, n, tr = (cohort[k].values[i] for k in ("subject", "n_volumes", "tr"))
+        raise InputError(
+            f"Expected scans of at least one patch ({config.patch_seconds:.2f} s), found {int(n)} "
+            f"volumes at TR {tr:g} s = {n * tr:.1f} s in '{subject}'",
+            "Leave this subject's BOLD out, or check its TR",
+        )
 
 
 def _check_grid(t1, voxel_mm):
@@ -600,7 +594,7 @@ def _check_grid(t1, voxel_mm):
         )
 
 
-def _scaling(scaling, model, names):
+def _scaling(scaling, model):
     scaling = model.config.scaling if scaling is None else scaling
     if isinstance(scaling, xr.Dataset):
         at = _positions_of(model, scaling.roi.values)
@@ -613,18 +607,11 @@ def _scaling(scaling, model, names):
     return scaling
 
 
-def _template(cohort, options, names):
+def _template(cohort, options):
     """Latents with every label and no data."""
     model, c = options.model, options.model.config
     n, h = cohort.sizes["subject"], c.harmonizer
-    has_bold = cohort.has_bold.values.astype(bool) & ("bold" in cohort)
-    counts = np.array(
-        [
-            c.dynamics.patch_count(int(v), float(tr)) if b else 0
-            for b, v, tr in zip(has_bold, cohort.n_volumes.values, cohort.tr.values, strict=True)
-        ]
-    )
-    patches = int(counts.max())
+    patches = int(_patch_counts(cohort, c.dynamics).max())
     shapes = {
         "hub": (n, h.hubs, h.width),
         "dynamics": (n, h.parcels, patches, c.dynamics.width),
@@ -711,15 +698,9 @@ def _cube_coords(config):
 
 def _blocks(cohort, config, tokens_at_once):
     """Slices of subjects whose tokens together stay within the bound, at least one subject."""
-    per_parcel = np.array(
-        [
-            config.dynamics.patch_count(int(v), float(tr)) if b else 0
-            for b, v, tr in zip(
-                cohort.has_bold.values, cohort.n_volumes.values, cohort.tr.values, strict=True
-            )
-        ]
+    cost = (
+        _patch_counts(cohort, config.dynamics) * config.dynamics.parcels + config.structure.tokens
     )
-    cost = per_parcel * config.dynamics.parcels + config.structure.tokens
     blocks, start, total = [], 0, 0
     for i, tokens in enumerate(cost):
         if i > start and total + tokens > tokens_at_once:
@@ -855,10 +836,6 @@ def _best_device():
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _modes(config):
-    return config.dynamics.harmonics, config.dynamics.gradients
 
 
 def _tr(bold, tr):

@@ -20,10 +20,7 @@ def sincos(positions: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def packed_attention(q, k, v, lengths):
-    """Attention inside each sequence of packed (N, heads, d) tensors; `lengths` sum to N.
-
-    Runs of sequences of one length are computed together.
-    """
+    """Attention inside each sequence of packed (N, heads, d) tensors; `lengths` sum to N."""
     if len(set(lengths)) == 1:
         q, k, v = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)

@@ -181,7 +181,6 @@ def published(networks, value=lambda part, key, tensor: tensor):
     """The three released files' contents for these networks; `value` may replace tensors."""
     c = networks.config
     f, h = c.dynamics, c.harmonizer
-    tables = (".harmonics", ".gradients")
     parts = {
         "F": {"encoder.": networks.dynamics, "decoder.": networks.dynamics_predictor,
               "encoder_ema.": networks.dynamics},
@@ -193,7 +192,7 @@ def published(networks, value=lambda part, key, tensor: tensor):
             prefix + k: value(part, prefix + k, v)
             for prefix, network in groups.items()
             for k, v in network.state_dict().items()
-            if not k.endswith(tables)
+            if k not in dict(network.named_buffers())
         }
         for part, groups in parts.items()
     }

@@ -182,6 +182,16 @@ def test_t1_only_and_fmri_only_cohorts(cohort, full, model):
             close(embed(alone, model).hub[0], hub.hub.sel(subject=subject))
 
 
+@pytest.mark.parametrize("patching", ["exact", "tape"])
+def test_everything_can_be_kept_of_a_cohort_without_bold(cohort, patching, tmp_path):
+    one = cohort[["t1"]].sel(subject=["t1"])
+    model = random_model(tiny(patching), device="cpu")
+    kept = embed(one, model, keep=KEEP, store=tmp_path / "a.zarr", progress=False).load()
+    assert kept.sizes["patch"] == 0
+    assert (kept.modality_share.sel(modality="t1") == 1).all()
+    xr.testing.assert_equal(kept, embed(one, model, keep=KEEP).compute())
+
+
 # What changes nothing ----------------------------------------------------------------------------
 
 
