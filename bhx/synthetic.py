@@ -83,7 +83,7 @@ TRAITS = ("trait_structure", "trait_function")
 _NEURAL, _HAEMODYNAMIC, _STAGES = 0.4, 1.2, 3  # s, s, and how many low-pass stages of the latter
 _COUPLING = 0.88  # distance to instability is 1 minus this, in every brain
 _LOCAL = 0.3  # share of the coupling along the cortical sheet, from its harmonics
-_INDIVIDUAL = 0.9  # SD of the log of each connection over participants: their fingerprint
+_INDIVIDUAL = 0.35  # SD of the log of each connection over participants: their fingerprint
 _PERIOD, _HIGHEST = 1024.0, 0.5  # s and Hz: resolution and end of the spectrum
 _SHARED_NOISE = 0.5  # of the measurement noise, how much parcels share as they share signal
 _SIGNAL = 0.8  # percent, SD of the brain's part
@@ -341,6 +341,7 @@ def _coupling(row, brain, effects):
     same, default, sensory = brain["same_network"], brain["default_mode"], brain["sensory"]
     age = SIZES["age"]
     noise = row.rng(_WIRING, lasting=True).standard_normal(same.shape)
+    noise = brain["near"] @ noise @ brain["near"]  # neighbours are wired alike
     log = _INDIVIDUAL * (noise + noise.T) / np.sqrt(2)
     within, between = age["within_network_coupling_per_sd"], age["between_network_coupling_per_sd"]
     log += effects["age"] * row.age_sd * np.where(same, within, between)
