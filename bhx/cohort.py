@@ -18,7 +18,7 @@ import xarray as xr
 
 from bhx import folders
 from bhx.atlas import load_atlas
-from bhx.catalog import entry_rows, find_scans, load_entry
+from bhx.catalog import catalog_files, entry_rows, find_scans, load_entry
 from bhx.scans import FILES, fetch_labels, is_volume, read_scan
 from bhx.schema import ROI_COORDS, T1_SHAPE, InputError, build_cohort, check, listed
 
@@ -49,12 +49,13 @@ def open_cohort(name_or_path, *, catalog=None, voxel_mm=None) -> xr.Dataset:
         The name is unknown, or the store is unfinished or not a cohort.
     """
     path = Path(name_or_path)
-    if path.is_dir() and not (path / "zarr.json").exists() and path.suffix != ".zarr":
-        cohort = _prepared(path.name, path)
-    elif path.exists() or path.suffix == ".zarr" or len(path.parts) > 1:
+    is_store = path.suffix == ".zarr" or (path / "zarr.json").exists()
+    if str(name_or_path) in catalog_files(catalog) or not (is_store or path.exists()):
+        cohort = _open_entry(load_entry(str(name_or_path), catalog))
+    elif is_store:
         cohort = _open_store(path)
     else:
-        cohort = _open_entry(load_entry(str(name_or_path), catalog))
+        cohort = _prepared(path.name, path)
     return cohort if voxel_mm is None else coarsen_t1(check(cohort, "cohort"), voxel_mm)
 
 
@@ -291,6 +292,7 @@ def prepare(
         No subject can be used, another process writes this store, or it has other options.
     """
     made_by = {"atlas": atlas, "voxel_mm": voxel_mm, "denoising": denoising, "order": order}
+    made_by["labels"] = labels and str(labels)
     if not isinstance(source, pd.DataFrame):
         attrs = {"source": str(source), **(attrs or {})}
         source = find_scans(source, task=task, phenotypes=phenotypes)
@@ -300,7 +302,7 @@ def prepare(
         rows = [row for row in rows if row["subject"] not in have]
         folder = out.with_name(out.name + ".parts")
         parts = {row["subject"]: _part(folder, row, made_by) for row in rows}
-        refused = _stage(rows, parts, {**made_by, "labels": labels}, workers, client)
+        refused = _stage(rows, parts, made_by, workers, client)
         if not have and len(refused) == len(rows):
             raise InputError(
                 f"Expected at least one usable subject, found none among {len(rows)}; the first: "
@@ -308,9 +310,8 @@ def prepare(
                 "See the reason, and prepare again",
             )
         parts = {subject: part for subject, part in parts.items() if subject not in refused}
-        _pack(
-            parts, out, {"source": "table", "preprocessing": json.dumps(made_by), **(attrs or {})}
-        )
+        about = {"source": "table", "preprocessing": json.dumps(made_by), **(attrs or {})}
+        _pack(parts, out, about)
         _finish(folder, out, refused)
     return open_cohort(out)
 
@@ -442,7 +443,13 @@ def _labels_of(parts, attrs):
     for part in parts:
         with np.load(part) as file:
             labels, sizes = json.loads(str(file["about"]))
-            roi = file["roi"] if "roi" in file.files else roi
+            names = file["roi"] if "roi" in file.files else roi
+        if roi is not None and names.tolist() != roi.tolist():
+            raise InputError(
+                f"Expected the same parcels in every scan, found others in {labels['subject']}",
+                "Prepare scans of different atlases into different stores",
+            )
+        roi = names
         rows.append(labels)
         for name in {"bold", "t1"} & {*sizes}:
             shapes[name] = np.maximum(shapes.get(name, sizes[name]), sizes[name]).tolist()
@@ -508,6 +515,11 @@ def _extend_store(new, path):
             f"Expected new subjects with the labels of {path}, found also "
             f"{listed(sorted(surplus))}",
             "Prepare all subjects into a new store",
+        )
+    if "roi" in new.coords and group["roi"][:].tolist() != new.roi.values.tolist():
+        raise InputError(
+            f"Expected the parcels of {path}, found others in the new subjects",
+            "Prepare them into another store",
         )
     group.attrs["complete"] = False
     longest = max(new.sizes.get("time", 0), group["time"].shape[0] if "time" in group else 0)

@@ -314,3 +314,23 @@ def test_phenotypes_join_by_participant():
     joined = join_phenotypes(scans, people)
     assert joined.age.tolist()[:2] == [30, 30]
     assert joined.age.isna().tolist() == [False, False, True]
+
+
+def test_scans_of_other_parcels_do_not_mix(tmp_path):
+    for name, n in (("a", 7), ("b", 8)):
+        table = pd.DataFrame(parcel_series(60)[:n].T, columns=[f"p{i}" for i in range(n)])
+        table.to_csv(tmp_path / f"{name}.tsv", sep="\t", index=False)
+    rows = pd.DataFrame({"subject": ["a", "b"], "tr": 2.0})
+    rows["bold"] = [str(tmp_path / f"{name}.tsv") for name in "ab"]
+    with pytest.raises(InputError, match="the same parcels in every scan, found others in b"):
+        bc.prepare(rows, tmp_path / "both.zarr", atlas=None)
+    bc.prepare(rows[:1], tmp_path / "c.zarr", atlas=None)
+    with pytest.raises(InputError, match="found others in the new subjects"):
+        bc.prepare(rows, tmp_path / "c.zarr", atlas=None)
+    assert bc.open_cohort(tmp_path / "c.zarr").sizes["subject"] == 1
+
+
+def test_a_folder_named_like_an_entry_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sample").mkdir()
+    assert bc.open_cohort("sample").attrs["source"] == "sample"
