@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -149,6 +150,7 @@ def save_weights(model: Harmonix, folder, provenance: dict | None = None) -> Pat
     os.replace(part, folder / "model.safetensors")
     text = folder / "config.json.part"
     text.write_text(json.dumps(description, indent=1) + "\n")
+    shutil.copymode(text, folder / "model.safetensors")  # for others, too
     os.replace(text, folder / "config.json")
     return folder
 

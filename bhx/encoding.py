@@ -768,6 +768,8 @@ def _lazy(cohort, options, template, blocks):
 
 def _stored(cohort, options, template, blocks, path, progress):
     """Write block by block; blocks whose hub tokens are all there are not computed again."""
+    import zarr
+
     from .cohort import _plain, _text
 
     if not path.exists():
@@ -785,18 +787,17 @@ def _stored(cohort, options, template, blocks, path, progress):
     todo = [b for b in blocks if not all(_written(path, i) for i in range(b.start, b.stop))]
     like = _like(template)
     needed = cohort[[v for v in ("bold", "t1") if v in cohort]]
-    bar = tqdm(total=cohort.sizes["subject"], desc="embed", unit="subject", disable=not progress)
-    with bar:
-        bar.update(sum(b.stop - b.start for b in blocks) - sum(b.stop - b.start for b in todo))
+    group, total = zarr.open_group(path, mode="r+"), cohort.sizes["subject"]
+    there = total - sum(b.stop - b.start for b in todo)
+    with tqdm(
+        desc="embed", total=total, initial=there, unit="subject", disable=not progress
+    ) as bar:
         for b in todo:
             done = _block(needed.isel(subject=b).compute(), options, like)
             for name in template.data_vars:  # hub last: its chunk says the subject is done
-                part = xr.Dataset({name: (template[name].dims, done[name])})
-                part.to_zarr(path, region={"subject": b}, consolidated=False)
+                group[name][b] = done[name]
             bar.update(b.stop - b.start)
-    import zarr
-
-    zarr.open_group(path, mode="r+").attrs["complete"] = True
+    group.attrs["complete"] = True
     out = xr.open_zarr(path, consolidated=False)
     return out.assign_coords({k: v.copy(data=_plain(v.values)) for k, v in out.coords.items()})
 

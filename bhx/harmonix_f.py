@@ -86,16 +86,10 @@ def patchify(bold, tr: float, config: DynamicsConfig):
     return grid.unflatten(1, (patches, config.kernel))
 
 
-def unpatchify(patches, tr: float, volumes: int, config: DynamicsConfig):
-    """Patches (parcels, patches, samples) back to a series (parcels, volumes): exact for `tape`;
-    for `exact`, linear interpolation of the 0.735 s grid at the volumes' times."""
-    flat = patches.flatten(1)
-    if config.patching == "tape":
-        return flat[:, :volumes]
-    at = torch.arange(volumes, dtype=torch.float64) * tr / GRID_SECONDS
-    left = at.long().clamp(max=flat.shape[1] - 2)
-    share = (at - left).clamp(0, 1).to(flat)
-    return flat[:, left] * (1 - share) + flat[:, left + 1] * share
+def unpatchify(patches, volumes: int):
+    """Inverse of `patchify` by the rule `tape`: patches (parcels, patches, samples) to a series
+    (parcels, volumes)."""
+    return patches.flatten(1)[:, :volumes]
 
 
 def autocovariance(seconds):

@@ -79,6 +79,7 @@ def test_weights_are_three_plain_things(saved):
     assert about["config"]["atlas"] == "schaefer100"
     assert HarmonixConfig.from_dict(about["config"]) == TINY
     assert load_file(saved / "model.safetensors").keys() == model().state_dict().keys()
+    assert len({p.stat().st_mode for p in saved.iterdir()}) == 1  # whoever reads one reads both
 
 
 def test_seeds_make_models_and_leave_the_random_state_alone():

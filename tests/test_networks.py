@@ -286,7 +286,7 @@ def test_tape_patches_put_together_are_the_scan(tr, extra):
     bold = random(3, volumes)
     patches = patchify(bold, tr, TAPE)
     assert patches.shape[1:] == (TAPE.patch_count(volumes, tr), TAPE.patch_volumes(tr))
-    assert torch.equal(unpatchify(patches, tr, volumes, TAPE), bold)
+    assert torch.equal(unpatchify(patches, volumes), bold)
 
 
 @settings(deadline=None, max_examples=40)
