@@ -848,3 +848,62 @@ def _static_latents(points, groups, names, title, color):
         axis.legend(frameon=False)
     plt.close(figure)
     return figure
+
+
+# figures that are checked ------------------------------------------------------------------------
+
+
+def check_figure(figure, path, *, tolerance: float = 1e-3) -> str:
+    """Compare a plotly figure's numbers with those stored beside a notebook.
+
+    Of each array its length and some evenly spaced values are stored, as JSON. Where there is no
+    file yet it is written: look at the figure before you keep it.
+
+    Parameters
+    ----------
+    path : the reference, "figures/name.json"
+    tolerance : of each array's range
+
+    Returns
+    -------
+    str, such as "figure name: ok (4 traces, 21 arrays)"
+
+    Raises
+    ------
+    AssertionError
+        Naming the first array that differs.
+    """
+    import json
+    from pathlib import Path
+
+    path, now = Path(path), _numbers(figure)
+    what = f"({len(figure.data)} traces, {len(now)} arrays)"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=0) + "\n")
+    then = json.loads(path.read_text())
+    assert list(now) == list(then), (
+        f"figure {path.stem}: other arrays, {listed(set(now) ^ set(then))}"
+    )
+    for name, (length, values) in then.items():
+        new, old = np.array(now[name][1], float), np.array(values, float)
+        room = tolerance * max(np.ptp(old), np.abs(old).max(), 1e-12)
+        same = now[name][0] == length and np.allclose(new, old, rtol=0, atol=room)
+        assert same, f"figure {path.stem}: {name} is {new.tolist()}, was {old.tolist()}"
+    return f"figure {path.stem}: ok {what}"
+
+
+def _numbers(figure, samples: int = 9) -> dict:
+    """Length and evenly spaced finite values of every numeric array of a figure, by its name."""
+    out = {}
+    for t, trace in enumerate(figure.data):
+        for key in ("x", "y", "z", "intensity", "i", "j", "k"):
+            values = np.asarray(trace[key]) if key in trace and trace[key] is not None else None
+            if values is not None and values.dtype.kind in "fiu" and values.size:
+                finite = values[np.isfinite(values)].astype(float).ravel()
+                at = np.linspace(0, len(finite) - 1, min(samples, len(finite))).round().astype(int)
+                out[f"{t} {trace.name or trace.type} {key}"] = [
+                    values.size,
+                    [float(f"{v:.6g}") for v in finite[at]],
+                ]
+    return out
