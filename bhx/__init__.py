@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from .latents import pool as pool
     from .latents import project as project
     from .latents import region_map as region_map
+    from .surface import plot_latents as plot_latents
     from .surface import plot_surface as plot_surface
+    from .surface import plot_tokens as plot_tokens
     from .surface import plot_volume as plot_volume
     from .synthetic import synthetic_cohort as synthetic_cohort
     from .training import pretrain as pretrain
@@ -44,7 +46,7 @@ PUBLIC = {
     "encoding": ("load_model", "embed"),
     "training": ("pretrain",),
     "latents": ("pool", "project", "neighbours", "region_map", "lesion"),
-    "surface": ("plot_surface", "plot_volume"),
+    "surface": ("plot_surface", "plot_volume", "plot_tokens", "plot_latents"),
     "explorer": ("explore",),
     "evaluation": ("probe", "compare", "connectome"),
 }

@@ -27,11 +27,17 @@ def main():
             start = time.perf_counter()
             bhx.pretrain(store, stage=stage, out=Path(folder) / "run", device="cpu")
             print(f"{stage}: {time.perf_counter() - start:.0f} s", flush=True)
-        target = HERE / "workshop"
-        target.mkdir(exist_ok=True)
-        for name in ("config.json", "model.safetensors"):
-            shutil.copy(Path(folder) / "run" / name, target / name)
-    print(f"all: {time.perf_counter() - began:.0f} s, in {target}")
+        keep(Path(folder) / "run", HERE / "workshop")
+    print(f"all: {time.perf_counter() - began:.0f} s, in {HERE / 'workshop'}")
+
+
+def keep(run, target):
+    """Copy the weights and the logs of their training."""
+    target.mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / name, target / name)
+    for stage in STAGES:
+        shutil.copy(run / stage / "log.jsonl", target / f"{stage}.jsonl")
 
 
 if __name__ == "__main__":
