@@ -65,7 +65,7 @@ lab: env  ## JupyterLab on the notebooks
 	$(PY) -m jupyter lab notebooks
 
 weights: env  ## train the shipped workshop weights again
-	$(PY) -m bhx pretrain --preset workshop --out bhx/weights
+	$(PY) bhx/weights/make_weights.py
 
 assets: env  ## build bhx/assets again from the brainspace package
 	$(PY) -m pip install -qq --editable '.[$(EXTRAS),assets]'
