@@ -277,7 +277,8 @@ def _summary(values):
     return listed([f"{n}: {c}" for n, c in zip(names, counts, strict=True)])
 
 
-PLAIN = {"template": "plotly_white", "margin": {"l": 50, "r": 10, "t": 30, "b": 40}}
+WIDE = 540  # px, of every figure: two fit side by side on a laptop
+PLAIN = {"template": "plotly_white", "width": WIDE, "margin": {"l": 50, "r": 10, "t": 10, "b": 40}}
 START = {"x": 0, "y": -20, "z": 10}  # mm, where the slices lie at first
 
 
@@ -380,8 +381,8 @@ class _Panels:
             xaxis_title="token",
             yaxis={"title": "share", "range": [0, 1]},
             yaxis2={"overlaying": "y", "side": "right", "title": "preference", "showgrid": False},
-            legend={"orientation": "h", "y": 1.2},
-            margin_r=50,
+            legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
+            margin={"r": 50, "t": 35},
         )
         for trace in figure.data[:2]:
             trace.on_click(lambda _, picked, how: self._token_clicked(picked.point_inds))
@@ -420,7 +421,7 @@ class _Panels:
         names = [trace.name for trace, _ in pieces]
         look = look_of(values.values, None, None) | {"title": "", "units": ""}
         figure.update_layout(stage("inflated", SIDES["both"], "top", names, look))
-        figure.update_layout(height=360, margin_t=5, meta="brain")
+        figure.update_layout(height=360, width=WIDE, margin_t=5, meta="brain")
         self._drawn = {}
         for trace, (_, vertices) in zip(figure.data, pieces, strict=True):
             if trace.name.endswith("values"):
@@ -499,15 +500,23 @@ class _Panels:
         numbers = [EVERYTHING, *map(str, e.tokens)]
         places = [*dict.fromkeys(e.networks.tolist()), *map(str, e.roi)]
         coords = [n for n, c in e.points.coords.items() if c.dims == ("subject",)]
-        wide = {"continuous_update": False, "layout": {"width": "230px"}}
+        wide = {
+            "continuous_update": False,
+            "layout": {"width": "200px"},
+            "style": {"description_width": "55px"},
+        }
         out = {
             "token": widgets.Combobox(description="token", options=numbers, **wide),
             "parcel": widgets.Combobox(description="parcel", options=places, **wide),
             "subject": widgets.Combobox(description="subject", options=list(e.subjects), **wide),
             "colour": widgets.Dropdown(
-                description="colour", options=["attention", *coords], value="subject"
+                description="colour",
+                options=["attention", *coords],
+                value="subject",
+                layout={"width": "200px"},
+                style={"description_width": "55px"},
             ),
-            "everyone": widgets.Button(description="everything"),
+            "everyone": widgets.Button(description="everything", layout={"width": "100px"}),
             "first": widgets.Button(description="selection = A"),
             "second": widgets.Button(description="selection = B"),
             "code": widgets.Button(description="write code"),
@@ -529,11 +538,13 @@ class _Panels:
 
     def _sliders(self, widgets):
         out = {
-            axis: widgets.IntSlider(START[axis], *ends, 2, description=f"{axis} [mm]")
+            axis: widgets.IntSlider(
+                START[axis], *ends, 2, description=axis, style={"description_width": "15px"}
+            )
             for axis, ends in {"x": (-76, 76), "y": (-110, 74), "z": (-58, 94)}.items()
         }
         for slider in out.values():
-            slider.layout.width = "33%"
+            slider.layout.width = f"{WIDE // 3}px"
             slider.observe(self._update_slices, "value")
         return out
 
@@ -566,7 +577,7 @@ class _Panels:
             display(self.explorer.figure())
 
     def _arranged(self, widgets):
-        column = {"width": "50%", "min_width": "430px"}
+        column = {"width": f"{WIDE + 10}px"}
         controls = list(self.controls.values())
         left = [self.legend, self.people, self.strip, self.card]
         right = [self.heading, self.brain, self.slices, widgets.HBox(list(self.sliders.values()))]

@@ -319,16 +319,3 @@ def test_bad_input_is_named(values, call, says):
     with pytest.raises(InputError) as caught:
         call(values)
     assert says in str(caught.value)
-
-
-def test_checked_figures_pass_within_tolerance_and_fail_beyond(tmp_path, values):
-    path = tmp_path / "figures" / "front.json"
-    first = pictures.check_figure(pictures.plot_surface(values), path)
-    assert first.startswith("figure front: ok (4 traces, ")
-    nearly = pictures.plot_surface(values * (1 + 1e-6))
-    assert pictures.check_figure(nearly, path) == first
-    with pytest.raises(AssertionError, match="left values intensity"):
-        pictures.check_figure(pictures.plot_surface(values * 1.1), path)
-    with pytest.raises(AssertionError, match="other arrays"):
-        pictures.check_figure(pictures.plot_surface(values, hemi="left"), path)
-    assert path.stat().st_size < 10_000
