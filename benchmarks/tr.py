@@ -1,0 +1,181 @@
+"""The same scans at TR x1, x2, x3, x4: how much of a token, a person and a prediction survives.
+
+Four ways to read any TR, each with a workshop-size dynamics encoder trained alike on the same
+rows (every scan at its own TR and decimated up to 3 s):
+
+exact    time-exact Wiener patches, the default of bhx
+tape     the paper's rule: round(35.28 s / TR) volumes a patch, kernel resized
+resample linear interpolation to TR 2 s, then one patch length
+zeros    each patch of volumes filled with zeros up to 48, one kernel
+
+    python benchmarks/tr.py [--train 100] [--test 60] [--steps 200] [--out tr.csv]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import KFold
+from sklearn.pipeline import make_pipeline
+
+import bhx
+from bhx.checkpoints import PRESETS
+from bhx.evaluation import preparation
+from bhx.latents import fingerprint
+
+FACTORS = (1, 2, 3, 4)
+PATCH, GRID, COMMON = 35.28, 0.735, 2.0  # s
+SLOWEST = 3.0  # s, of a training row
+
+
+def main():
+    """Train the four alike, read the test scans at each factor, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in (("train", 100), ("test", 60), ("steps", 200), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    train = bhx.synthetic_cohort(args.train, seed=500 + args.seed, missing=0).drop_vars("t1").load()
+    test = bhx.synthetic_cohort(args.test, seed=900 + args.seed, sites=("A",), missing=0)
+    test = test.drop_vars("t1").load()
+    rows = xr.concat([decimated(train, f) for f in FACTORS], "subject", join="outer")
+    rows = rows.isel(subject=np.flatnonzero(rows.tr <= SLOWEST + 1e-9))
+    table = []
+    for name, (patching, change) in WAYS.items():
+        began = time.perf_counter()
+        model = trained(change(rows), patching, args)
+        seen = {f: tokens_of(change(decimated(test, f)), model) for f in FACTORS}
+        for f in FACTORS:
+            table.append({"way": name, "TR x": f, **measured(seen[1], seen[f], test.age.values)})
+        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+    table = pd.DataFrame(table).set_index(["way", "TR x"]).round(3)
+    print(f"{rows.sizes['subject']} training rows, {args.test} test scans, {args.steps} steps")
+    print(table)
+    if args.out:
+        table.to_csv(args.out)
+
+
+def decimated(cohort, factor):
+    """Every `factor`-th volume; ids say which."""
+    out = cohort.isel(time=slice(None, None, factor))
+    return out.assign_coords(
+        subject=[f"{s}/x{factor}" for s in cohort.subject.values],
+        time=np.arange(out.sizes["time"]),
+        tr=cohort.tr * factor,
+        n_volumes=-(-cohort.n_volumes // factor),
+    )
+
+
+def resampled(cohort):
+    """Linear interpolation to TR 2 s."""
+
+    def one(series, tr):
+        seconds = np.arange(0, (series.shape[1] - 1) * tr + 1e-9, COMMON)
+        own = tr * np.arange(series.shape[1])
+        return np.stack([np.interp(seconds, own, parcel) for parcel in series])
+
+    return rewritten(cohort, one, COMMON)
+
+
+def filled(cohort):
+    """Whole patches of z-scored volumes, each followed by zeros up to 48 samples of 0.735 s."""
+    samples = round(PATCH / GRID)
+
+    def one(series, tr):
+        k = min(samples, max(1, round(PATCH / tr)))
+        z = (series - series.mean(1, keepdims=True)) / series.std(1, keepdims=True)
+        patches = z[:, : z.shape[1] // k * k].reshape(len(z), -1, k)
+        return np.pad(patches, ((0, 0), (0, 0), (0, samples - k))).reshape(len(z), -1)
+
+    return rewritten(cohort, one, GRID)
+
+
+def rewritten(cohort, change, tr):
+    """The cohort with `change(series, tr)` of every scan, at one new TR."""
+    scans = [
+        change(scan.values[:, : int(n)].astype(float), float(t))
+        for scan, n, t in zip(cohort.bold, cohort.n_volumes, cohort.tr, strict=True)
+    ]
+    bold = np.full((len(scans), cohort.sizes["roi"], max(s.shape[1] for s in scans)), np.nan)
+    for row, scan in zip(bold, scans, strict=True):
+        row[:, : scan.shape[1]] = scan
+    out = cohort.drop_vars(["bold", "time"])
+    out["bold"] = (("subject", "roi", "time"), bold.astype(np.float32))
+    lengths = ("subject", [s.shape[1] for s in scans])
+    return out.assign_coords(
+        tr=("subject", np.full(len(scans), tr)), n_volumes=lengths, time=np.arange(bold.shape[2])
+    )
+
+
+def same(cohort):
+    """The cohort as it is."""
+    return cohort
+
+
+WAYS = {
+    "exact": ("exact", same),
+    "tape": ("tape", same),
+    "resample": ("tape", resampled),
+    "zeros": ("tape", filled),
+}
+
+
+def trained(rows, patching, args):
+    """A dynamics encoder of the workshop's size with this patch rule."""
+    preset = PRESETS["workshop"]
+    preset = replace(preset, dynamics=replace(preset.dynamics, patching=patching))
+    with tempfile.TemporaryDirectory() as folder:
+        return bhx.pretrain(
+            rows, stage="dynamics", out=folder, preset=preset, steps=args.steps, seed=args.seed,
+            decimate=(1,), held_out=0.05, device="cpu", progress=False,
+        )  # fmt: skip
+
+
+def tokens_of(cohort, model):
+    """Dynamics tokens (subject, roi, patch, feature) of all scans, read one window long."""
+    return bhx.embed(cohort, model, keep=("dynamics",), progress=False).dynamics.load()
+
+
+def measured(first, other, age):
+    """Identification rate, cosine of the same parcel's token, and r with age of a fixed probe."""
+    patches = min(first.sizes["patch"], other.sizes["patch"])
+    a, b = first.isel(patch=slice(patches)), other.isel(patch=slice(patches))
+    typical = a.mean("subject")
+    a, b = (a - typical).values, (b - typical.values).values
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    found = fingerprint(features_of(first), features_of(other))
+    return {
+        "token cosine": np.nanmean(cosine),
+        "identified": found.attrs["rate"],
+        "age r": probed(features_of(first), features_of(other), age),
+    }
+
+
+def features_of(tokens):
+    """Each parcel's mean token, as features."""
+    values = tokens.mean("patch").values.reshape(tokens.sizes["subject"], -1)
+    people = {name: ("subject", tokens[name].values) for name in ("participant", "site")}
+    return xr.Dataset(
+        {"features": (("subject", "feature"), values)}, {"subject": tokens.subject.values, **people}
+    )
+
+
+def probed(first, other, age):
+    """r with age of predictions at this TR by a ridge fitted at the full rate, over five folds."""
+    guess = np.empty(len(age))
+    x, z = first.features.values, other.features.values
+    for train, test in KFold(5, shuffle=True, random_state=0).split(x):
+        model = make_pipeline(preparation([(x.shape[1], "")]), Ridge(0.1 * len(train)))
+        guess[test] = model.fit(x[train], age[train]).predict(z[test])
+    return np.corrcoef(guess, age)[0, 1]
+
+
+if __name__ == "__main__":
+    main()
