@@ -543,7 +543,9 @@ FUSED = HarmonizerConfig(parcels=6, max_patches=4, cubes=10, hubs=3, width=24, d
 def harmonizer():
     torch.manual_seed(0)
     made = Harmonizer(FUSED).eval().requires_grad_(False)
-    torch.nn.init.normal_(made.decoder_pred.weight)
+    for value in (made.decoder_pred.weight, made.mean_tokens):
+        torch.nn.init.normal_(value)
+    made.spread.copy_(torch.tensor([2.0, 0.5]))
     return made
 
 
@@ -628,7 +630,16 @@ def test_losses_are_two_terms_over_the_tokens_that_are_there(harmonizer, batch):
             alone = harmonizer.decode(harmonizer([tokens[i]], [rows[i]]), [rows[i]])[chosen]
             assert guess.shape == alone.shape
             by_hand = ((alone - tokens[i][chosen]) ** 2).mean()
+            by_hand = by_hand / {"loss_bold": 2, "loss_t1": 0.5}[name]  # in units of the spread
             torch.testing.assert_close(value, by_hand, atol=1e-5, rtol=1e-4)
+
+
+def test_the_decoder_begins_at_the_mean_tokens():
+    torch.manual_seed(0)
+    fresh, rows = Harmonizer(FUSED), [torch.tensor([3, 7]), torch.tensor([30])]
+    torch.nn.init.normal_(fresh.mean_tokens)
+    decoded = fresh.decode(random(2, 4, 24), rows)
+    torch.testing.assert_close(decoded, fresh.mean_tokens[[2, 6, 29]])
 
 
 def test_a_hidden_modality_is_still_a_target(harmonizer, batch):
