@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import bhx
-from bhx.training import STAGES
+from bhx.recipes import STAGES
 
 HERE = Path(__file__).parent
 SUBJECTS, SEED = 240, 20_000  # other subjects than those of open_cohort("synthetic")
