@@ -32,7 +32,16 @@ BROWSED = (
     "evaluation",
     "reporting",
 )
-PRETRAINING = ("recipes", "feed", "objectives", "token_cache", "monitor", "training")
+PRETRAINING = (
+    "recipes",
+    "feed",
+    "objectives",
+    "token_cache",
+    "monitor",
+    "training",
+    "yardsticks",
+    "pictures",
+)
 ROOMS = ("encoding", *PRETRAINING, *BROWSED)
 CORRIDOR = (*BASE, *DATA_WING, *MODEL_WING, *ROOMS, "demo", "__main__")
 AT_MOST_LINES = 6000  # of the whole library

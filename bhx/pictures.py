@@ -1,0 +1,82 @@
+"""What a stage of pretraining hides, and what comes back: labelled arrays for figures.
+
+The masks are those of `feed`; nothing is trained or drawn here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import xarray as xr
+
+from .encoding import Model, _aligned, scale_t1
+from .errors import InputError
+from .feed import cube_mask
+from .harmonix_f import jepa_masks
+from .harmonix_s import cubes, reconstruct, volume
+
+
+@torch.no_grad()
+def hidden_cubes(
+    cohort: xr.Dataset, model: Model, subject: str, *, share: float = 0.75, seed: int = 0
+) -> xr.Dataset:
+    """A T1 as the masked autoencoder meets it.
+
+    Returns
+    -------
+    xarray.Dataset
+        On (x, y, z), in the T1's own units: `t1`; `visible`, NaN where cubes are removed; and
+        `returned`, the removed cubes as the decoder guesses them. The network guesses each cube
+        normalised; its own mean and deviation, which the network never saw, are put back for the
+        picture.
+    """
+    if model.networks.structure_decoder is None:
+        raise InputError(
+            "Expected a model with the decoder of its masked autoencoder, found one without",
+            "Released weights may lack it: take 'workshop' or train the stage 'structure'",
+        )
+    config = model.config.structure
+    scan = _aligned(cohort.sel(subject=[subject]), model)[0].t1
+    t1 = torch.from_numpy(scale_t1(scan.values[0], config.voxel_mm))[None].to(model.device)
+    hidden = cube_mask(config.tokens, share, np.random.default_rng(seed))[None].to(model.device)
+    guess = reconstruct(model.networks.structure, model.networks.structure_decoder, t1, hidden)
+    own = cubes(torch.tensor(scan.values, device=model.device), config.cube)
+    guess = guess * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
+    removed = hidden.bool()[..., None]
+    parts = {
+        "t1": own,
+        "visible": own.masked_fill(removed, torch.nan),
+        "returned": torch.where(removed, guess, own),
+    }
+    return xr.Dataset(
+        {
+            name: (("x", "y", "z"), volume(x, config.grid, config.cube)[0].cpu().numpy())
+            for name, x in parts.items()
+        },
+        {axis: scan[axis] for axis in "xyz"},
+    )
+
+
+def hidden_tokens(model: Model, *, patches: int, seed: int = 0) -> xr.DataArray:
+    """Which tokens of a scan of that many patches the predictor sees and must guess.
+
+    Returns
+    -------
+    xarray.DataArray
+        (roi, patch): 1 where a token is visible, 2 where it is hidden, 0 where it is neither.
+    """
+    shape = (model.config.dynamics.parcels, patches)
+    state = np.zeros(shape, np.int8)
+    for value, tokens in enumerate(jepa_masks(*shape, np.random.default_rng(seed)), start=1):
+        state.flat[tokens] = value
+    onset = model.config.dynamics.patch_onsets(patches, model.config.dynamics.patch_seconds)
+    return xr.DataArray(
+        state,
+        dims=("roi", "patch"),
+        coords={
+            "roi": model.atlas.roi,
+            "network": model.atlas.network,
+            "onset": ("patch", onset, {"units": "s"}),
+        },
+        attrs={"long_name": "1 visible, 2 hidden, 0 neither"},
+    )
