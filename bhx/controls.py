@@ -244,6 +244,7 @@ def name_of(features: xr.Dataset) -> str:
 
 
 def subject_coords(data):
+    """The coordinates that lie on subject alone."""
     return {n: c for n, c in data.coords.items() if c.dims == ("subject",)}
 
 

@@ -613,6 +613,7 @@ def _slider(figure, through, stops, shown, first, column):
 
 
 def colour_bar(look):
+    """The colour axis of a look: scale, limits, title."""
     return {
         "colorscale": colours(look["cmap"]),
         "cmin": look["limits"][0],
@@ -795,6 +796,7 @@ def point_groups(projection, color) -> list:
 
 
 def axis_name(projection, component):
+    """A component's name, with the variance that it explains."""
     name = f"{projection.attrs.get('long_name', 'component')} {component}"
     if "explained" in projection.coords:
         name += f" ({100 * float(projection.explained.sel(component=component)):.0f} %)"
