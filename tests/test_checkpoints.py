@@ -89,6 +89,14 @@ def test_seeds_make_models_and_leave_the_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_shipped_weights_are_small_whole_and_of_the_preset():
+    shipped = read_weights("workshop")
+    assert shipped.config == PRESETS["workshop"]
+    assert all(v.isfinite().all() for v in shipped.state_dict().values())
+    assert sum(p.stat().st_size for p in (checkpoints.SHIPPED / "workshop").iterdir()) < 10e6
+    assert shipped.provenance["stages"].keys() >= {"structure", "dynamics", "harmonizer"}
+
+
 def altered(change):
     def damage(folder):
         weights = folder / "model.safetensors"
