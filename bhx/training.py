@@ -29,11 +29,13 @@ from . import __version__
 from .checkpoints import PRESETS, Harmonix, HarmonixConfig, read_weights, save_weights
 from .encoding import Model, _autocast, random_model
 from .feed import Feed, held_out_rows, opened
-from .monitor import collapse, parsed, read_log
+from .monitor import collapse, parsed, plot_log, read_log
 from .objectives import OBJECTIVES, compile_blocks, digest, gathered, shard_blocks, spread
 from .recipes import Recipe, recipe
 from .schema import InputError, listed
 from .token_cache import TokenCache
+
+__all__ = ["Recipe", "plot_log", "pretrain", "read_log", "recipe"]
 
 AT_ONCE = 4  # subjects that a worker reads for one message
 EVALUATED = 64  # held-out subjects at most
@@ -259,20 +261,33 @@ class _Run:
                 total, seen = total + cost, seen + 1
         yield part, total, True
 
+    def _together(self, parts):
+        """Parts, the share that each counts, and is it the last? Split weights are gathered by all
+        processes at once, so one that has no part left repeats its last, for nothing."""
+        done = everyone = False
+        while not everyone:
+            share = 0 if done else 1
+            if share:
+                part, cost, done = next(parts)
+            everyone = done
+            if self.plan.shard and self.world > 1:
+                everyone = _summed([done], self.device, self.world)[0] == self.world
+            yield part, cost, share, everyone
+
     def _gradients(self, step):
         """Accumulate the gradient of the batch's mean loss, clipped; losses, tokens and norm of
         the whole batch."""
         subjects = self._batch(step)
         counts, tokens, found = self._counts(subjects), 0, []
-        for part, cost, last in self._parts(len(self._mine(subjects))):
+        for part, cost, share, last in self._together(self._parts(len(self._mine(subjects)))):
             here = [sample.to(self.device) for sample in part]
             with self._in_step(last):
                 with _autocast(self.device, self.plan.precision):
                     losses = self.parallel(here)
-                terms = [losses[k].sum() / max(n, 1) for k, n in counts.items()]
+                terms = [losses[k].sum() * share / max(n, 1) for k, n in counts.items()]
                 (sum(terms) * self.world).backward()
             found.append(([s.subject for s in part], torch.stack([t.detach() for t in terms])))
-            tokens += cost
+            tokens += cost * share
         norm = nn.utils.clip_grad_norm_(self.learning, self.plan.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         total = torch.stack([values for _, values in found]).double().sum(0).tolist()
@@ -538,7 +553,7 @@ def _parallel(objective, device, world, shard):
         return shard_blocks(objective, device, world)
     ids = [device.index or 0] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(
-        objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        objective, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
 
 

@@ -1,6 +1,6 @@
 """A tiny model and a tiny cohort on disk, and runs of them that another process can start.
 
-    python tests/tiny_runs.py STORE OUT '{"stage": "dynamics", ...}'
+python tests/tiny_runs.py STORE OUT '{"stage": "dynamics", ...}'
 """
 
 import json
@@ -63,5 +63,6 @@ def tiny_cohort(n=12, seed=0, t1_only=(3,), bold_only=(5,)):
 if __name__ == "__main__":
     from bhx.training import pretrain
 
-    store, out, settings = sys.argv[1:]
-    pretrain(store, out=out, **{**QUICK, **json.loads(settings)})
+    store, *runs = sys.argv[1:]
+    for out, settings in zip(runs[::2], runs[1::2], strict=True):
+        pretrain(store, out=out, **{**QUICK, **json.loads(settings)})
