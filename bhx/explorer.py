@@ -326,7 +326,7 @@ class _Panels:
                 x=points.values[:, 0].astype(np.float32),
                 y=points.values[:, 1].astype(np.float32),
                 mode="markers",
-                marker={"size": 7, "colorscale": colours("viridis")},
+                marker={"size": 7, "colorscale": colours("viridis"), "colorbar_thickness": 12},
                 text=[escape(str(s)) for s in ids],
                 hovertemplate="%{text}<extra></extra>",
             )
@@ -398,7 +398,7 @@ class _Panels:
         with self.strip.batch_update():
             for i in range(2):
                 self.strip.data[i].y = shares[:, i]
-            self.strip.data[2].visible = bool(marked)
+            self.strip.data[2].visible = self.strip.layout.yaxis2.visible = bool(marked)
             if marked:
                 self.strip.data[2].y = e.preference()
             self.strip.layout.yaxis.range = [-1, 1] if e.groups else [0, 1]
@@ -460,6 +460,8 @@ class _Panels:
             traces = slices(self._grey, cubes, plane, START[through])
             figure.add_traces(traces, rows=[1] * len(traces), cols=[column] * len(traces))
             figure.update_yaxes(scaleanchor=f"x{column if column > 1 else ''}", col=column)
+        for axes in (figure.update_xaxes, figure.update_yaxes):
+            axes(tickangle=0, nticks=3, showgrid=False, zeroline=False, constrain="domain")
         figure.update_layout(PLAIN, height=230, margin_t=10, meta="slices")
         figure.update_layout(coloraxis=colour_bar(look_of(np.zeros(0), None, None) | {"units": ""}))
         return figure
