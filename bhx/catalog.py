@@ -104,7 +104,7 @@ class Entry(Strict):
         return self
 
 
-def list_catalog(catalog: str | Path | None = None) -> pd.DataFrame:
+def catalog_table(catalog: str | Path | None = None) -> pd.DataFrame:
     """Every entry of the catalogue, validated, as the table of data_catalog/README.md."""
     entries = [read_entry(file) for file in catalog_files(catalog).values()]
     rows = [

@@ -275,8 +275,9 @@ def prepare(
 
     Parameters
     ----------
-    source : folder (see `catalog.find_scans`), or a DataFrame with `subject`, `participant` and
-        the paths `bold`, `confounds`, `t1`, `t1_mask` (each optional), `tr` [s], and any labels
+    source : folder (see `catalog.find_scans`); catalogue entry, whose own options go before these;
+        or a DataFrame with `subject`, `participant` and the paths `bold`, `confounds`, `t1`,
+        `t1_mask` (each optional), `tr` [s], and any labels
     out : path of the zarr store, new or made with the same options
     atlas, order, labels : see `scans.read_bold`
     voxel_mm : voxel of the T1 [mm], stored masked, unscaled, in half precision
@@ -293,6 +294,11 @@ def prepare(
     """
     made_by = {"atlas": atlas, "voxel_mm": voxel_mm, "denoising": denoising, "order": order}
     made_by["labels"] = labels and str(labels)
+    if isinstance(source, str) and source in catalog_files():
+        entry = load_entry(source)
+        made_by |= entry.prepare
+        attrs = {"source": entry.name, "licence": entry.licence, **(attrs or {})}
+        source = entry_rows(entry, folders()["data"])
     if not isinstance(source, pd.DataFrame):
         attrs = {"source": str(source), **(attrs or {})}
         source = find_scans(source, task=task, phenotypes=phenotypes)
@@ -489,6 +495,7 @@ def _load_parts(parts, like):
 def _create_store(cohort, path, t1_dtype):
     """Write labels and empty arrays for a cohort."""
     import dask.array as da
+    from zarr.codecs import BloscCodec
 
     encoding, empty = {}, {}
     for name, v in cohort.data_vars.items():
@@ -497,6 +504,7 @@ def _create_store(cohort, path, t1_dtype):
         dtype = t1_dtype if name == "t1" else "float32"
         empty[name] = (v.dims, da.empty(v.shape, dtype=dtype, chunks=shards), v.attrs)
         encoding[name] = {"chunks": chunks, "shards": shards, "fill_value": np.nan}
+        encoding[name]["compressors"] = (BloscCodec(cname="lz4", clevel=1, shuffle="shuffle"),)
     attrs = {**cohort.attrs, "complete": False, "rows_written": 0}
     coords = {name: _text(c) for name, c in cohort.coords.items()}
     store = xr.Dataset(empty, coords, attrs)

@@ -29,7 +29,7 @@ def home(tmp_path, monkeypatch):
 
 
 def test_every_entry_is_valid_and_in_the_readme():
-    table = catalog.list_catalog()
+    table = catalog.catalog_table()
     assert set(table.name) == WANTED
     readme = README.read_text(encoding="utf8")
     for row in table.itertuples(index=False):
@@ -43,7 +43,7 @@ def test_entries_say_how_to_be_had():
         assert entry.licence
         assert entry.steps or entry.layout in ("synthetic", "sample", "nilearn")
         assert {*entry.splits} <= {"stratify", "leave_out", "shares", "repeats", "seed"}
-        assert {*entry.prepare} <= {"atlas", "voxel_mm", "denoising", "order", "task"}
+        assert {*entry.prepare} <= {"atlas", "voxel_mm", "denoising", "order"}
 
 
 @pytest.mark.parametrize("name", ["hcp-aging", "uk-biobank", "abcd", "adni", "derivatives"])
@@ -70,7 +70,7 @@ def test_own_entries_by_argument_and_environment(tmp_path, monkeypatch):
         catalog.load_entry("mine")
     monkeypatch.setenv("BHX_CATALOG", str(tmp_path))
     assert catalog.load_entry("mine").title == "Our clinic"
-    assert "mine" in set(catalog.list_catalog().name)
+    assert "mine" in set(catalog.catalog_table().name)
 
 
 BAD_ENTRIES = {
@@ -257,3 +257,13 @@ def test_a_folder_is_prepared_into_the_cache(home):
     folder = catalog.write_derivatives(cohort_of(2), home / "study", surface=False)
     with pytest.raises(InputError, match="the 400 parcels of schaefer400"):
         bc.open_cohort(folder)
+
+
+def test_an_entry_is_prepared_by_its_name(home, monkeypatch):
+    (home / "data").mkdir()
+    catalog.write_derivatives(cohort_of(2), home / "data" / "mine", surface=False)
+    folder = entry(home / "data", path="mine", prepare={"atlas": ATLAS, "voxel_mm": 16})
+    monkeypatch.setenv("BHX_CATALOG", str(folder))
+    cohort = bc.prepare("mine", home / "here.zarr")
+    assert cohort.attrs["source"] == "mine"
+    assert cohort.attrs["atlas"] == ATLAS
