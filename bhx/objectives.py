@@ -114,7 +114,7 @@ class HarmonizerObjective(nn.Module):
         is_t1 = h.config.is_structure(1 + torch.arange(len(count), device=count.device))
         for i, here in enumerate((~is_t1, is_t1)):
             if count[here].any():
-                h.spread[i] = left[here].sum() / count[here].sum()
+                h.spread[i] = (left[here].sum() / count[here].sum()).clamp(min=1e-6)
 
     @torch.no_grad()
     def encode(self, samples):
