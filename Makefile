@@ -54,12 +54,8 @@ unit: env
 	$(ONE_THREAD) $(PY) -m pytest -q -n $(JOBS) --dist loadscope --ignore=tests/test_layout.py
 
 nbval: env
-ifeq ($(NOTEBOOKS),)
-	@echo "no notebooks yet"
-else
 	$(IN_NOTEBOOKS) $(PY) -m pytest -q -n $(JOBS) --dist loadscope -p no:cacheprovider \
 		--nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks
-endif
 
 lab: env  ## JupyterLab on the notebooks
 	$(PY) -m jupyter lab notebooks
