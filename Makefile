@@ -67,8 +67,8 @@ assets: env  ## build bhx/assets again from the brainspace package
 	$(PY) -m pip install -qq --editable '.[$(EXTRAS),assets]'
 	$(PY) bhx/assets/make_assets.py
 
-notebooks: env  ## execute every notebook in place and strip what should not be stored
-	$(IN_NOTEBOOKS) $(PY) -m jupyter nbconvert --config notebooks/nbconvert_config.py \
+notebooks: env  ## execute every notebook in place, renew its figure references, strip the rest
+	BHX_UPDATE_FIGURES=1 $(IN_NOTEBOOKS) $(PY) -m jupyter nbconvert --config notebooks/nbconvert_config.py \
 		--to notebook --inplace --execute $(NOTEBOOKS)
 
 clean:  ## remove what the targets above wrote, except .venv/
