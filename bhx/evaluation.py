@@ -911,8 +911,7 @@ def compare(
     Returns
     -------
     pandas DataFrame, a row a (target,) model and metric: `score` (mean over folds), `low` and
-    `high` (its bias-corrected interval under a bootstrap of participants), `n` subjects (in the
-    table's corner where all rows share it),
+    `high` (its bias-corrected interval under a bootstrap of participants), `n` subjects,
     `diff` to the control and `p` (corrected resampled t-test over shared folds, adjusted;
     NaN where the folds are not the same), `p_null` where `probe` was given permutations.
     """
@@ -936,9 +935,7 @@ def compare(
     table = table.set_index(index).drop(columns="target", errors="ignore")
     widths = {s.sizes["class"] for s in scores}
     table.attrs["chance"] = {"balanced_accuracy": 1 / max(widths), **metrics.CHANCE}
-    if len(targets) == 1 and table.n.nunique() == 1:
-        table.columns.name = f"{targets[0]}, n = {table.n.iloc[0]}"
-        table = table.drop(columns="n")
+    table.columns.name = targets[0] if len(targets) == 1 else None
     return table.round(3)
 
 
@@ -1027,11 +1024,13 @@ def resample(scores: xr.Dataset, draws: int = 1000, seed: int = 0) -> xr.DataArr
 
 
 def participants_of(scores):
+    """Whose row each subject is."""
     units = scores.participant if "participant" in scores.coords else scores.subject
     return units.values.astype(str)
 
 
 def plan_of(scores):
+    """The plan that made these scores, read from them."""
     if scores.attrs["task"] == "number":
         return _Plan("number", None, -1, None, None, 0)
     names = scores["class"].values.astype(str)
@@ -1041,6 +1040,7 @@ def plan_of(scores):
 
 
 def codes_of(scores):
+    """The truth as numbers: itself, or the place of each label among the classes."""
     if scores.attrs["task"] == "number":
         return scores.truth.values
     names = list(scores["class"].values.astype(str))

@@ -130,4 +130,4 @@ def test_figures_show_the_numbers_of_the_table(ages, labels):
     assert [t.name.split(" (")[0] for t in curves.data[1:]] == ["connectome", "noise"]
     dots = reporting.plot_predictions(ages)
     np.testing.assert_array_equal(dots.data[1].x, ages.truth)
-    assert json.loads(figure.to_json())["layout"]["title"]["text"] == "age, n = 90"
+    assert json.loads(figure.to_json())["layout"]["title"]["text"] == "age"
