@@ -266,3 +266,15 @@ def test_the_sample_has_one_scan_and_one_t1():
     assert 1500 < brain_ml < 2300
     assert (t1[[0, -1]] == 0).all()
     assert (t1[:, [0, -1]] == 0).all()
+
+
+def test_opening_reads_no_data(tmp_path):
+    path = bc.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    for name in ("bold", "t1"):
+        for file in (path / name / "c").rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"not read")
+    cohort = bc.open_cohort(path)
+    chosen = cohort.sel(subject=cohort.age > 30).groupby("site")
+    assert cohort.subject.values[0] == "sub-000"
+    assert len(chosen) == 2

@@ -383,3 +383,17 @@ def test_any_sidecar_is_read_or_refused(tmp_path, content):
     (tmp_path / "a.json").write_text(json.dumps(content))
     tr, why = outcome(scans.read_tr, tmp_path / "a.nii.gz")
     assert why.startswith("Expected") if tr is None else 0 < tr <= 20
+
+
+def test_memory_does_not_grow_with_the_length_of_a_volume(tmp_path):
+    import tracemalloc
+
+    labels = label_image(tmp_path / "labels.nii.gz")
+    path = volume(tmp_path / "bold.nii.gz", parcel_series(240), labels)
+    whole = 4 * np.prod(nib.load(path).shape)  # bytes
+    scans.read_bold(path, ATLAS, labels=labels)  # so that no import is counted
+    tracemalloc.start()
+    scans.read_bold(path, ATLAS, labels=labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < whole / 4
