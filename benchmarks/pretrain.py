@@ -142,6 +142,8 @@ def start(model, args, folder, stage, batch, patches, compiled):
         evaluate_every=10**9, checkpoint_every=10**9,
     )  # fmt: skip
     feed = Memory(model.config, plan, patches)
+    if torch.device(args.device).type == "cuda":  # as the loader's own thread would
+        feed.samples = [sample.pin_memory() for sample in feed.samples]
     copy = Model(deepcopy(model.networks).requires_grad_(True), args.device)
     run = _Run(feed, copy, folder / stage, ["held out"])
     run.begin(False)

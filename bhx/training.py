@@ -161,7 +161,7 @@ class _Run:
             collate_fn=list,
             num_workers=self.workers,
             multiprocessing_context="forkserver" if self.workers else None,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.workers > 0 and self.device.type == "cuda",
         )
         self.batches = iter(loader)
 

@@ -21,6 +21,8 @@ from bhx.monitor import read_log
 from bhx.recipes import STAGES, recipe
 from bhx.training import pretrain
 
+pytestmark = pytest.mark.filterwarnings("ignore:The representation is collapsing")  # of course
+
 HERE = Path(__file__).resolve().parent
 RUNS = str(HERE / "tiny_runs.py")
 ENV = os.environ | {
