@@ -502,13 +502,10 @@ class _Panels:
         numbers = [EVERYTHING, *map(str, e.tokens)]
         places = [*dict.fromkeys(e.networks.tolist()), *map(str, e.roi)]
         coords = [n for n, c in e.points.coords.items() if c.dims == ("subject",)]
-        wide = {
-            "continuous_update": False,
-            "layout": {"width": "200px"},
-            "style": {"description_width": "55px"},
-        }
+        style = {"style": {"description_width": "55px"}, "continuous_update": False}
+        narrow, wide = (style | {"layout": {"width": w}} for w in ("160px", "300px"))
         out = {
-            "token": widgets.Combobox(description="token", options=numbers, **wide),
+            "token": widgets.Combobox(description="token", options=numbers, **narrow),
             "parcel": widgets.Combobox(description="parcel", options=places, **wide),
             "subject": widgets.Combobox(description="subject", options=list(e.subjects), **wide),
             "colour": widgets.Dropdown(

@@ -685,16 +685,20 @@ def _token_figure(table, title):
 
     figure = make_subplots(1, 2, column_widths=[0.74, 0.26], horizontal_spacing=0.16)
     tokens = [str(t) for t in table.token.values]
-    top = float(abs(table.preference - 1).max()) or 1
     figure.add_heatmap(
         x=table.network.values,
         y=tokens,
         z=table.preference.values.astype(np.float32),
         colorscale=colours("RdBu_r"),
-        zmid=1,
-        zmin=1 - top,
-        zmax=1 + top,
-        colorbar={"title": {"text": "preference", "side": "right"}, "x": 0.65, "thickness": 12},
+        zmin=0,
+        zmax=2,
+        colorbar={
+            "title": {"text": "preference", "side": "right"},
+            "tickvals": [0, 1, 2],
+            "ticktext": ["0", "even", "2 or more"],
+            "x": 0.65,
+            "thickness": 12,
+        },
         hovertemplate="token %{y}, %{x}<br>%{z:.3g} times even<extra></extra>",
     )
     for colour, modality in zip(CATEGORIES, table.modality.values.tolist(), strict=False):
@@ -728,9 +732,9 @@ def _static_tokens(table, title):
     figure, (left, right) = plt.subplots(
         1, 2, width_ratios=[3, 1], figsize=(7, 5), sharey=True, layout="constrained"
     )
-    top = float(abs(table.preference - 1).max()) or 1
-    image = left.imshow(table.preference, aspect="auto", cmap="RdBu_r", vmin=1 - top, vmax=1 + top)
-    figure.colorbar(image, ax=left, label="preference (1 = even)")
+    image = left.imshow(table.preference, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+    bar = figure.colorbar(image, ax=left, label="preference", ticks=[0, 1, 2])
+    bar.set_ticklabels(["0", "even", "2 or more"])
     left.set_xticks(range(table.sizes["network"]), table.network.values, rotation=45, ha="right")
     left.set_ylabel("token, sorted by share of BOLD")
     left.set_yticks([])
