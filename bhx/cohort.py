@@ -23,7 +23,7 @@ from bhx.scans import FILES, fetch_labels, is_volume, read_scan
 from bhx.schema import ROI_COORDS, T1_SHAPE, InputError, build_cohort, check, listed
 
 SHARD_BYTES = 64e6  # of one file of a store; a store of one file a subject chokes file systems
-FLOAT16_MAX = 6e4
+FLOAT16_RANGE = (0.1, 6e4)  # of a T1's highest intensity; others are scaled to keep precision
 DENOISING = {"strategy": "simple"}
 
 
@@ -385,7 +385,7 @@ def _stage_one(row, part, options):
     arrays = {name: v.values for name, v in data.data_vars.items()}
     if "t1" in arrays:
         top = float(np.abs(arrays["t1"]).max())
-        if top > FLOAT16_MAX:
+        if not FLOAT16_RANGE[0] < top < FLOAT16_RANGE[1]:
             arrays["t1"] = arrays["t1"] * np.float32(1000 / top)
             warnings = [*warnings, f"T1 intensities up to {top:g} scaled to 1000"]
         arrays["t1"] = arrays["t1"].astype("float16")
@@ -401,9 +401,14 @@ def _stage_one(row, part, options):
     unfinished = part.with_suffix(f".{os.getpid()}.tmp")
     part.parent.mkdir(exist_ok=True)
     with open(unfinished, "wb") as file:
-        np.savez(file, about=json.dumps([labels, shapes], default=float), **arrays)
+        np.savez(file, about=json.dumps([labels, shapes], default=_in_json), **arrays)
     os.replace(unfinished, part)
     return None
+
+
+def _in_json(value):
+    """A label that JSON does not know: numpy's numbers as they are, dates and others as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _part(folder, row, made_by):

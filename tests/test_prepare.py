@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from small_files import ATLAS, parcel_series
+from small_files import ATLAS, parcel_series, t1_image
 
 import bhx.cohort as bc
 from bhx.atlas import load_atlas
 from bhx.catalog import find_scans, join_phenotypes, write_derivatives
-from bhx.scans import read_template_t1
+from bhx.scans import read_t1, read_template_t1
 from bhx.schema import ROI_COORDS, InputError, build_cohort, t1_grid
 
 OPTIONS = {"atlas": ATLAS, "voxel_mm": 16.0}
@@ -334,3 +334,24 @@ def test_a_folder_named_like_an_entry_does_not_hide_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sample").mkdir()
     assert bc.open_cohort("sample").attrs["source"] == "sample"
+
+
+@pytest.mark.parametrize("scale", [600, 1e6, 1e-6])
+def test_half_precision_keeps_the_t1_at_any_scale(scale, tmp_path):
+    path = t1_image(tmp_path / "a.nii", 4, scale=scale)
+    rows = pd.DataFrame({"subject": ["a"], "t1": [str(path)]})
+    cohort = bc.prepare(rows, tmp_path / "c.zarr", voxel_mm=4)
+    t1, _ = read_t1(path, voxel_mm=4)
+    np.testing.assert_allclose(cohort.t1[0] / cohort.t1[0].max(), t1 / t1.max(), atol=1e-3)
+    assert (cohort.warnings.item() != "") == (scale != 600)
+
+
+def test_labels_of_any_kind_survive(derivatives, tmp_path):
+    rows = find_scans(derivatives).iloc[:2].copy()
+    rows["visit"] = pd.to_datetime(["2020-01-01", "2021-05-05"])
+    rows["score"] = np.array([1, 2], "int16")
+    rows["smoker"] = [True, None]
+    cohort = bc.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
+    assert cohort.visit.values[1].startswith("2021-05-05")
+    assert cohort.score.values.tolist() == [1, 2]
+    assert cohort.smoker.values.tolist() == ["True", ""]
