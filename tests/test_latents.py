@@ -391,3 +391,43 @@ def test_spin_test_of_networks_is_the_difference_of_means():
     outside = raised.values[atlas.network.values != "Vis"].mean()
     assert float(found.statistic.sel(network="Vis")) == pytest.approx(inside - outside)
     assert float(found.p.sel(network="Vis")) < 0.05
+
+
+def test_integrated_gradients_are_captums(brains):
+    import torch
+
+    captum = pytest.importorskip("captum.attr")
+    from bhx.encoding import encode_parts, sequences
+
+    cohort, model = brains
+    who, token = cohort.subject.values[2], 7
+    reading = space._reading(cohort, model, who)
+    whole = [reading.windows[0].nan_to_num(), reading.t1.nan_to_num()]
+
+    def hub(bold, t1):
+        reading.windows, reading.t1 = [bold], t1
+        parts = encode_parts(model.networks, [reading], model.device)
+        tokens, rows, _ = sequences(model.config, [reading], *parts)
+        return model.networks.harmonizer(tokens, rows)[0, 1 + token]
+
+    with torch.no_grad():
+        way = hub(*whole) - hub(*(torch.zeros_like(x) for x in whole))
+
+    def output(bold, t1):
+        return torch.stack([hub(*x) @ way / way.norm() for x in zip(bold, t1, strict=True)])
+
+    bold, t1 = captum.IntegratedGradients(output).attribute(
+        tuple(x[None] for x in whole), n_steps=8, method="gausslegendre", internal_batch_size=1
+    )
+    found = space.integrated_gradients(cohort, model, who, token, steps=8)
+    np.testing.assert_allclose(found.roi_part, bold[0].sum((1, 2)).detach(), atol=1e-5)
+    assert float(found.t1_part.sum()) == pytest.approx(float(t1.sum()), abs=1e-4)
+
+
+def test_umap_repeats_itself():
+    pytest.importorskip("umap")
+    data = toy(n=30)
+    first, again = (space.project(data, method="umap", seed=3) for _ in range(2))
+    xr.testing.assert_identical(first, again)
+    assert first.dims == ("subject", "component")
+    assert "explained" not in first.coords
