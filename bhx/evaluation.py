@@ -911,7 +911,7 @@ def compare(
     Returns
     -------
     pandas DataFrame, a row a (target,) model and metric: `score` (mean over folds), `low` and
-    `high` (its bias-corrected interval under a bootstrap of participants), `n` subjects,
+    `high` (its interval under a bootstrap of participants, see `metrics.interval`), `n` subjects,
     `diff` to the control and `p` (corrected resampled t-test over shared folds, adjusted;
     NaN where the folds are not the same), `p_null` where `probe` was given permutations.
     """
@@ -950,9 +950,11 @@ def _table(scores, control, level, draws, seed):
             raise InputError(f"Expected control as one of {names}, found '{control}'", "Choose one")
     rows = []
     for s in scores:
-        low, high = metrics.interval(
-            s.score.mean("fold").values, resample(s, draws, seed).values, level
-        )
+        draws_of = resample(s, draws, seed).values
+        share = s.attrs["test_share"]
+        low, high = metrics.interval(s.score.mean("fold").values, draws_of, level, share)
+        bounded = ~np.isin(s.metric.values, metrics.LOWER_IS_BETTER)
+        high[:, bounded] = high[:, bounded].clip(max=1)
         for i, model in enumerate(s.model.values.astype(str)):
             for j, metric in enumerate(s.metric.values.astype(str)):
                 one = s.score[i, j]

@@ -98,9 +98,9 @@ def methods(scores: xr.Dataset) -> str:
             f"Linear effects of {listed(confounds, 20)}, fitted in the training part, were removed."
         )
     text.append(
-        "Scores are means over folds with bias-corrected 95 % intervals of a bootstrap over "
-        "participants, models not refitted; models were compared by the corrected resampled "
-        "t-test with Holm's adjustment."
+        "Scores are means over folds with 95 % intervals of a bootstrap over participants, models "
+        "not refitted, widened for the chance of the training rows; models were compared by the "
+        "corrected resampled t-test with Holm's adjustment."
     )
     if "null" in scores:
         text.append(

@@ -99,12 +99,14 @@ def test_bootstrap_draws_whole_participants_within_strata():
     assert weights.std() > 0
 
 
-def test_interval_is_the_percentile_interval_when_draws_are_unbiased():
-    draws = np.sort(np.random.default_rng(0).normal(size=4001))
-    low, high = metrics.interval(np.array(np.median(draws)), draws)
-    np.testing.assert_allclose([low, high], np.quantile(draws, [0.025, 0.975]), atol=0.01)
-    low2, _ = metrics.interval(np.array(np.median(draws) + 0.5), draws)
-    assert low2 > low  # draws lie too low: both ends move up
+def test_interval_sets_the_draws_about_the_estimate_and_widens_them():
+    draws = np.random.default_rng(0).normal(size=(2, 4001)) + [[0.0], [3.0]]
+    low, high = metrics.interval(np.array([0.0, 0.0]), draws)
+    np.testing.assert_allclose(low, -1.96, atol=0.1)  # the second one's bias is gone
+    np.testing.assert_allclose(high, 1.96, atol=0.1)
+    wide = metrics.interval(np.array([0.0, 0.0]), draws, test_share=0.25)
+    np.testing.assert_allclose(wide[1] - wide[0], (high - low) * np.sqrt(1.25))
+    assert np.isnan(metrics.interval(np.array([np.nan]), np.full((1, 9), np.nan))).all()
 
 
 def test_permutations_keep_participants_whole_and_within_their_site():
