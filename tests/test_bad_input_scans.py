@@ -205,10 +205,7 @@ def _(folder):
     refused(path, labels=folder / "prob.nii")
 
 
-@bad(
-    "field of view too small",
-    "at least 80% of the parcels .* hardly in the field of view",
-)
+@bad("field of view too small", "at least 80% of the parcels .* hardly in the field of view")
 def _(folder):
     path, labels = bold_volume(folder, "bold.nii")
     image = nib.load(path)
@@ -289,20 +286,15 @@ bad("pickled array", "Expected to read BOLD from a.npy, found ValueError")(
 bad("array of 3 dims", "time x parcel in a.npy, found")(
     lambda d: (np.save(d / "a.npy", np.ones((2, 3, 4))), refused(d / "a.npy"))
 )
-bad(
-    "one parcel missing",
-    "100 parcels of .*, found 99 names; missing: 7Networks_LH_Vis_1",
-)(lambda d: refused(table(d / "a.tsv", SERIES[1:], NAMES[1:])))
+bad("one parcel missing", "100 parcels of .*, found 99 names; missing: 7Networks_LH_Vis_1")(
+    lambda d: refused(table(d / "a.tsv", SERIES[1:], NAMES[1:]))
+)
 bad("one parcel twice", "found 101 names; repeated: 7Networks_LH_Vis_1")(
     lambda d: refused(table(d / "a.tsv", SERIES[[0, *range(100)]], NAMES[[0, *range(100)]]))
 )
 bad("parcels of another scale", "the 100 parcels of schaefer100, found")(
     lambda d: refused(
-        table(
-            d / "a.tsv",
-            parcel_series(atlas="schaefer200"),
-            load_atlas("schaefer200").roi.values,
-        )
+        table(d / "a.tsv", parcel_series(atlas="schaefer200"), load_atlas("schaefer200").roi.values)
     )
 )
 bad("numbers for names", "parcel names in a.tsv, found none")(
