@@ -101,9 +101,7 @@ class Feed:
         """A subject's T1 and every window of its scan, thinned and cropped as the plan says."""
         reading = Reading([], [])
         if "bold" in self.need and self.need["bold"][i]:
-            reading.windows, reading.tokens = _windows(
-                *self._scan(i, random), self.config.dynamics
-            )
+            reading.windows, reading.tokens = _windows(*self._scan(i, random), self.config.dynamics)
         if "t1" in self.need and self.need["t1"][i]:
             t1 = scale_t1(self._stored("t1", i), self.config.structure.voxel_mm)
             if not np.isfinite(t1).all():
