@@ -22,7 +22,7 @@ NAMES = {
     "rate": "learning rate",
     "norm": "norm of the gradient before clipping",
     "tokens": "tokens of the step",
-    "variance": "variance over subjects, mean of the dimensions",
+    "variance": "variance between subjects, mean of the dimensions",
     "effective_rank": "effective rank",
     "cosine": "cosine between subjects, mean of the pairs",
 }
@@ -70,7 +70,7 @@ def plot_log(log: xr.Dataset):
     from plotly.subplots import make_subplots
 
     shown = [k for k in ("effective_rank", "variance", "cosine") if k in log]
-    titles = [f"{log.attrs.get('stage', '')}: loss", *(NAMES[k] for k in shown)]
+    titles = ["", *(NAMES[k].split(",")[0] for k in shown)]
     figure = make_subplots(
         2, max(1, len(shown)), specs=[[{"colspan": max(1, len(shown))}] + [None] * (len(shown) - 1),
                                       [{}] * max(1, len(shown))],
@@ -85,9 +85,14 @@ def plot_log(log: xr.Dataset):
     for column, name in enumerate(shown, 1):
         figure.add_scatter(x=log.evaluation.values, y=log[name].values, showlegend=False,
                            mode="lines+markers", row=2, col=column)  # fmt: skip
-    figure.update_xaxes(title_text="step")
-    legend = {"orientation": "h", "y": 1.12}
-    return figure.update_layout(template="plotly_white", height=560, legend=legend)
+    figure.update_xaxes(title_text="step").update_yaxes(title_text="loss", row=1, col=1)
+    return figure.update_layout(
+        template="plotly_white",
+        height=600,
+        title=log.attrs.get("stage", ""),
+        margin={"t": 110},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+    )
 
 
 def collapse(tokens: torch.Tensor) -> dict:

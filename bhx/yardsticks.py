@@ -6,13 +6,16 @@ beat these has learnt nothing about individual brains.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 import torch
 import xarray as xr
 from torch.nn import functional as F
 
+from .checkpoints import load_strictly
 from .encoding import Model, encode_parts, sequences
 from .feed import NEEDS, Feed, held_out_rows, opened
 from .harmonix_s import cubes, normalised_cubes, reconstruct, volume
@@ -23,7 +26,7 @@ FITTED = 128  # training subjects at most that a trivial predictor is fitted on
 
 
 def held_out_errors(
-    cohort, model: Model, *, stages=STAGES, held_out=None, subjects=None, seed: int = 0
+    cohort, model: Model, *, stages=STAGES, held_out=None, subjects=None, run=None, seed: int = 0
 ) -> xr.Dataset:
     """What a model gets wrong on subjects it never saw, beside trivial predictors.
 
@@ -35,6 +38,9 @@ def held_out_errors(
     held_out : subject ids (or a share of the participants); those of each stage's pretraining by
         default. Other subjects are training subjects, at most 128 of which are used.
     subjects : ids to use, all by default
+    run : folder given to bhx.pretrain: its checkpoint of the dynamics holds the student, whose
+        context the predictor was trained on. Without it the teacher gives the context, which it
+        does poorly after a short training.
     seed : of the masks
 
     Returns
@@ -47,10 +53,9 @@ def held_out_errors(
         structure (cubes normalised by their own mean and deviation): zero, the mean cube of each
         place, interpolation of the voxels from visible ones (Gaussian weights, half a cube wide;
         scaled by one number fitted on training subjects), the network.
-        dynamics (the teacher's tokens, normalised over channels; context from the teacher, the
-        student is not kept): the mean token of each place, the last value (nearest visible patch
-        of the same parcel), the parcel's mean visible patch (both: mean of all visible tokens
-        where a parcel has none), the network.
+        dynamics (the teacher's tokens, normalised over channels): the mean token of each place,
+        the last value (nearest visible patch of the same parcel), the parcel's mean visible patch
+        (both: mean of all visible tokens where a parcel has none), the network.
         harmonizer (the encoders' tokens of the first window): the mean token of each place, PCA
         of tokens (each token less its place's mean on the k first axes, k the largest with
         k x tokens <= floats of CLS and hub), PCA of subjects (all tokens of a modality as one
@@ -65,7 +70,8 @@ def held_out_errors(
         train, test = held_out_rows(feed, _held_out(model, stage, held_out))
         train = np.random.default_rng(seed).permutation(train)[:FITTED]
         with torch.no_grad():
-            rows += [{"stage": stage} | r for r in _MEASURES[stage](feed, model, train, test)]
+            found = _MEASURES[stage](feed, model, train, test, run)
+            rows += [{"stage": stage} | row for row in found]
     return _table(rows)
 
 
@@ -116,7 +122,7 @@ def _samples(feed, rows, device):
 # Structure ---------------------------------------------------------------------------------------
 
 
-def _structure(feed, model, train, test):
+def _structure(feed, model, train, test, run):
     c, networks = model.config.structure, model.networks
     mean, products = 0, np.zeros(2)
     for sample in _samples(feed, train, model.device):
@@ -159,7 +165,7 @@ def _interpolated(sample, config):
 # Dynamics ----------------------------------------------------------------------------------------
 
 
-def _dynamics(feed, model, train, test):
+def _dynamics(feed, model, train, test, run):
     parcels, most = model.config.dynamics.parcels, model.config.dynamics.max_patches
     total = torch.zeros(parcels, most, model.config.dynamics.width, device=model.device)
     count = torch.zeros(most, 1, device=model.device)
@@ -168,11 +174,12 @@ def _dynamics(feed, model, train, test):
         total[:, : tokens.shape[1]] += tokens
         count[: tokens.shape[1]] += 1
     place = total / count.clamp(min=1)
+    reader = model.networks.dynamics if run is None else _student(model, run)
     errors = {}
     for sample in _samples(feed, test, model.device):
         target, (window,) = _targets(model, sample), sample.reading.windows
         (keep,), (hide,) = sample.keep, sample.hide
-        context, _ = model.networks.dynamics([window], [keep])
+        context, _ = reader([window], [keep])
         made = model.networks.dynamics_predictor(context, [keep], [hide], [window.shape[1]])
         last, mean = _from_visible(target, keep, hide)
         flat = target.flatten(0, 1)[hide]
@@ -182,6 +189,21 @@ def _dynamics(feed, model, train, test):
         ):  # fmt: skip
             errors.setdefault(name, []).append(float((guess - flat).pow(2).mean()))
     return _rows("hidden tokens", errors, len(test))
+
+
+def _student(model, run):
+    """The encoder that the predictor was trained beside, from the checkpoint of its run."""
+    path = Path(run) / "dynamics" / "checkpoint.pt"
+    if not path.exists():
+        raise InputError(
+            f"Expected a checkpoint of the dynamics at '{path}', found none",
+            "Is this the folder of a run; leave run= out",
+        )
+    state = torch.load(path, map_location=model.device, weights_only=True)["objective"]
+    student = deepcopy(model.networks.dynamics)
+    own = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+    load_strictly(student, own, str(path))
+    return student
 
 
 def _targets(model, sample):
@@ -212,7 +234,7 @@ def _from_visible(target, keep, hide):
 # Harmonizer --------------------------------------------------------------------------------------
 
 
-def _harmonizer(feed, model, train, test):
+def _harmonizer(feed, model, train, test, run):
     h = model.config.harmonizer
     train, test = _with_both(feed, train, 2), _with_both(feed, test, 1)
     patches = min(_patches(feed, i) for i in (*train, *test))

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from tiny_runs import TINY, tiny_cohort
+from tiny_runs import QUICK, TINY, tiny_cohort
 
 from bhx.encoding import random_model
 from bhx.errors import InputError
 from bhx.harmonix_f import jepa_masks
+from bhx.monitor import read_log
+from bhx.training import pretrain
 from bhx.yardsticks import _axes_of_people, _from_visible, held_out_errors
 
 HELD_OUT = ["s09", "s10", "s11"]
@@ -134,6 +136,23 @@ def test_one_held_out_subject_does_not_change_another(cohort, model):
     }
     mean = (each["s10",] + each["s11",]) / 2
     assert np.allclose(mean, each["s10", "s11"], rtol=1e-4)
+
+
+def test_the_student_of_the_run_gives_the_context(cohort, tmp_path):
+    """What the log of the run measured, on the same masks and whole scans."""
+    plain = {**QUICK, "crop": False, "decimate": (1,), "held_out": HELD_OUT, "steps": 12}
+    trained = pretrain(cohort, out=tmp_path, stage="dynamics", **plain)
+    asked = {"stages": ["dynamics"], "held_out": HELD_OUT}
+    with_student, without = (
+        of(held_out_errors(cohort, trained, run=run, **asked), "dynamics", "network").error.item()
+        for run in (tmp_path, None)
+    )
+    assert with_student != without
+    smooth = read_log(tmp_path, "dynamics").held_out_loss[-1].item()
+    assert 2 * smooth <= with_student * (1 + 1e-4)  # smooth-L1 is at most half the square
+    assert 2 * smooth > 0.8 * with_student
+    with pytest.raises(InputError, match="checkpoint of the dynamics"):
+        held_out_errors(cohort, trained, run=tmp_path / "elsewhere", **asked)
 
 
 def test_a_model_without_this_stage_needs_held_out_subjects(cohort, model):
