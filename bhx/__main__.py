@@ -56,7 +56,15 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("source", help="catalogue entry or folder of derivatives")
     prepare.add_argument("out", help="store to write or continue")
     prepare.add_argument("--workers", type=int, default=1)
-    prepare.add_argument("--scheduler", help="address of a Dask cluster")
+    prepare.add_argument("--scheduler", help="address of a Dask cluster, instead of threads")
+    prepare.add_argument("--atlas", default="schaefer400")
+    prepare.add_argument("--order", choices=("7networks", "17networks"))
+    prepare.add_argument("--labels", help="label image or file, instead of the atlas's own")
+    prepare.add_argument("--voxel-mm", type=float, default=1.0)
+    prepare.add_argument("--task", default="rest")
+    prepare.add_argument("--phenotypes", help="table of participants")
+    prepare.add_argument("--no-denoising", action="store_true", help="BOLD is denoised already")
+    prepare.add_argument("--quality", metavar="HTML", help="write the quality page here")
     prepare.set_defaults(run=_prepare)
 
     pretrain = commands.add_parser("pretrain", help="train one stage; also under torchrun")
@@ -101,12 +109,27 @@ def _catalog(args):
 
 
 def _prepare(args):
-    client = None
-    if args.scheduler:
-        from dask.distributed import Client
+    from .quality import quality_page
 
-        client = Client(args.scheduler)
-    print(bhx.prepare(args.source, args.out, client=client, workers=args.workers))
+    options = {"denoising": None} if args.no_denoising else {}
+    cohort = bhx.prepare(
+        args.source,
+        args.out,
+        atlas=args.atlas,
+        order=args.order,
+        labels=args.labels,
+        voxel_mm=args.voxel_mm,
+        task=args.task,
+        phenotypes=args.phenotypes,
+        workers=args.workers,
+        client=args.scheduler,
+        **options,
+    )
+    print(f"{cohort.sizes['subject']} subjects in {args.out}")
+    for subject, reason in dict(cohort.attrs.get("refused", {})).items():
+        print(f"left out: {subject}: {reason}")
+    if args.quality:
+        print(f"quality page {quality_page(cohort, args.quality)}")
 
 
 def _pretrain(args):
