@@ -51,7 +51,9 @@ lint: env
 	$(PY) -m pytest -q tests/test_layout.py
 
 unit: env
-	$(ONE_THREAD) $(PY) -m pytest -q -n $(JOBS) --dist loadscope --ignore=tests/test_layout.py
+	$(ONE_THREAD) $(PY) -m pytest -q -n $(JOBS) --dist loadscope -m "not browser" \
+		--ignore=tests/test_layout.py
+	$(PY) -m pytest -q -m browser  # alone: a click must not wait for another test's processor
 
 nbval: env
 	$(IN_NOTEBOOKS) $(PY) -m pytest -q -n $(JOBS) --dist loadscope -p no:cacheprovider \

@@ -118,8 +118,14 @@ FAILED = "document.querySelector('[data-mime-type*=error]') !== null"
 FIGURES = "() => [...document.querySelectorAll('.js-plotly-plot')].filter(g => g._fullLayout)"
 
 
+def drawn(page, name):
+    """Wait until a figure of the explorer is there: a slow machine may be drawing it again."""
+    page.wait_for_function(f"name => ({FIGURES})().some(g => g.layout.meta === name)", arg=name)
+
+
 def state(page, name):
     """What a figure of the explorer draws now: sums of its numbers, by trace."""
+    drawn(page, name)
     return page.evaluate(
         f"""name => {{
             const figure = ({FIGURES})().find(g => g.layout.meta === name)
@@ -148,6 +154,7 @@ def changed(page, name, before):
 
 def box_of(page, name):
     """Where a figure's drawing area is on the page."""
+    drawn(page, name)
     return page.evaluate(
         f"""name => {{
             const g = ({FIGURES})().find(g => g.layout.meta === name)
