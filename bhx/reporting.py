@@ -200,7 +200,8 @@ def plot_scores(table: pd.DataFrame, metric: str | None = None):
     )
     figure = go.Figure(dots)
     if metric in table.attrs["chance"]:
-        figure.add_vline(table.attrs["chance"][metric], line={"dash": "dot", "color": GREY})
+        line = {"dash": "dot", "color": GREY, "width": 1.5}
+        figure.add_vline(table.attrs["chance"][metric], line=line, opacity=1)
     figure.update_xaxes(title=f"{metric.replace('_', ' ')} (mean over folds, 95 % interval)")
     figure.update_yaxes(autorange="reversed", automargin=True)
     height = 140 + 36 * len(names)
