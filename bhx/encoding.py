@@ -66,6 +66,8 @@ def load_model(source="workshop", *, device: str | None = None) -> Model:
 
 def random_model(preset: str | HarmonixConfig = "workshop", *, seed: int = 0, device=None) -> Model:
     """The same network before any training: the control of every claim about trained weights."""
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise InputError(f"Expected a preset of {listed(PRESETS)}, found '{preset}'", "Choose one")
     config = PRESETS[preset] if isinstance(preset, str) else preset
     atlas = load_atlas(config.atlas, order=config.order)
     harmonics = atlas.harmonics.values[:, : config.dynamics.harmonics]
@@ -120,6 +122,10 @@ def embed(
         Before any work: parcels, TRs, T1 grid, lengths or the store do not fit. At a subject:
         its data are flat, not finite, or too short; what a store holds by then stays.
     """
+    if not isinstance(model, Model):
+        raise InputError(
+            f"Expected a model, found {type(model).__name__}", "Load it first: bhx.load_model(...)"
+        )
     cohort, _ = _aligned(check(cohort, "cohort"), model)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     options = _Options(model, keep, _scaling(scaling, model), missing_parcels, attention, precision)

@@ -1,9 +1,11 @@
-"""What a stage of pretraining hides, and what comes back: labelled arrays for figures.
+"""What a stage of pretraining hides and what comes back: labelled arrays, and live figures.
 
-The masks are those of `feed`; nothing is trained or drawn here.
+The masks are those of `feed`; nothing is trained here.
 """
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from .errors import InputError
 from .feed import cube_mask
 from .harmonix_f import jepa_masks
 from .harmonix_s import cubes, reconstruct, volume
+from .monitor import plot_log
+from .surface import plot_volume
 
 
 @torch.no_grad()
@@ -80,3 +84,30 @@ def hidden_tokens(model: Model, *, patches: int, seed: int = 0) -> xr.DataArray:
         },
         attrs={"long_name": "1 visible, 2 hidden, 0 neither"},
     )
+
+
+def live(cohort: xr.Dataset, subject: str):
+    """What to give `bhx.pretrain` as `watch` in a notebook.
+
+    At every evaluation the losses are drawn again in place, and in the stage "structure" the
+    brain of `subject` as it comes back from a quarter of its cubes.
+    """
+    from IPython.display import display
+
+    shown = {}
+
+    def draw(log, model):
+        # plotly displays itself past a handle, so its figure goes as the bundle it would send
+        bundle = {"application/vnd.plotly.v1+json": json.loads(plot_log(log).to_json())}
+        figures = {"log": (bundle, True)}
+        if log.attrs["stage"] == "structure":
+            back = hidden_cubes(cohort, model, subject).returned
+            title = f"step {int(log.evaluation[-1])}"
+            figures["brain"] = (plot_volume(back, title=title, static=True), False)
+        for name, (figure, raw) in figures.items():
+            if name in shown:
+                shown[name].update(figure, raw=raw)
+            else:
+                shown[name] = display(figure, raw=raw, display_id=True)
+
+    return draw

@@ -77,7 +77,8 @@ def pretrain(
     cache : path of a store of the frozen encoders' tokens (bfloat16), for the harmonizer: made
         once, its size said beforehand, then read instead of scans. Needs crop=False and
         decimate=(1,), which are then the default.
-    watch : called with the log (see `bhx.training.read_log`) after every evaluation
+    watch : called with the log (see `bhx.training.read_log`) and the model after every
+        evaluation; `bhx.pictures.live` draws both in a notebook
     workers : processes that read ahead
     settings : any field of `Recipe`, such as steps=, batch=, seed=, precision=, compile=, shard=
 
@@ -190,7 +191,7 @@ class _Run:
             self._log("evaluation", found)
             _warn_of_collapse(found, self.step)
             if self.watch is not None and self.rank == 0:
-                self.watch(read_log(self.folder.parent, self.plan.stage))
+                self.watch(read_log(self.folder.parent, self.plan.stage), self.model)
         if self.step % self.plan.checkpoint_every == 0 or last:
             self._save()
 

@@ -417,7 +417,7 @@ def test_the_seed_decides_the_first_weights_too(cohort, tmp_path):
 
 def test_the_log_is_a_dataset_and_watched(cohort, tmp_path):
     seen = []
-    train(cohort, tmp_path, "dynamics", watch=seen.append)
+    train(cohort, tmp_path, "dynamics", watch=lambda log, model: seen.append(log))
     log = read_log(tmp_path, "dynamics")
     assert log.step.values.tolist() == [1, 2, 3, 4, 5, 6]
     assert log.evaluation.values.tolist() == [3, 6]
@@ -807,3 +807,26 @@ def test_checkpoints_say_what_they_are(cohort, tmp_path):
     }  # fmt: skip
     assert json.loads(json.dumps(state["plan"]))["stage"] == "structure"
     assert training.FREE[0] in state["plan"]
+
+
+def test_live_draws_the_log_and_a_brain_coming_back(cohort, tmp_path, monkeypatch):
+    import IPython.display
+
+    from bhx.pictures import live
+
+    drawn, again = [], []
+
+    class Handle:
+        def update(self, figure, raw):
+            again.append(figure)
+
+    def display(figure, raw, display_id):
+        drawn.append(figure)
+        return Handle()
+
+    monkeypatch.setattr(IPython.display, "display", display)
+    watch = live(cohort, str(cohort.subject.values[0]))
+    train(cohort, tmp_path, "structure", watch=watch)
+    assert len(drawn) == 2  # the log and the brain, once each
+    assert again
+    assert len(again) % 2 == 0
