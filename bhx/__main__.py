@@ -162,9 +162,9 @@ def _embed(args):
 
 
 def _evaluate(args):
-    from .schema import open_latents
+    import xarray as xr
 
-    ours = bhx.pool(open_latents(args.latents))
+    ours = bhx.pool(xr.open_zarr(args.latents, consolidated=False).load())
     control = bhx.connectome(bhx.open_cohort(args.cohort)).compute()
     scores = [bhx.probe([ours, control], target, groups=args.groups) for target in args.target]
     print(bhx.compare(*scores, control=control.attrs["name"]).to_string())

@@ -20,7 +20,7 @@ from bhx import folders
 from bhx.atlas import load_atlas
 from bhx.catalog import catalog_files, entry_rows, find_scans, load_entry
 from bhx.scans import FILES, fetch_labels, is_volume, read_scan
-from bhx.schema import ROI_COORDS, T1_SHAPE, InputError, build_cohort, check, listed
+from bhx.schema import ROI_COORDS, T1_SHAPE, InputError, build_cohort, check, listed, plain_labels
 
 SHARD_BYTES = 64e6  # of one file of a store; a store of one file a subject chokes file systems
 FLOAT16_RANGE = (0.1, 6e4)  # of a T1's highest intensity; others are scaled to keep precision
@@ -621,9 +621,7 @@ def _open_store(path):
             f"{cohort.sizes.get('subject', 0)} subjects written",
             "Run the call that writes it again",
         )
-    cohort = cohort.assign_coords(
-        {name: c.copy(data=_plain(c.values)) for name, c in cohort.coords.items()}
-    )
+    cohort = plain_labels(cohort)
     if "t1" in cohort:
         cohort["t1"] = cohort.t1.astype("float32")
     return check(cohort, "cohort")
@@ -635,11 +633,6 @@ def _text(coord):
         return coord.variable.compute()
     values = np.array([str(v) for v in coord.values.ravel()], object).reshape(coord.shape)
     return xr.Variable(coord.dims, values, coord.attrs)
-
-
-def _plain(values):
-    """Text as numpy's fixed-width str, which pandas and scikit-learn take as it is."""
-    return np.array(values.tolist(), str) if values.dtype.kind in "OT" else values
 
 
 def _open_entry(entry):

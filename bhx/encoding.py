@@ -35,6 +35,7 @@ from .schema import (
     check,
     check_tr,
     listed,
+    plain_labels,
     t1_grid,
 )
 
@@ -776,7 +777,7 @@ def _stored(cohort, options, template, blocks, path, progress):
     """Write block by block; blocks whose hub tokens are all there are not computed again."""
     import zarr
 
-    from .cohort import _plain, _text
+    from .cohort import _text
 
     if not path.exists():
         start = template.assign_attrs(complete=False)
@@ -804,8 +805,7 @@ def _stored(cohort, options, template, blocks, path, progress):
                 group[name][b] = done[name]
             bar.update(b.stop - b.start)
     group.attrs["complete"] = True
-    out = xr.open_zarr(path, consolidated=False)
-    return out.assign_coords({k: v.copy(data=_plain(v.values)) for k, v in out.coords.items()})
+    return plain_labels(xr.open_zarr(path, consolidated=False))
 
 
 def _written(path, subject):

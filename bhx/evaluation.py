@@ -30,7 +30,7 @@ from . import __version__, metrics
 from .confounds import ComBat, ConfoundRegression
 from .controls import Tangent, blocks_of, connectome, encoded, name_of, subject_coords
 from .errors import InputError, listed
-from .schema import check
+from .schema import check, plain_labels
 
 PENALTIES = np.logspace(-5, 1, 7)  # a row, for rows of unit norm: fits any number of either
 FEWEST = 5  # sites with fewer subjects are held out together
@@ -208,6 +208,7 @@ class _Rows:
 
 def _common_rows(many, target, names, classes):
     """The subjects who have every label and every feature, and why the others do not enter."""
+    many = [plain_labels(features) for features in many]  # of a store opened with xarray alone
     first = check(many[0], "features")
     for name in (target, *names):
         if name not in first.coords or first[name].dims != ("subject",):

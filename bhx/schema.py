@@ -102,6 +102,19 @@ def build_cohort(bold, t1, subject: dict, roi: dict | None, attrs: dict, voxel_m
     return check(out, "cohort")
 
 
+def plain_labels(obj: xr.Dataset) -> xr.Dataset:
+    """The same with every coordinate in memory, and text as numpy's fixed-width str, which pandas
+    and scikit-learn take as it is; a reopened store gives text of variable length."""
+    return obj.assign_coords(
+        {
+            name: c.copy(
+                data=np.array(c.values.tolist(), str) if c.dtype.kind in "OT" else c.values
+            )
+            for name, c in obj.coords.items()
+        }
+    )
+
+
 def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
     """Return `obj` when its dims and coordinates are those of a `kind`, else raise InputError.
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+from bhx.__main__ import main
 from bhx.demo import TARGETS, run_demo
 from bhx.errors import InputError
 
@@ -49,3 +50,25 @@ def test_made_anew_over_an_old_one_but_never_over_other_files(made, tmp_path):
     with pytest.raises(InputError, match=r"Expected an empty folder or one of an earlier demo"):
         run_demo(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_evaluate_from_the_shell(made, capsys):
+    stores = [str(made / "latents.zarr"), str(made / "cohort.zarr")]
+    assert main(["evaluate", *stores, "--target", "sex"]) == 0
+    printed = capsys.readouterr().out
+    assert "hub tokens" in printed
+    assert "connectome" in printed
+
+
+def test_embed_from_the_shell_gives_what_the_demo_wrote(made, tmp_path):
+    out = tmp_path / "again.zarr"
+    assert main(["embed", str(made / "cohort.zarr"), str(out)]) == 0
+    old, new = (xr.open_zarr(p, consolidated=False).hub for p in (made / "latents.zarr", out))
+    xr.testing.assert_allclose(old.drop_vars(list(old.coords)), new.drop_vars(list(new.coords)))
+
+
+def test_pretrain_from_the_shell_reads_its_settings(made, tmp_path):
+    line = ["pretrain", str(made / "cohort.zarr"), "--stage", "structure", "--out", str(tmp_path)]
+    assert main([*line, "--set", "steps=1", "batch=4", "rate=(0.0, 1e-3, 0.0)"]) == 0
+    assert (tmp_path / "model.safetensors").exists()
+    assert main([*line, "--set", "steps=1"]) == 2  # a run is there already
