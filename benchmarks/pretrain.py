@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bhx.checkpoints import PRESETS
-from bhx.encoding import Model, Reading, _autocast, random_model
+from bhx.encoding import Model, Reading, autocast, random_model
 from bhx.feed import NEEDS, Feed, Sample, cube_mask
 from bhx.harmonix_f import jepa_masks
 from bhx.recipes import STAGES, recipe
@@ -226,7 +226,7 @@ def flops(function, run, args):
         return sdpa_flop_count(query, key, value)
 
     counter = FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
-    with counter, _autocast(run.device, args.precision):
+    with counter, autocast(run.device, args.precision):
         function()
     return counter.get_total_flops()
 

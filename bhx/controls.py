@@ -164,7 +164,6 @@ def raw_signal(cohort: xr.Dataset, step: float = 2.0) -> xr.Dataset:
     shortest = float((cohort.tr * (cohort.n_volumes - 1)).values[has].min())
     seconds = np.arange(0, shortest + 1e-9, step)
     width = cohort.sizes["roi"] * len(seconds)
-    width = cohort.sizes["roi"] * len(seconds)
     values = _per_subject(cohort.bold, _resampled, width, cohort.tr, seconds=seconds)
     return values.to_dataset(name="features").assign_attrs(name="raw signal")
 

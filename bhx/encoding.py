@@ -127,7 +127,7 @@ def embed(
         raise InputError(
             f"Expected a model, found {type(model).__name__}", "Load it first: bhx.load_model(...)"
         )
-    cohort, _ = _aligned(check(cohort, "cohort"), model)
+    cohort = aligned_to(check(cohort, "cohort"), model)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     options = _Options(model, keep, _scaling(scaling, model), missing_parcels, attention, precision)
     template = _template(cohort, options)
@@ -201,7 +201,7 @@ class Model:
             )
         tr = _tr(bold, tr)
         bold = bold.isel(roi=_positions_of(self, bold.roi.values))
-        reading = Reading(*_windows(bold.values, tr, self.config.dynamics))
+        reading = Reading(*in_windows(bold.values, tr, self.config.dynamics))
         done = _encode_windows(self.networks, [reading], self.device)[0]
         tokens, _ = _dynamics_array(self.config, reading, done)
         onset = self.config.dynamics.patch_onsets(tokens.shape[1], tr)
@@ -335,7 +335,7 @@ def read_subject(
     reading = Reading([], [])
     if bold is not None:
         scaled = scale_bold(bold, scaling, missing, names)
-        reading.windows, reading.tokens = _windows(scaled, tr, config.dynamics)
+        reading.windows, reading.tokens = in_windows(scaled, tr, config.dynamics)
     if t1 is not None:
         reading.t1 = torch.from_numpy(scale_t1(t1, config.structure.voxel_mm))
         whole = cubes(reading.t1[None], config.structure.cube)[0].isfinite().all(-1)
@@ -394,7 +394,7 @@ def _refuse_parcels(varies, finite, names):
     )
 
 
-def _windows(bold, tr, config):
+def in_windows(bold, tr, config):
     """Scaled series (parcels, volumes) in equal windows of at most `max_patches` patches, and the
     tokens of each that can be computed."""
     patches = patchify(torch.tensor(bold, dtype=torch.float32), tr, config)
@@ -517,9 +517,8 @@ def _read_maps(config, maps, weight):
 # A whole cohort -----------------------------------------------------------------------------------
 
 
-def _aligned(cohort, model):
-    """The cohort with parcels in the model's order and the T1 on its grid; and parcel names."""
-    names = model.atlas.roi.values
+def aligned_to(cohort, model):
+    """The cohort with parcels in the model's order and the T1 on its grid."""
     if "bold" in cohort and cohort.has_bold.any():
         _check_atlas(cohort, model)
         index = _positions_of(model, cohort.roi.values)
@@ -537,7 +536,7 @@ def _aligned(cohort, model):
 
             cohort = coarsen_t1(cohort, voxel_mm)
         _check_grid(cohort.t1, voxel_mm)
-    return cohort, names
+    return cohort
 
 
 def _check_atlas(cohort, model):
@@ -740,7 +739,7 @@ def _block(rows: xr.Dataset, options, like):
             )
         except InputError as error:
             raise InputError(f"Subject '{subject}': {error.fact}", error.help) from error
-    with _ONE_AT_A_TIME, torch.no_grad(), _autocast(model.device, options.precision):
+    with _ONE_AT_A_TIME, torch.no_grad(), autocast(model.device, options.precision):
         done = encode(model.networks, readings, model.device, options.keep, options.attention)
     out = {}
     for name, (shape, dtype) in like.items():
@@ -833,7 +832,8 @@ def _check_same(path, template):
         )
 
 
-def _autocast(device, precision):
+def autocast(device, precision):
+    """The context in which a network computes at that precision."""
     if precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()

@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 
 from .checkpoints import HarmonixConfig
-from .encoding import Reading, _aligned, _windows, scale_bold, scale_t1
+from .encoding import Reading, aligned_to, in_windows, scale_bold, scale_t1
 from .harmonix_f import jepa_masks
 from .recipes import Recipe
 from .schema import InputError, check, listed
@@ -101,7 +101,9 @@ class Feed:
         """A subject's T1 and every window of its scan, thinned and cropped as the plan says."""
         reading = Reading([], [])
         if "bold" in self.need and self.need["bold"][i]:
-            reading.windows, reading.tokens = _windows(*self._scan(i, random), self.config.dynamics)
+            reading.windows, reading.tokens = in_windows(
+                *self._scan(i, random), self.config.dynamics
+            )
         if "t1" in self.need and self.need["t1"][i]:
             t1 = scale_t1(self._stored("t1", i), self.config.structure.voxel_mm)
             if not np.isfinite(t1).all():
@@ -209,7 +211,7 @@ def opened(cohort, subjects, model):
                 "cohort.subject lists them",
             )
         cohort = cohort.sel(subject=wanted)
-    aligned, _ = _aligned(cohort, model)
+    aligned = aligned_to(cohort, model)
     as_stored = all(aligned[v].shape == cohort[v].shape for v in cohort.data_vars) and (
         "roi" not in cohort or aligned.roi.equals(cohort.roi)
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from .encoding import Model, _aligned, scale_t1
+from .encoding import Model, aligned_to, scale_t1
 from .errors import InputError
 from .feed import cube_mask
 from .harmonix_f import jepa_masks
@@ -40,7 +40,7 @@ def hidden_cubes(
             "Released weights may lack it: take 'workshop' or train the stage 'structure'",
         )
     config = model.config.structure
-    scan = _aligned(cohort.sel(subject=[subject]), model)[0].t1
+    scan = aligned_to(cohort.sel(subject=[subject]), model).t1
     t1 = torch.from_numpy(scale_t1(scan.values[0], config.voxel_mm))[None].to(model.device)
     hidden = cube_mask(config.tokens, share, np.random.default_rng(seed))[None].to(model.device)
     guess = reconstruct(model.networks.structure, model.networks.structure_decoder, t1, hidden)

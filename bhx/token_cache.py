@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .encoding import Reading, _autocast, encode_parts
+from .encoding import Reading, autocast, encode_parts
 from .errors import InputError, listed
 from .objectives import digest
 
@@ -106,7 +106,7 @@ class TokenCache:
             )
         for i in tqdm(range(start, end), desc="tokens", unit="subject", disable=not progress):
             try:
-                with torch.no_grad(), _autocast(device, feed.plan.precision):
+                with torch.no_grad(), autocast(device, feed.plan.precision):
                     self._write(group, i, feed, networks, device)
             except InputError as error:
                 subject = feed.labels.subject.values[i]

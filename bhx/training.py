@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .checkpoints import PRESETS, Harmonix, HarmonixConfig, read_weights, save_weights
-from .encoding import Model, _autocast, random_model
+from .encoding import Model, autocast, random_model
 from .feed import Feed, held_out_rows, opened
 from .monitor import collapse, parsed, plot_log, read_log
 from .objectives import OBJECTIVES, compile_blocks, digest, gathered, shard_blocks, spread
@@ -168,7 +168,7 @@ class _Run:
 
     def _first_time(self):
         if self.plan.stage == "harmonizer" and self.plan.loss == "paper":
-            with _autocast(self.device, self.plan.precision):
+            with autocast(self.device, self.plan.precision):
                 self.objective.see(self._samples(self._order(0)[:EVALUATED]))
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -283,7 +283,7 @@ class _Run:
         for part, cost, share, last in self._together(self._parts(len(self._mine(subjects)))):
             here = [sample.to(self.device) for sample in part]
             with self._in_step(last):
-                with _autocast(self.device, self.plan.precision):
+                with autocast(self.device, self.plan.precision):
                     losses = self.parallel(here)
                 terms = [losses[k].sum() * share / max(n, 1) for k, n in counts.items()]
                 (sum(terms) * self.world).backward()
@@ -349,7 +349,7 @@ class _Run:
         totals, tokens = {k: [] for k in self.objective.terms}, []
         self.objective.eval()
         for sample in self._samples(self.test[:EVALUATED]):
-            with _autocast(self.device, self.plan.precision):
+            with autocast(self.device, self.plan.precision):
                 losses = self.parallel([sample])
                 tokens += [t.float().cpu() for t in self.parallel([sample], True)]
             for k, v in losses.items():
