@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -113,7 +113,8 @@ def probe(
     classes : labels to use, in order; subjects with others are left out and counted
     positive : which of two labels precision and recall are about; default the last
     estimator : any scikit-learn estimator instead of ridge or logistic regression; it gets the
-        scaled features
+        scaled features. Features with attrs["estimator"] "MLP" bring their own (`raw_signal`), and
+        attrs["components"] says how many principal components of a fold's training rows to keep
     protocol : None for `folds` x `repeats`; "paper" for BrainHarmonix' 6:2:2 split stratified by
         site with three seeds; "brainmarks" for 100 stratified resplits and its logistic grid
     folds, repeats, seed : number of folds, of repeated splits, and the seed of the first
@@ -166,6 +167,7 @@ def probe(
         train_share=train_share,
         seed=seed,
         test_share=splits.test_share,
+        mutual=splits.mutual,
         excluded=json.dumps(rows.excluded),
         notes=json.dumps(splits.notes),
         features=json.dumps({name_of(f): _provenance(f) for f in many}),
@@ -174,7 +176,8 @@ def probe(
 
 
 def _provenance(features):
-    keep = ("model", "weights_sha256", "config", "scaling", "atlas", "versions", "source")
+    keep = ("model", "weights", "weights_sha256")
+    keep += ("config", "scaling", "atlas", "versions", "source")
     return {k: str(features.attrs[k]) for k in keep if k in features.attrs}
 
 
@@ -340,6 +343,21 @@ class _Splits:
     def test_share(self):
         """Test rows over training rows, as `metrics.corrected_t` wants it."""
         return float(np.mean([len(b) / len(a) for a, b in self.train_test]))
+
+    @property
+    def mutual(self):
+        """How far subjects predict each other: 1 in folds, 0 in one split; for `interval`.
+
+        Sum of n_ij n_ji over that of n_ij^2, n_ij the splits in which j trained what tested i.
+        """
+        tested, trained = (np.zeros((len(self.train_test), len(self.units))) for _ in range(2))
+        for i, (train, test) in enumerate(self.train_test):
+            tested[i, test] = 1
+            trained[i, np.setdiff1d(train, self.hold[i] if self.hold else [])] = 1
+        across = tested @ trained.T
+        return float(
+            (across * across.T).sum() / ((tested @ tested.T) * (trained @ trained.T)).sum()
+        )
 
     def thin(self, share, seed):
         """Keep a share of each fold's training units."""
@@ -545,7 +563,12 @@ def _probe_one(features, rows, truth, splits, plan, aside, permutations):
             f"Expected features that vary over subjects, found constants in {name_of(features)}",
             "Were they pooled over subjects by mistake",
         )
-    steps = preparation(blocks_of(features), aside, turn=plan.estimator is None)
+    keep = features.attrs.get("components")
+    if features.attrs.get("estimator") == "MLP":
+        plan = replace(plan, estimator=perceptron(plan.task, plan.seed))
+        splits.notes.append(f"{name_of(features)}: {plan.estimator!r}")
+    turn = plan.estimator is None or keep is not None
+    steps = preparation(blocks_of(features), aside, turn, keep)
     folds = _prepared(np.hstack([x, aside.columns]), x.shape[1], truth, splits, steps, plan)
     folds = list(folds) if permutations else folds
     output, decision = _predict(folds, truth, splits, plan)
@@ -556,14 +579,14 @@ def _probe_one(features, rows, truth, splits, plan, aside, permutations):
     return out
 
 
-def preparation(blocks, aside=None, turn: bool = True) -> Pipeline:
+def preparation(blocks, aside=None, turn: bool = True, keep: int | None = None) -> Pipeline:
     """The steps between features and estimator, unfitted; none of them looks at the target.
 
     Parameters
     ----------
     blocks : (width, "" or "tangent") of each part of the features
     aside : the confounds behind the features, or None
-    turn : whether to end on the training rows' own axes (`Rotation`)
+    turn, keep : whether to end on the training rows' own axes (`Rotation`), and how many to keep
     """
     parts, start = [], 0
     for i, (width, kind) in enumerate(blocks):
@@ -580,7 +603,7 @@ def preparation(blocks, aside=None, turn: bool = True) -> Pipeline:
         steps.append(("confounds", ConfoundRegression(aside.confounds)))
     steps.append(("scale", StandardScaler()))
     if turn:
-        steps.append(("turn", Rotation(tuple(width for width, _ in blocks))))
+        steps.append(("turn", Rotation(tuple(width for width, _ in blocks), keep)))
     return Pipeline(steps)
 
 
@@ -738,11 +761,12 @@ class Rotation(TransformerMixin, BaseEstimator):
 
     Ridge and L2 logistic regression give the same predictions before and after; with more
     features than rows it makes them fast, and one grid of penalties fits any number of features.
-    Blocks of the given widths get the same weight.
+    Blocks of the given widths get the same weight. With `keep`, only that many leading axes stay:
+    principal components.
     """
 
-    def __init__(self, blocks: tuple[int, ...] = ()):
-        self.blocks = blocks
+    def __init__(self, blocks: tuple[int, ...] = (), keep: int | None = None):
+        self.blocks, self.keep = blocks, keep
 
     def fit(self, x, y=None):
         """Find the axes of rows (row, feature); `y` is not looked at."""
@@ -754,13 +778,29 @@ class Rotation(TransformerMixin, BaseEstimator):
         x = (x - self.mean_) * self.weight_
         wide = x.shape[1] > len(x)  # the Gram matrix of the shorter side has the same axes
         power, axes = np.linalg.eigh(x @ x.T if wide else x.T @ x)
-        axes, power = axes[:, power > 1e-12 * power[-1]], power[power > 1e-12 * power[-1]]
+        known = np.flatnonzero(power > 1e-12 * power[-1])[-(self.keep or 0) :]  # they ascend
+        axes, power = axes[:, known], power[known]
         self.axes_ = x.T @ (axes / np.sqrt(power)) if wide else axes
         return self
 
     def transform(self, x):
         """(row, feature) -> (row, axis)."""
         return ((x - self.mean_) * self.weight_) @ self.axes_
+
+
+def perceptron(task: str, seed: int = 0):
+    """A plain network for features that ask for one (`raw_signal`), unfitted: 64 hidden units."""
+    from sklearn.compose import TransformedTargetRegressor
+    from sklearn.neural_network import MLPClassifier, MLPRegressor
+
+    kind = MLPRegressor if task == "number" else MLPClassifier
+    network = kind(64, solver="lbfgs", alpha=1.0, max_iter=5000, tol=1e-6, random_state=seed)
+    scaled = make_pipeline(StandardScaler(), network)
+    return (
+        TransformedTargetRegressor(scaled, transformer=StandardScaler())
+        if task == "number"
+        else scaled
+    )
 
 
 class OrdinalLogistic(ClassifierMixin, BaseEstimator):
@@ -952,8 +992,8 @@ def _table(scores, control, level, draws, seed):
     rows = []
     for s in scores:
         draws_of = resample(s, draws, seed).values
-        share = s.attrs["test_share"]
-        low, high = metrics.interval(s.score.mean("fold").values, draws_of, level, share)
+        mutual = s.attrs.get("mutual", 1.0)
+        low, high = metrics.interval(s.score.mean("fold").values, draws_of, level, mutual)
         bounded = ~np.isin(s.metric.values, metrics.LOWER_IS_BETTER)
         high[:, bounded] = high[:, bounded].clip(max=1)
         for i, model in enumerate(s.model.values.astype(str)):

@@ -21,7 +21,8 @@ def check_figure(figure, name: str, *, folder="figures", tolerance: float = 2e-3
     """Print one line when the figure's data are those of the reference, else fail saying where.
 
     With BHX_UPDATE_FIGURES=1 in the environment the reference is written instead, and the same
-    line printed.
+    line printed. Where there is no folder of references at all, as for a notebook opened alone,
+    one line says so and nothing is compared.
 
     Parameters
     ----------
@@ -31,6 +32,8 @@ def check_figure(figure, name: str, *, folder="figures", tolerance: float = 2e-3
 
     Raises
     ------
+    InputError
+        The folder has no such reference.
     AssertionError
         The traces, arrays or texts differ; the trace and the largest difference are named.
     """
@@ -39,6 +42,8 @@ def check_figure(figure, name: str, *, folder="figures", tolerance: float = 2e-3
     if os.environ.get("BHX_UPDATE_FIGURES"):
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **found)
+    if not Path(folder).is_dir():  # a notebook on its own
+        return print(f"figure {name}: not checked, its reference stays in bhx's repository")
     if not path.exists():
         raise InputError(
             f"Expected a reference at '{path}', found none",

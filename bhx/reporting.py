@@ -7,19 +7,23 @@ Everything here reads the Scores Datasets of `bhx.probe`. Models are fitted agai
 from __future__ import annotations
 
 import json
+import platform
 from html import escape
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from . import metrics
+from . import __version__, metrics
+from .cohort import cohort_hash
 from .controls import CONFOUNDS, encoded
 from .errors import InputError, listed
 from .evaluation import codes_of, compare, plan_of, probe
 
 BLUE, GREY = "#0072B2", "#7f7f7f"
+NAMED = ("torch", "xarray", "dask", "zarr", "numpy", "scipy", "scikit-learn", "plotly")
 
 
 def report(*scores: xr.Dataset, path="report.html", control=None, reference=None) -> Path:
@@ -58,6 +62,54 @@ def report(*scores: xr.Dataset, path="report.html", control=None, reference=None
     path.write_text(PAGE.format(title=escape(title), body=body), encoding="utf-8")
     path.with_suffix(".md").write_text(as_markdown(table), encoding="utf-8")
     return path
+
+
+def made_with(*objects) -> str:
+    """Versions, then whose weights, which rows of which cohort and which seeds made these objects.
+
+    Parameters
+    ----------
+    objects : cohorts, latents, features, scores (their attributes are read) or models
+
+    Returns
+    -------
+    Text: one line of versions, then each thing once. Hashes are the first twelve digits of
+    SHA-256: of the weights' file, and of the ids of the rows in their order. Weights that are not
+    shipped with bhx are said to be made here: another machine's may differ in their last digits.
+    """
+    versions = [f"Python {platform.python_version()}", f"bhx {__version__}"]
+    versions += [f"{name} {version(name)}" for name in NAMED]
+    lines = dict.fromkeys(line for o in objects for line in _weights_of(o) + _data_of(o))
+    return "\n".join([", ".join(versions), *lines])
+
+
+def _weights_of(one):
+    shipped = Path(__file__).parent.glob("weights/*/config.json")
+    names = {json.loads(path.read_text("utf8"))["sha256"]: path.parent.name for path in shipped}
+    if hasattr(one, "provenance"):  # a model
+        kept = {"weights": one.provenance.get("source"), **one.provenance}
+        found = [{"model": one.config.name, **kept}]
+    else:
+        attrs = getattr(one, "attrs", {})
+        found = [attrs, *json.loads(attrs.get("features", "{}")).values()]
+    lines = []
+    for made in (m for m in found if "weights_sha256" in m):
+        digest = made["weights_sha256"]
+        kind = "shipped" if digest in names else "made here"
+        told = f"{kind} {digest[:12]}" if digest else made.get("weights", "random")
+        lines.append(f"weights {names.get(digest, made['model'])}: {told}")
+    return lines
+
+
+def _data_of(one):
+    attrs = getattr(one, "attrs", {})
+    data = json.loads(attrs["cohort"]) if "cohort" in attrs else attrs
+    name = attrs.get("target") or attrs.get("method") or f"{data.get('source') or ''} cohort"
+    seed = attrs.get("seed", data.get("seed", ""))
+    told = [f"seed {seed}"] if seed != "" else []
+    if {"subject", "participant"} <= {*getattr(one, "coords", ())}:
+        told.append(f"{one.sizes['subject']} rows {cohort_hash(one)[:12]}")
+    return [f"{name.strip()}: {', '.join(told)}"] if told else []
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>

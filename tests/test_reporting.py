@@ -1,13 +1,18 @@
 """Strata, confounds, operating points and the page say what the predictions say."""
 
+import configparser
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from small_cohorts import make_cohort, noise
 
+import bhx
 from bhx import reporting
+from bhx.cohort import cohort_hash
 from bhx.controls import connectome
 from bhx.errors import InputError
 from bhx.evaluation import compare, probe
@@ -131,3 +136,52 @@ def test_figures_show_the_numbers_of_the_table(ages, labels):
     dots = reporting.plot_predictions(ages)
     np.testing.assert_array_equal(dots.data[1].x, ages.truth)
     assert json.loads(figure.to_json())["layout"]["title"]["text"] == "age"
+
+
+def a_model(digest, source="bhx.pretrain on test"):
+    """What `made_with` reads of a model."""
+    provenance = {"source": source, "weights_sha256": digest}
+    return SimpleNamespace(provenance=provenance, config=SimpleNamespace(name="tiny"))
+
+
+def test_made_with_names_weights_rows_and_seeds_once(ages):
+    cohort = make_cohort()
+    rows = f"{cohort.sizes['subject']} rows {cohort_hash(cohort)[:12]}"
+    trained, random = a_model("ab" * 32), a_model("", "random weights, seed 4")
+    lines = reporting.made_with(cohort, cohort, trained, random, ages).splitlines()
+    assert lines[1:] == [
+        f"test cohort: {rows}",
+        "weights tiny: made here abababababab",
+        "weights tiny: random weights, seed 4",
+        f"age: seed 0, {rows}",
+    ]
+    other = reporting.made_with(cohort[{"subject": slice(0, 89)}]).splitlines()[1]
+    assert other.startswith("test cohort: 89 rows ")
+    assert rows.split()[-1] not in other
+
+
+def test_made_with_knows_the_shipped_weights():
+    described = Path(reporting.__file__).with_name("weights") / "workshop" / "config.json"
+    digest = json.loads(described.read_text())["sha256"]
+    assert reporting.made_with(a_model(digest)).endswith(
+        f"\nweights workshop: shipped {digest[:12]}"
+    )
+
+
+def test_another_machines_versions_compare_equal_and_its_rows_do_not():
+    """As nbval does it: every section's pattern replaced, in their order."""
+    rules = configparser.RawConfigParser()
+    rules.read(Path(bhx.__file__).parents[1] / "notebooks" / "nbval_sanitize.cfg")
+
+    def clean(text):
+        for name in rules.sections():
+            text = re.sub(rules[name]["regex"], rules[name]["replace"], text)
+        return text
+
+    said = clean(reporting.made_with(make_cohort(), a_model("ab" * 32)))
+    versions, rows, weights = said.splitlines()
+    assert not re.search(r"\d", versions)
+    assert weights == "weights tiny: made here HASH"
+    assert re.search(" rows [0-9a-f]{12}$", rows)
+    shipped = "weights workshop: shipped abababababab"
+    assert clean(shipped) == shipped
