@@ -15,24 +15,44 @@ from .encoding import Model, aligned_to, scale_t1
 from .errors import InputError
 from .feed import cube_mask
 from .harmonix_f import jepa_masks
-from .harmonix_s import cubes, reconstruct, volume
+from .harmonix_s import cubes, normalised_cubes, reconstruct, volume
 from .monitor import plot_log
 from .surface import plot_volume
 
 
 @torch.no_grad()
 def hidden_cubes(
-    cohort: xr.Dataset, model: Model, subject: str, *, share: float = 0.75, seed: int = 0
+    cohort: xr.Dataset,
+    model: Model,
+    subject: str,
+    *,
+    share: float = 0.75,
+    seed: int = 0,
+    normalised: bool = False,
 ) -> xr.Dataset:
     """A T1 as the masked autoencoder meets it.
+
+    Parameters
+    ----------
+    cohort : with `t1`
+    model : with the decoder of its masked autoencoder
+    subject : id of a row of the cohort
+    share : of the cubes, removed
+    seed : of the choice of cubes
+    normalised : each cube less its own mean, over its own deviation: the units of the loss
 
     Returns
     -------
     xarray.Dataset
         On (x, y, z), in the T1's own units: `t1`; `visible`, NaN where cubes are removed; and
         `returned`, the removed cubes as the decoder guesses them. The network guesses each cube
-        normalised; its own mean and deviation, which the network never saw, are put back for the
-        picture.
+        normalised; unless `normalised`, the cube's own mean and deviation, which the network
+        never saw, are put back for the picture.
+
+    Raises
+    ------
+    InputError
+        The subject has no T1, its grid does not fit, or the model has no decoder.
     """
     if model.networks.structure_decoder is None:
         raise InputError(
@@ -40,12 +60,18 @@ def hidden_cubes(
             "Released weights may lack it: take 'workshop' or train the stage 'structure'",
         )
     config = model.config.structure
-    scan = aligned_to(cohort.sel(subject=[subject]), model).t1
+    row = aligned_to(cohort.sel(subject=[subject]), model)
+    if "t1" not in row or not row.has_t1.all():
+        raise InputError(f"Expected a subject with a T1, found none for '{subject}'", "See has_t1")
+    scan = row.t1
     t1 = torch.from_numpy(scale_t1(scan.values[0], config.voxel_mm))[None].to(model.device)
     hidden = cube_mask(config.tokens, share, np.random.default_rng(seed))[None].to(model.device)
     guess = reconstruct(model.networks.structure, model.networks.structure_decoder, t1, hidden)
-    own = cubes(torch.tensor(scan.values, device=model.device), config.cube)
-    guess = guess * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
+    if normalised:
+        own = normalised_cubes(t1, config.cube)
+    else:
+        own = cubes(torch.tensor(scan.values, device=model.device), config.cube)
+        guess = guess * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
     removed = hidden.bool()[..., None]
     parts = {
         "t1": own,
