@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .evaluation import connectome as connectome
     from .evaluation import probe as probe
     from .explorer import explore as explore
+    from .fine_tuning import fine_tune as fine_tune
     from .latents import lesion as lesion
     from .latents import neighbours as neighbours
     from .latents import pool as pool
@@ -49,6 +50,7 @@ PUBLIC = {
     "surface": ("plot_surface", "plot_volume", "plot_tokens", "plot_latents"),
     "explorer": ("explore",),
     "evaluation": ("probe", "compare", "connectome"),
+    "fine_tuning": ("fine_tune",),
 }
 _FILE_OF = {name: file for file, names in PUBLIC.items() for name in names}
 __all__ = [*_FILE_OF, "folders"]

@@ -170,12 +170,13 @@ def probe(
         mutual=splits.mutual,
         excluded=json.dumps(rows.excluded),
         notes=json.dumps(splits.notes),
-        features=json.dumps({name_of(f): _provenance(f) for f in many}),
+        features=json.dumps({name_of(f): provenance_of(f) for f in many}),
         versions=json.dumps({"bhx": __version__, "scikit-learn": sklearn.__version__}),
     )
 
 
-def _provenance(features):
+def provenance_of(features) -> dict:
+    """What made these features, as scores keep it."""
     keep = ("model", "weights", "weights_sha256")
     keep += ("config", "scaling", "atlas", "versions", "source")
     return {k: str(features.attrs[k]) for k in keep if k in features.attrs}
@@ -623,12 +624,12 @@ def _prepared(x, width, truth, splits, steps, plan):
             inner = [(fit, splits.hold[i])] if nested else []
             train = fit
         else:
-            inner = _inner_splits(train, truth, splits.units, plan) if nested else []
+            inner = inner_splits(train, truth, splits.units, plan) if nested else []
         inner = [(fit, hold, *prepare(fit, hold)) for fit, hold in inner]
         yield _Fold(train, test, *prepare(train, test), inner)
 
 
-def _inner_splits(train, truth, units, plan, folds=3):
+def inner_splits(train, truth, units, plan, folds=3):
     """Folds of the training rows, held-out units never split; fewer where units are few."""
     y, units = truth[train], units[train]
     folds = min(folds, len(np.unique(units)))
@@ -751,6 +752,20 @@ def _tidy(name, rows, truth, splits, output, decision, plan):
     if plan.names is not None:
         out.attrs["positive"] = str(plan.names[plan.positive])
     return out
+
+
+def rescored(scores, name: str, output, decision) -> xr.Dataset:
+    """Scores of another predictor on the same subjects and folds.
+
+    `output` (fold, subject, class) and `decision` (fold, subject) are those of `probe`, NaN and -1
+    where a fold did not test a subject.
+    """
+    tested = np.isfinite(scores.output.values[0, :, :, 0])
+    cuts = [(np.flatnonzero(~t), np.flatnonzero(t)) for t in tested]
+    splits = _Splits(cuts, list(scores.fold.values), participants_of(scores), [])
+    rows = _Rows(scores.subject.values, scores, splits.units, {})
+    out = _tidy(name, rows, codes_of(scores), splits, output, decision, plan_of(scores))
+    return out.assign_attrs({**scores.attrs, **out.attrs})
 
 
 # -- fitted parts

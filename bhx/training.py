@@ -372,7 +372,7 @@ class _Run:
     def _save(self):
         state = self._state()
         if self.rank == 0:
-            _write_whole(state, self.folder / "checkpoint.pt")
+            write_whole(state, self.folder / "checkpoint.pt")
         _barrier(self.world)
 
     def _state(self):
@@ -403,14 +403,8 @@ class _Run:
         return digest(self.model.networks.dynamics, self.model.networks.structure)
 
     def _restore(self, path):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise InputError(
-                f"Expected a whole checkpoint at '{path}', found a damaged one ({error})",
-                "Start again in another folder",
-            ) from error
-        _check_unchanged(state, self._settings(), path)
+        state = read_whole(path)
+        check_unchanged(state, self._settings(), path)
         own = self.objective.state_dict()
         self.objective.load_state_dict(
             {k: spread(v, own[k]) for k, v in state["objective"].items()}
@@ -575,7 +569,7 @@ def _barrier(world):
 # Files -------------------------------------------------------------------------------------------
 
 
-def _check_unchanged(old, new, path):
+def check_unchanged(old, new, path):
     """Refuse to continue with another plan, model or cohort, naming what differs."""
     changed = [k for k in _differences(old["plan"], new["plan"]) if k not in FREE]
     changed += _differences(old["config"], new["config"])
@@ -603,7 +597,18 @@ def _plain(value):
     return list(value) if isinstance(value, (tuple, list)) else value
 
 
-def _write_whole(state, path):
+def read_whole(path):
+    """The state that `write_whole` wrote."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"Expected a whole checkpoint at '{path}', found a damaged one ({error})",
+            "Start again in another folder",
+        ) from error
+
+
+def write_whole(state, path):
     """Write a file whole or not at all."""
     part = path.with_suffix(".part")
     with _says_where(path):

@@ -35,7 +35,7 @@ BROWSED = (
     "reporting",
 )
 PRETRAINING = ("recipes", "feed", "objectives", "token_cache", "monitor", "training", "yardsticks")
-ROOMS = ("encoding", *PRETRAINING, *BROWSED, "pictures")
+ROOMS = ("encoding", *PRETRAINING, *BROWSED, "fine_tuning", "pictures")
 CORRIDOR = (*BASE, *DATA_WING, *MODEL_WING, *ROOMS, "demo", "__main__")
 AT_MOST_LINES = 9200  # of code in the whole library; to be lowered, never raised
 
