@@ -1,0 +1,377 @@
+"""The lessons: their form, what is stored in them, and that their checks bite.
+
+`pytest tests/test_notebooks.py -k 05_` asks about one notebook, BHX_SOLVE=all adds the exercises of
+all notebooks. Their outputs are compared by nbval (`make nbval`), which is not repeated here.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import plotly.graph_objects as go
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode, from_dict, v4
+from safetensors.torch import load_file, save_file
+from test_layout import FORBIDDEN
+from traitlets.config import Config
+
+import bhx
+from bhx import checkpoints, figures
+
+REPO = Path(bhx.__file__).parents[1]
+FOLDER = REPO / "notebooks"
+NAMES = (
+    *("00_start_here", "01_a_cohort_is_a_dataset", "02_structure_as_cubes"),
+    *("03_function_at_any_tr", "04_the_shape_of_the_cortex", "05_the_hub", "06_pretrain"),
+    *("07_walking_the_latent_space", "08_does_it_beat_the_connectome", "09_fine_tune"),
+    *("10_bring_your_own_scans", "11_released_weights"),
+)
+every_notebook = pytest.mark.parametrize("name", NAMES)
+
+INSTALL = """import importlib.util
+
+if importlib.util.find_spec("bhx") is None:  # Colab, or a kernel without bhx
+    %pip install -q torch==2.13.0 "bhx @ git+https://github.com/bhx-project/bhx\""""
+BADGES = (
+    "[![Binder](https://mybinder.org/badge_logo.svg)]"
+    "(https://mybinder.org/v2/gh/bhx-project/bhx/main?labpath=notebooks/NAME.ipynb) "
+    "[![Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    "(https://colab.research.google.com/github/bhx-project/bhx/blob/main/notebooks/NAME.ipynb)"
+)
+LIVE = ("application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json")
+TIMING = re.compile(r"\bin \d+(\.\d+)? (ms|s|min)\b|\d+%\||\bit/s|[Ww]all time")
+ANSWER = re.compile(r"^(\w+) = None *(?:#.*)?$", re.M)
+SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n(.+?)\n</details>", re.S)
+HEADINGS = ["## What could be wrong with this result", "## Exercises", "## Next"]
+
+
+@cache
+def read(name) -> SimpleNamespace:
+    """A notebook as it is stored, its sources as text."""
+    path = FOLDER / f"{name}.ipynb"
+    assert path.exists(), f"there is no {path.name}"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    cells = [from_dict(cell | {"source": "".join(cell["source"])}) for cell in raw["cells"]]
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    text = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    return SimpleNamespace(path=path, metadata=raw["metadata"], cells=cells, code=code, text=text)
+
+
+def python(source) -> ast.Module:
+    """Code without the lines that are the notebook's own."""
+    return ast.parse(re.sub(r"(?m)^(\s*)%.*$", r"\1pass", source))
+
+
+def words(source) -> int:
+    return len(re.findall(r"\w+", re.sub(r"\(https?:[^)]*\)", "", source)))
+
+
+def lines(source) -> int:
+    return sum(bool(line.strip()) for line in source.splitlines())
+
+
+def told(cell) -> str:
+    """What a code cell printed or showed as text."""
+    found = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.outputs]
+    return "".join(map("".join, found))
+
+
+# How a lesson is written ---------------------------------------------------------------------
+
+
+def test_the_curriculum_is_whole():
+    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == list(NAMES)
+
+
+@every_notebook
+def test_it_opens_with_what_it_is_for(name):
+    first = read(name).cells[0]
+    assert first.cell_type == "markdown"
+    title, badges, *rest = first.source.split("\n\n")
+    assert re.fullmatch(r"# \S.*", title)
+    assert badges == BADGES.replace("NAME", name)
+    assert re.match(r"!\[\w.+?\]\(pictures/\w+\.png\)", rest[0]), "no destination picture"
+    rest = "\n\n".join(rest)
+    assert re.search(r"^\*\*You will be able to\*\* \w", rest, re.M)
+    needs = re.search(r"^\*\*Needs:\*\* .+", rest, re.M).group()
+    assert re.search("minute", needs)
+    assert "GPU" in needs
+    assert re.search("mechanics, not findings", rest)
+
+
+@every_notebook
+def test_cells_are_few_and_short(name):
+    sizes = [lines(cell.source) for cell in read(name).code]
+    assert 12 <= len(sizes) <= 25
+    assert statistics.median(sizes) <= 3
+    assert max(sizes) <= 12
+
+
+@every_notebook
+def test_there_is_as_much_text_as_code(name):
+    notebook = read(name)
+    assert sum(map(words, notebook.text)) >= sum(words(cell.source) for cell in notebook.code)
+
+
+@every_notebook
+def test_no_function_is_longer_than_five_lines(name):
+    for cell in read(name).code:
+        for node in ast.walk(python(cell.source)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                assert node.end_lineno - node.lineno < 5, f"'{node.name}' belongs in bhx"
+
+
+@every_notebook
+def test_first_cell_installs_and_last_cell_says_what_was_used(name):
+    code = read(name).code
+    assert (code[0].source, code[0].metadata.get("tags")) == (INSTALL, ["install"])
+    assert code[0].outputs == []
+    assert any("from bhx.reporting import" in cell.source for cell in code)
+    assert re.fullmatch(r"print\(made_with\(\w.*\)\)", code[-1].source)
+
+
+@every_notebook
+def test_sections_come_in_order(name):
+    text = "\n".join(read(name).text)
+    found = re.findall(r"(?m)^#+ .+$", text)
+    assert found[-3:] == HEADINGS
+    assert len([h for h in found if h.startswith("# ")]) == 1
+
+
+def exercises(notebook) -> list[tuple]:
+    """(answer cell, check cell, code of the solution) of each exercise."""
+    starts = [i for i, c in enumerate(notebook.cells) if "## Exercises" in c.source]
+    rest = notebook.cells[starts[-1] :]
+    out = []
+    for i, (a, b, c) in enumerate(zip(rest, rest[1:], rest[2:], strict=False)):
+        if a.cell_type == "code" and ANSWER.search(a.source):
+            assert b.cell_type == "code", f"no check cell behind '{a.source}'"
+            folded = SOLUTION.search(c.source)
+            assert folded, f"no folded solution behind '{a.source}'"
+            out.append((rest[i], b, _solving(a.source, folded.group(1))))
+    return out
+
+
+def _solving(answer, solution) -> str:
+    """The code of a solution, in a fence or in backticks, which assigns what was asked for."""
+    code = re.findall(r"(?ms)^```python\n(.+?)^```|`([^`\n]+ = [^`\n]+)`", solution)
+    code = "\n".join(fenced or inline for fenced, inline in code)
+    asked = ANSWER.findall(answer)
+    missing = [name for name in asked if not re.search(rf"(?m)^{name} = ", code)]
+    assert not missing, f"the solution does not say '{missing[0]} = ...' in code"
+    return "\n".join([ANSWER.sub("", answer).strip(), code]).strip()
+
+
+@every_notebook
+def test_each_exercise_has_a_check_and_a_folded_solution(name):
+    notebook = read(name)
+    found = exercises(notebook)
+    assert len(found) >= 2
+    solutions = "".join(notebook.text).count("<summary>Solution</summary>")
+    assert (solutions, "".join(notebook.text).count("</details>")) == (len(found), len(found))
+    for _, check, _ in found:
+        assert re.search(r'(?s)\bprint\("right" if .+ else "not yet"\)$', check.source)
+        assert told(check) == "not yet\n", "unanswered, a check must say 'not yet'"
+
+
+@every_notebook
+def test_links_lead_somewhere(name):
+    text = "\n".join(read(name).text)
+    local = re.findall(r"\]\((?!https?:|#|attachment:)([^)#\s]+)", text)
+    assert [link for link in local if not (FOLDER / link).exists()] == []
+    assert set(re.findall(r"`(\d\d_\w+)(?:\.ipynb)?`", text)) <= set(NAMES)
+    pictures = [FOLDER / link for link in local if link.endswith(".png")]
+    assert all(path.stat().st_size < 200e3 for path in pictures)
+
+
+@every_notebook
+def test_chance_is_named(name):
+    """No generator without a seed, and nothing from the shared ones."""
+    code = "\n".join(cell.source for cell in read(name).code)
+    loose = r"default_rng\(\)|np\.random\.(?!default_rng|Generator)\w+|manual_seed|import random\b"
+    assert re.findall(loose, code) == []
+
+
+# What is stored ------------------------------------------------------------------------------
+
+
+@every_notebook
+def test_it_is_executed_and_stripped(name):
+    """nbval passes over a cell that was never executed, so none may be stored."""
+    notebook = read(name)
+    assert set(notebook.metadata) <= {"kernelspec", "language_info", "made_from"}
+    counts = [cell.execution_count for cell in notebook.code]
+    assert counts == list(range(1, len(counts) + 1))
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+
+
+@every_notebook
+def test_outputs_belong_to_the_code_and_the_weights(name):
+    notebook = read(name)
+    config = runpy.run_path(str(FOLDER / "nbconvert_config.py"), {"get_config": Config})
+    fresh = notebook.metadata.get("made_from") == config["stamp"](notebook.cells)
+    assert fresh, "code or weights are newer than the outputs: make notebooks"
+    shipped = {
+        json.loads(path.read_text())["sha256"][:12]
+        for path in checkpoints.SHIPPED.glob("*/config.json")
+    }
+    said = told(notebook.code[-1])
+    assert re.match(rf"Python 3\.\d+.*, bhx {bhx.__version__}, torch 2\.", said)
+    assert set(re.findall(r": shipped ([0-9a-f]{12})", said)) <= shipped
+    assert len(said.splitlines()) > 1, "made_with was given nothing that it knows"
+
+
+@every_notebook
+def test_only_figures_and_widgets_go_uncompared(name):
+    """A cell is tagged just when it shows something live; what it prints would go unseen."""
+    for cell in read(name).code[1:]:
+        kinds = [set(output.get("data", {})) for output in cell.outputs]
+        live = [bool(kind & set(LIVE)) for kind in kinds]
+        tags = cell.metadata.get("tags", [])
+        assert tags == (["nbval-ignore-output"] if any(live) else []), cell.source
+        assert all(live) or not any(live), f"text beside a live figure: {cell.source}"
+
+
+@every_notebook
+def test_outputs_hold_no_error_machine_or_clock(name):
+    for cell in read(name).code:
+        kinds = {output.get("name", output.output_type) for output in cell.outputs}
+        assert not kinds & {"stderr", "error"}, cell.source
+        for output in cell.outputs:
+            text = json.dumps({k: v for k, v in output.items() if k not in ("data",)})
+            data = output.get("data", {})
+            text += json.dumps({k: v for k, v in data.items() if k.startswith("text/")})
+            found = FORBIDDEN.search(text) or TIMING.search(text)
+            assert not found, f"'{found.group()}' in the output of: {cell.source}"
+
+
+def references(name) -> dict:
+    return {f"{name[:2]}/{path.stem}": path for path in (FOLDER / "figures" / name[:2]).glob("*")}
+
+
+@every_notebook
+def test_checked_figures_are_the_references(name):
+    said = "".join(told(cell) for cell in read(name).code)
+    checked = re.findall(r"(?m)^figure (\S+): ok \(", said)
+    assert sorted(checked) == sorted(references(name))
+    assert checked
+
+
+@every_notebook
+def test_stored_figures_are_those_that_were_checked(name):
+    """Every reference is the picture of a figure that the notebook shows."""
+    shown = [
+        go.Figure(json.loads(json.dumps(output.data[LIVE[0]])), skip_invalid=True)
+        for cell in read(name).code
+        for output in cell.outputs
+        if LIVE[0] in output.get("data", {})
+    ]
+    for reference in references(name):
+        for figure in shown:
+            try:
+                figures.check_figure(figure, reference, folder=FOLDER / "figures")
+                break
+            except AssertionError:
+                continue
+        else:
+            raise AssertionError(f"no stored figure looks like the reference {reference}")
+
+
+def test_the_folder_is_small():
+    stored = [p for p in FOLDER.rglob("*") if p.is_file() and ".ipynb_checkpoints" not in p.parts]
+    assert sum(path.stat().st_size for path in stored) < 12e6
+    numbers = {path.name for path in (FOLDER / "figures").iterdir()}
+    assert numbers == {name[:2] for name in NAMES}
+
+
+# What happens when it runs -------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """The notebooks in another folder, with their figures' references; run in one thread."""
+    ignored = shutil.ignore_patterns(".ipynb_checkpoints", "_build")
+    monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return Path(shutil.copytree(FOLDER, tmp_path / "elsewhere", ignore=ignored))
+
+
+def run(cells, folder) -> NotebookNode:
+    """Execute cells in a kernel of their own; an error in one ends it."""
+    fresh = [v4.new_code_cell(cell) for cell in cells]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = v4.new_notebook(cells=fresh, metadata={"kernelspec": kernel})
+    where = {"metadata": {"path": str(folder)}}
+    return NotebookClient(notebook, timeout=600, resources=where).execute()
+
+
+QUICK = ("00_start_here", "03_function_at_any_tr")
+
+
+@pytest.mark.parametrize("name", NAMES if os.environ.get("BHX_SOLVE") else QUICK)
+def test_solutions_are_right(name, copy):
+    notebook = read(name)
+    solved = {id(answer): code for answer, _, code in exercises(notebook)}
+    code = [solved.get(id(cell), cell.source) for cell in notebook.code]
+    said = "".join(told(cell) for cell in run(code, copy).cells)
+    assert re.findall(r"(?m)^(right|not yet)$", said) == ["right"] * len(solved)
+
+
+OTHER_WEIGHTS = (
+    "import bhx.checkpoints; from pathlib import Path\nbhx.checkpoints.SHIPPED = Path({!r})"
+)
+
+
+def altered_weights(folder, change) -> Path:
+    """The shipped weights, one matrix of the harmonizer a little off and all else in order."""
+    source = checkpoints.SHIPPED / "workshop"
+    shutil.copytree(source, folder / "workshop")
+    path = folder / "workshop" / "model.safetensors"
+    state = load_file(path)
+    state["harmonizer.blocks.1.mlp.fc1.weight"] *= 1 + change
+    save_file(state, path)
+    about = json.loads((source / "config.json").read_text())
+    about["sha256"] = checkpoints.sha256(path)
+    (folder / "workshop" / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize("change", [0.0, 0.05])
+def test_a_changed_weight_is_noticed_in_the_first_figure(change, copy, tmp_path):
+    """Notebook 00 up to its first figure, with weights of which one matrix is 5 % larger."""
+    code = [cell.source for cell in read("00_start_here").code]
+    last = next(i for i, source in enumerate(code) if "check_figure(" in source and i > 1)
+    weights = altered_weights(tmp_path / "weights", change)
+    cells = [OTHER_WEIGHTS.format(str(weights)), *code[: last + 1]]
+    if not change:
+        assert "figure 00/hub_on_surface: ok" in told(run(cells, copy).cells[-1])
+        return
+    with pytest.raises(CellExecutionError) as failed:
+        run(cells, copy)
+    said = failed.value.evalue
+    assert re.match(r"figure 00/hub_on_surface: \d .+/\w+ differs by up to \S+, allowed", said)
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_another_folder_and_more_threads_change_nothing(threads, copy, monkeypatch):
+    """nbval compares a fresh run elsewhere with what is stored, which one thread made."""
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval"]
+    command += ["--nbval-current-env", "--nbval-sanitize-with", "nbval_sanitize.cfg"]
+    command += ["00_start_here.ipynb", "--rootdir", ".", "-c", os.devnull]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert f"{len(read('00_start_here').code)} passed" in done.stdout
