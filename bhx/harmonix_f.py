@@ -119,7 +119,7 @@ def wiener(tr: float, volumes: int, samples: int, window: int = 8):
 @lru_cache(maxsize=256)
 def resizing(kernel: int, k: int):
     """pinv(M) (k, kernel): M's rows are the unit vectors resized to k (bicubic, antialias)."""
-    unit = torch.eye(kernel)[:, None, None]  # single precision, as released
+    unit = torch.eye(kernel, dtype=torch.float64)[:, None, None]
     resized = F.interpolate(unit, (1, k), mode="bicubic", antialias=True, align_corners=False)
     return torch.linalg.pinv(resized[:, 0, 0])
 

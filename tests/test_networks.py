@@ -47,6 +47,7 @@ from bhx.layers import attention_weights, packed_attention, sincos
 GOLDEN = np.load(Path(__file__).parent / "data" / "golden.npz")
 TRS = (0.735, 0.8, 1.5, 2.0, 3.0)
 BOUND = {torch.float64: 1e-9, torch.float32: 2e-5}
+RESIZED = 2e-5  # the published kernels were resized in single precision on some processor
 EXACT = DynamicsConfig(parcels=6, harmonics=7, gradients=5, width=24, depth=2, heads=2,
                        predictor_width=12, predictor_depth=1, predictor_heads=2)  # fmt: skip
 TAPE = replace(EXACT, patching="tape")
@@ -103,7 +104,7 @@ def test_resized_kernels_are_the_published_ones(published_f, dtype, tr):
     encoder, _ = published_f
     k = encoder.config.patch_volumes(tr)
     assert k == golden(f"dyn_ps_{tr}")
-    near(encoder.kernel(k).T[:, None, None], f"dyn_w_{tr}", BOUND[dtype])
+    near(encoder.kernel(k).T[:, None, None], f"dyn_w_{tr}", RESIZED)
 
 
 @pytest.mark.parametrize("tr", TRS)
@@ -115,7 +116,8 @@ def test_dynamics_tokens_are_the_published_ones(published_f, dtype, tr):
     tokens, lengths = encoder(patches)
     ours = torch.stack(tokens.split(lengths)).unflatten(1, (12, 4))
     theirs = golden(f"dyn_y_{tr}").unflatten(1, (12, 5))[:, :, :4]
-    assert (ours - theirs).abs().max() <= BOUND[dtype]
+    bound = BOUND[dtype] if tr == 0.735 else max(BOUND[dtype], RESIZED)
+    assert (ours - theirs).abs().max() <= bound
 
 
 def test_positions_are_the_published_ones(published_f, dtype):
@@ -340,12 +342,12 @@ def dynamics_encoder(config=EXACT, seed=0):
 def test_a_resized_kernel_answers_a_resized_patch(k):
     """The least-squares equivalence of FlexiViT: exact when nothing is lost (k >= 48)."""
     resized = torch.nn.functional.interpolate(
-        torch.eye(48)[:, None, None], (1, k), mode="bicubic", antialias=True
+        torch.eye(48, dtype=torch.float64)[:, None, None], (1, k), mode="bicubic", antialias=True
     )[:, 0, 0]
     back = resized @ resizing(48, k)
-    torch.testing.assert_close(back @ back, back, atol=1e-4, rtol=0)  # a projection
-    torch.testing.assert_close(back, back.T, atol=1e-4, rtol=0)  # the orthogonal one
-    assert torch.linalg.matrix_rank(back.double(), tol=1e-3) == min(k, 48)
+    torch.testing.assert_close(back @ back, back, atol=1e-10, rtol=0)  # a projection
+    torch.testing.assert_close(back, back.T, atol=1e-10, rtol=0)  # the orthogonal one
+    assert torch.linalg.matrix_rank(back, tol=1e-3) == min(k, 48)
 
 
 def test_kernels_are_resized_once_until_the_weights_change(monkeypatch):
