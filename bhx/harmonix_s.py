@@ -63,12 +63,11 @@ class StructureEncoder(nn.Module):
 
     def encode(self, voxels, visible=None):
         """Cubes (B, cubes, voxels) to [CLS | tokens] (B, 1 + n, width) after the norm."""
-        x = nn.functional.linear(
-            voxels, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias
-        )
-        x = x + self.pos_embed[:, 1:]
+        places = self.pos_embed[:, 1:]
         if visible is not None:
-            x = take(x, visible)
+            voxels, places = take(voxels, visible), places[0, visible]
+        weight = self.patch_embed.proj.weight.flatten(1)
+        x = nn.functional.linear(voxels, weight, self.patch_embed.proj.bias) + places
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
         lengths = (x.shape[1],) * len(x)
