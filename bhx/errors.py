@@ -12,6 +12,13 @@ class InputError(ValueError):
         return type(self), (self.fact, self.help)
 
 
+def check_choice(what: str, value, known) -> None:
+    """Refuse a value that is not among the known ones."""
+    if value not in known:
+        fact = f"Expected {what} to be {listed(known, 12)}, found '{value}'"
+        raise InputError(fact, "Choose one of them")
+
+
 def listed(names, at_most: int = 5) -> str:
     """Names for a sentence: the first few, and how many more."""
     names = [str(n) for n in names]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from bhx.errors import check_choice
 from bhx.geometry import spins
 from bhx.schema import InputError, check, listed
 
@@ -36,17 +37,13 @@ def pool(latents: xr.Dataset, how: str = "mean", *, weights=None) -> xr.Dataset:
             f"Expected weights with how='weighted' and only then, found how='{how}'",
             "Give both or neither: pool(latents, 'weighted', weights=...)",
         )
-    if how == "mean":
-        features = hub.mean("token", keep_attrs=True)
-    elif how == "concatenate":
+    check_choice("how", how, ("mean", "concatenate", "weighted"))
+    if how == "concatenate":
         features = hub.stack(flat=("token", "feature")).drop_vars(["flat", "token", "feature"])
         features = features.rename(flat="feature")
-    elif how == "weighted":
-        features = hub.weighted(weights.fillna(0)).mean("token", keep_attrs=True)
     else:
-        raise InputError(
-            f"Expected how to be mean, concatenate or weighted, found '{how}'", "Choose one of them"
-        )
+        tokens = hub if how == "mean" else hub.weighted(weights.fillna(0))
+        features = tokens.mean("token", keep_attrs=True)
     keep = [name for name, c in hub.coords.items() if "token" not in c.dims]
     features = features.drop_vars([name for name in features.coords if name not in keep])
     out = features.transpose("subject", "feature").astype("float32").to_dataset(name="features")
@@ -95,20 +92,19 @@ def project(data: xr.Dataset, *, n: int = 2, method: str = "pca", fit_on=None, s
 
 
 def _reducer(method, n, seed):
+    check_choice("method", method, ("pca", "umap"))
     if method == "pca":
         from sklearn.decomposition import PCA
 
         return PCA(n, svd_solver="full")
-    if method == "umap":
-        try:
-            from umap import UMAP
-        except ImportError as error:
-            raise InputError(
-                "Expected the package umap-learn for method='umap', found none",
-                "Install it with pip install 'bhx[umap]', or take method='pca'",
-            ) from error
-        return UMAP(n_components=n, random_state=seed, n_jobs=1)
-    raise InputError(f"Expected method to be pca or umap, found '{method}'", "Choose one of them")
+    try:
+        from umap import UMAP
+    except ImportError as error:
+        raise InputError(
+            "Expected the package umap-learn for method='umap', found none",
+            "Install it with pip install 'bhx[umap]', or take method='pca'",
+        ) from error
+    return UMAP(n_components=n, random_state=seed, n_jobs=1)
 
 
 def similarity(data: xr.Dataset, other: xr.Dataset | None = None) -> xr.DataArray:
@@ -157,7 +153,7 @@ def neighbours(data: xr.Dataset, subject: str | None = None, *, k: int = 5) -> x
         },
         {"subject": near.subject.values, "rank": np.arange(1, k + 1)},
     )
-    return out if subject is None else out.sel(subject=_one(near, subject))
+    return out if subject is None else out.isel(subject=_at(near, subject))
 
 
 def fingerprint(data: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
@@ -320,8 +316,7 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
 
 def each_token(latents: xr.Dataset, *, of: str = "roi", subjects=None) -> xr.DataArray:
     """The maps of all tokens, averaged over subjects: DataArray (token, ...); see `region_map`."""
-    if of not in MAPS:
-        raise InputError(f"Expected of to be {listed(MAPS)}, found '{of}'", "Choose one of them")
+    check_choice("of", of, MAPS)
     check(latents, "latents")
     if MAPS[of] not in latents:
         raise InputError(
@@ -440,20 +435,22 @@ def _without(cohort, roi, network, modality, seconds, box):
             "Expected something to remove, found nothing",
             "Give roi, network, modality, seconds or box",
         )
-    box = {} if box is None else _checked_box(box)
+    if box == {} or any(a not in "xyz" or not ends[0] < ends[1] for a, ends in (box or {}).items()):
+        raise InputError(
+            f"Expected bounds (low, high) [mm] on x, y or z, found {box}",
+            'Give for example box={"y": (-110, -60)}',
+        )
     out = cohort
     if "bold" in out:
         gone = _parcels(out, roi, network, box)
-        out = out.assign(
-            bold=out.bold.where(~(gone | _span(out, seconds))).transpose(*out.bold.dims)
-        )
+        kept = out.bold.where(~(gone | _span(out, seconds)))
+        out = out.assign(bold=kept.transpose(*out.bold.dims))
         if gone.all():
             modality = "bold"
     if "t1" in out and box:
         out = out.assign(t1=out.t1.where(~_inside(box, out)))
-    if modality not in (None, "bold", "t1"):
-        raise InputError(f"Expected modality bold or t1, found '{modality}'", "Choose one of them")
     if modality is not None:
+        check_choice("modality", modality, ("bold", "t1"))
         out = out.assign_coords({f"has_{modality}": xr.zeros_like(out[f"has_{modality}"], bool)})
     left = (out.has_bold.astype(bool) | out.has_t1.astype(bool)).values
     if not left.any():
@@ -491,15 +488,6 @@ def _inside(box, places, prefix=""):
     for axis, (low, high) in box.items():
         inside = inside & (places[prefix + axis] >= low) & (places[prefix + axis] < high)
     return inside
-
-
-def _checked_box(box):
-    if not box or set(box) - set("xyz") or any(not low < high for low, high in box.values()):
-        raise InputError(
-            f"Expected bounds (low, high) [mm] on x, y or z, found {box}",
-            'Give for example box={"y": (-110, -60)}',
-        )
-    return box
 
 
 def map_controls(
@@ -604,7 +592,7 @@ def _reading(cohort, model, subject):
     from bhx.atlas import match_names
     from bhx.encoding import read_subject
 
-    one = check(cohort, "cohort").sel(subject=_one(cohort, subject)).compute()
+    one = check(cohort, "cohort").isel(subject=_at(cohort, subject)).compute()
     bold = None
     if "bold" in one and bool(one.has_bold):
         named = one.bold.assign_coords(roi=match_names(one.roi.values, model.atlas))
@@ -627,66 +615,6 @@ def _parts(totals, reading, model, distance):
         out["t1_part"] = (("cx", "cy", "cz"), totals[-1].reshape(shape).sum((1, 3, 5)).numpy())
     total = sum(float(v.sum()) for v in out.data_vars.values())
     return out.assign_attrs(gap=1 - total / distance)
-
-
-def reconstruction(cohort: xr.Dataset, model) -> xr.Dataset:
-    """How much of each parcel's and cube's tokens can be had back from the hub tokens?
-
-    The decoder's guess is scored against the tokens it was asked for, over the first window of
-    each scan, beside the best guess that knows no subject: the mean token at that place.
-
-    Returns
-    -------
-    Dataset with `explained` (roi) and `explained_t1` (cx, cy, cz): 1 - squared error over the
-    squared distance to the mean; 0 means nothing of the person is left, below 0 is worse
-    """
-    import torch
-
-    from bhx.encoding import embed
-
-    c = model.config.harmonizer
-    latents = embed(cohort, model, keep=("dynamics", "structure"))
-    places = 1 + c.data_tokens
-    width = model.config.dynamics.width
-    count, error, total, square = (np.zeros(places) for _ in range(4))
-    total = np.zeros((places, width))
-    for subject in latents.subject.values:
-        tokens, rows = _data_tokens(latents.sel(subject=subject).compute(), c)
-        with torch.no_grad():
-            data = torch.from_numpy(tokens).to(model.device)
-            hub = model.networks.harmonizer([data], [torch.from_numpy(rows)])
-            guess = model.networks.harmonizer.decode(hub, [torch.from_numpy(rows)]).cpu().numpy()
-        count[rows] += 1
-        total[rows] += tokens
-        square[rows] += (tokens**2).sum(1)
-        error[rows] += ((guess - tokens) ** 2).sum(1)
-    spread = square - (total**2).sum(1) / np.maximum(count, 1)
-    return _explained(error, spread, count > 1, model)
-
-
-def _data_tokens(one, config):
-    """Finite tokens (n, width) of one subject's first window and cubes, and their rows."""
-    dynamics = one.dynamics.values[:, : config.max_patches]
-    tokens = np.concatenate([x.reshape(-1, x.shape[-1]) for x in (dynamics, one.structure.values)])
-    rows = [config.dynamics_rows(dynamics.shape[1]), config.structure_rows()]
-    rows = np.concatenate([r.numpy() for r in rows])
-    known = np.isfinite(tokens).all(1)
-    return tokens[known], rows[known]
-
-
-def _explained(error, spread, known, model):
-    """Sums over places to parcels and cubes."""
-    c = model.config.harmonizer
-    error, spread = (np.where(known, x, 0)[1:] for x in (error, spread))
-    n = c.parcels * c.max_patches
-    by_roi = [x[:n].reshape(c.parcels, -1).sum(1) for x in (error, spread)]
-    grid = model.config.structure.grid
-    with np.errstate(invalid="ignore", divide="ignore"):
-        roi, cubes = 1 - by_roi[0] / by_roi[1], 1 - (error[n:] / spread[n:]).reshape(grid)
-    return xr.Dataset(
-        {"explained": ("roi", roi), "explained_t1": (("cx", "cy", "cz"), cubes)},
-        {name: model.atlas[name] for name in ("roi", "network", "hemi")},
-    )
 
 
 def _features(data):
@@ -718,25 +646,22 @@ def subject_mask(data, subjects):
     return ids.isin(subjects)
 
 
-def _one(data, subject):
-    return data.subject.values[np.flatnonzero(subject_mask(data, [subject]))[0]]
+def _at(data, subject):
+    return int(subject_mask(data, [subject]).argmax())
 
 
 def _tokens(latents, token):
     """Positions of the tokens asked for."""
-    if token is None:
-        return np.arange(latents.sizes["token"])
-    labels = (
-        latents.indexes["token"] if "token" in latents.indexes else range(latents.sizes["token"])
-    )
-    asked = np.atleast_1d(np.asarray(token)).tolist()
-    unknown = [t for t in asked if t not in labels]
-    if unknown or not asked:
+    labels = latents["token"].to_index()
+    asked = np.atleast_1d(labels if token is None else token)
+    at = labels.get_indexer(asked)
+    unknown = listed(asked[at < 0])
+    if unknown or not len(at):
         raise InputError(
-            f"Expected tokens among {labels[0]} to {labels[-1]}, found {listed(unknown) or 'none'}",
+            f"Expected tokens among {labels[0]} to {labels[-1]}, found {unknown or 'none'}",
             "See latents.token",
         )
-    return [list(labels).index(t) for t in asked]
+    return at
 
 
 def _standard(values):

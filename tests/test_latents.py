@@ -328,28 +328,6 @@ def _t1_share(cohort, model):
     return two.modality_share.sel(modality="t1").mean("subject").compute()
 
 
-def test_reconstruction_by_the_mean_explains_nothing(brains):
-    """A decoder that always answers the mean token of each place explains exactly zero."""
-    import torch
-
-    cohort, model = brains
-    c = model.config.harmonizer
-    from bhx import embed
-
-    kept = embed(cohort, model, keep=("dynamics", "structure")).compute()
-    each = [space._data_tokens(kept.sel(subject=s), c) for s in kept.subject.values]
-    total, count = np.zeros((1 + c.data_tokens, model.config.dynamics.width)), 0
-    for tokens, rows in each:
-        total[rows] += tokens
-        count += np.isin(np.arange(len(total)), rows)
-    mean = torch.from_numpy((total / np.maximum(count, 1)[:, None]).astype("float32"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.networks.harmonizer, "decode", lambda hub, rows: mean[rows[0]])
-        found = space.reconstruction(cohort, model)
-    np.testing.assert_allclose(found.explained, 0, atol=1e-3)
-    np.testing.assert_allclose(found.explained_t1, 0, atol=1e-3)
-
-
 def bad_lesions():
     yield {}, "found nothing"
     yield {"network": "Amygdala"}, "found Amygdala"
