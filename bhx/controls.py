@@ -16,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from .errors import InputError, listed
 from .schema import check
 
+COMPONENTS = 20  # principal components of the controls that take some
 CONFOUNDS = ("age", "sex", "site", "mean_fd", "coverage", "n_volumes")
 
 
@@ -157,7 +158,8 @@ def _cubes(t1, edge, shape):
 def raw_signal(cohort: xr.Dataset, step: float = 2.0) -> xr.Dataset:
     """The z-scored parcel series themselves, on one time axis: what a plain network would see.
 
-    Each scan is interpolated linearly to `step` [s], over the seconds that all scans have.
+    Each scan is interpolated linearly to `step` [s], over the seconds that all scans have. `probe`
+    reads it by a small network on its principal components.
     """
     check(cohort, "cohort")
     has = cohort.has_bold.values.astype(bool)
@@ -165,7 +167,8 @@ def raw_signal(cohort: xr.Dataset, step: float = 2.0) -> xr.Dataset:
     seconds = np.arange(0, shortest + 1e-9, step)
     width = cohort.sizes["roi"] * len(seconds)
     values = _per_subject(cohort.bold, _resampled, width, cohort.tr, seconds=seconds)
-    return values.to_dataset(name="features").assign_attrs(name="raw signal")
+    out = values.to_dataset(name="features")
+    return out.assign_attrs(name="raw signal, MLP", estimator="MLP", components=COMPONENTS)
 
 
 def _resampled(bold, tr, seconds):
@@ -224,16 +227,21 @@ def fuse(*features: xr.Dataset, name: str | None = None) -> xr.Dataset:
 def plain_controls(cohort: xr.Dataset, target: str | None = None) -> list[xr.Dataset]:
     """What every claim stands beside: no brain, confounds, T1, function, and both, all plain.
 
-    `target` is left out of the confounds.
+    `target` is left out of the confounds. Beside linear models stand a small network on the raw
+    signal and principal components of the T1.
     """
     names = [n for n in CONFOUNDS if n in cohort.coords and n != target]
     out = [nothing(cohort), confound_features(cohort, names)]
     if "t1" in cohort:
-        out.append(cube_means(cohort).compute())
+        cubes = cube_means(cohort).compute()
+        out.append(cubes)
     if "bold" in cohort:
-        out += [connectome(cohort, kind).compute() for kind in CONNECTIVITY]
+        functions = [connectome(cohort, kind).compute() for kind in CONNECTIVITY]
+        out += [*functions, raw_signal(cohort).compute()]
+    if "t1" in cohort:
+        out.append(cubes.assign_attrs(name="T1 cubes, PCA", components=COMPONENTS))
     if "t1" in cohort and "bold" in cohort:
-        out.append(fuse(out[2], out[3]))
+        out.append(fuse(cubes, functions[0]))
     return out
 
 

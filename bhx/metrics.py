@@ -123,20 +123,22 @@ def bootstrap_weights(units, n: int = 1000, seed: int = 0, strata=None) -> np.nd
     return counts[:, of_row]
 
 
-def interval(estimate, draws, level: float = 0.95, test_share: float = 0.0):
+def interval(estimate, draws, level: float = 0.95, mutual: float = 0.0):
     """Interval of an estimate from bootstrap draws on the last axis: (low, high).
 
     Percentiles of the draws about their mean, set about the estimate (a score of a small fold is
-    biased in a resample), and widened by sqrt(1 + test rows / training rows): models are not
-    fitted again in a resample, and by Nadeau and Bengio (Machine Learning 2003), for many splits,
-    the training rows' own chance adds that share to the variance.
+    biased in a resample), and widened by sqrt(1 + mutual). Models are not fitted again in a
+    resample, so it misses the chance of the training rows. At chance a score is a sum over pairs of
+    subjects, label times label, and in folds each pair counts twice, once each way: resampling one
+    side of them finds half of its variance. `mutual` is the share of pairs that count both ways, 1
+    in folds and 0 in one split. Above chance this is about right or wide, never narrow.
     """
     estimate, draws = np.asarray(estimate, float), np.asarray(draws, float)
     tails = [(1 - level) / 2, (1 + level) / 2]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mean of empty slice|All-NaN slice")
         low, high = np.nanquantile(draws, tails, axis=-1) - np.nanmean(draws, -1)
-    widen = np.sqrt(1 + test_share)
+    widen = np.sqrt(1 + mutual)
     return estimate + widen * low, estimate + widen * high
 
 

@@ -15,7 +15,7 @@ from bhx.controls import (
     raw_signal,
 )
 from bhx.errors import InputError
-from bhx.evaluation import probe
+from bhx.evaluation import compare, probe
 from bhx.schema import T1_SHAPE, check
 
 
@@ -160,6 +160,16 @@ def test_plain_controls_leave_the_target_out(both):
     found = plain_controls(both, "age")
     names = [f.attrs["name"] for f in found]
     assert names[:3] == ["mean or majority", "confounds", "T1 cubes"]
+    assert names[-3:-1] == ["raw signal, MLP", "T1 cubes, PCA"]
     assert found[1].attrs["columns"] == "site, n_volumes"
     assert names[-1] == "T1 cubes + connectome"
     assert nothing(both).sizes["feature"] == 0
+    only_t1 = [f.attrs["name"] for f in plain_controls(both.drop_vars("bold"), "age")]
+    assert only_t1 == ["mean or majority", "confounds", "T1 cubes", "T1 cubes, PCA"]
+
+
+def test_compare_puts_every_plain_control_into_one_table(both):
+    found = plain_controls(both, "age")
+    table = compare(probe(found, "age", folds=3), control="connectome")
+    assert set(table.index.get_level_values("model")) == {f.attrs["name"] for f in found}
+    assert np.isfinite(table.score).all()

@@ -384,6 +384,52 @@ def test_brainmarks_protocol_is_a_hundred_resplits(features, monkeypatch):
     np.testing.assert_allclose(tested.mean(1), 0.2, atol=0.05)
 
 
+def test_subjects_predict_each_other_in_folds_and_not_in_one_split(features):
+    """The share by hand: n[i, j] splits in which j trained the model that i was tested by."""
+    folds, paper, half = (
+        probe(features, "age", **options)
+        for options in ({}, {"protocol": "paper"}, {"train_share": 0.5})
+    )
+    assert folds.attrs["mutual"] == pytest.approx(1)
+    assert 0 < half.attrs["mutual"] < 0.8
+    tested = np.isfinite(paper.output[0, :, :, 0].values)
+    one = evaluation._Splits(
+        [np.nonzero(~tested[0]) + np.nonzero(tested[0])], [], np.arange(90), []
+    )
+    assert one.mutual == 0
+    assert 0 < paper.attrs["mutual"] < 0.5
+
+
+def test_mutual_counts_pairs_that_predict_each_other():
+    rng = np.random.default_rng(0)
+    splits = [np.split(rng.permutation(12), [7, 10]) for _ in range(4)]  # train, test, neither
+    found = evaluation._Splits([s[:2] for s in splits], [], np.arange(12), []).mutual
+    n = np.zeros((12, 12))
+    for train, test, _ in splits:
+        n[np.ix_(test, train)] += 1
+    assert found == pytest.approx((n * n.T).sum() / (n**2).sum())
+
+
+def test_features_may_bring_a_network_or_keep_their_leading_axes(features):
+    """A network sees a product of two features, which no linear model does."""
+    rng = np.random.default_rng(0)
+    x = rng.choice([-1.0, 1.0], size=(90, 2)) + 0.3 * rng.normal(size=(90, 2))
+    some = noise(features).drop_vars("features").drop_vars("participant")
+    some = some.assign(features=(("subject", "feature"), x))
+    some = some.assign_coords(same=("subject", x.prod(1) > 0), size=("subject", x.prod(1)))
+    network = some.assign_attrs(name="network", estimator="MLP", components=2)
+    scores = probe([network, some], "same")
+    auroc = scores.score.sel(metric="auroc").mean("fold")
+    assert auroc[0] > 0.9 > 0.7 > auroc[1]
+    assert "MLPClassifier" in scores.attrs["notes"]
+    assert probe(network, "size").score.sel(metric="r").mean() > 0.8
+    leading = evaluation.Rotation(keep=3).fit(features.features.values)
+    np.testing.assert_allclose(
+        leading.transform(features.features.values),
+        evaluation.Rotation().fit_transform(features.features.values)[:, -3:],
+    )
+
+
 def test_less_training_data_same_test_subjects(features):
     all_, half = probe(features, "age"), probe(features, "age", train_share=0.5)
     tested = [np.isfinite(s.output[0, :, :, 0].values) for s in (all_, half)]
@@ -435,7 +481,7 @@ def test_intervals_cover_the_expected_score():
     studies = [study(seed) for seed in range(200)]
     estimate = np.array([s.score.sel(metric=["r", "mae"]).mean("fold")[0] for s in studies])
     draws = np.array([evaluation.resample(s, 150).sel(metric=["r", "mae"])[0] for s in studies])
-    low, high = evaluation.metrics.interval(estimate, draws, test_share=0.5)
+    low, high = evaluation.metrics.interval(estimate, draws, mutual=1.0)
     covered = ((low <= estimate.mean(0)) & (estimate.mean(0) <= high)).mean(0)
     assert (covered > 0.9).all(), covered
     assert (covered < 1).all(), covered

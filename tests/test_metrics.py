@@ -104,7 +104,7 @@ def test_interval_sets_the_draws_about_the_estimate_and_widens_them():
     low, high = metrics.interval(np.array([0.0, 0.0]), draws)
     np.testing.assert_allclose(low, -1.96, atol=0.1)  # the second one's bias is gone
     np.testing.assert_allclose(high, 1.96, atol=0.1)
-    wide = metrics.interval(np.array([0.0, 0.0]), draws, test_share=0.25)
+    wide = metrics.interval(np.array([0.0, 0.0]), draws, mutual=0.25)
     np.testing.assert_allclose(wide[1] - wide[0], (high - low) * np.sqrt(1.25))
     assert np.isnan(metrics.interval(np.array([np.nan]), np.full((1, 9), np.nan))).all()
 
