@@ -179,7 +179,7 @@ class Model:
         one = "subject" not in t1.dims
         t1 = (t1.expand_dims("subject") if one else t1).transpose(*DIMS["cohort"]["t1"])
         _check_grid(t1, self.config.structure.voxel_mm)
-        x = torch.tensor(t1.values, dtype=torch.float32, device=self.device)
+        x = torch.tensor(np.ascontiguousarray(t1), dtype=torch.float32, device=self.device)
         y = self.networks.structure(x).unflatten(1, self.config.structure.grid)
         out = xr.DataArray(
             y.cpu().numpy(), dims=DIMS["latents"]["structure"], coords=_cube_coords(self.config)

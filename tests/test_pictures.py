@@ -58,3 +58,9 @@ def test_a_subject_without_t1_is_named(people, model):
         InputError, match=f"Expected a subject with a T1, found none for '{without}'"
     ):
         hidden_cubes(people, model, without)
+
+
+def test_a_mirrored_view_of_a_t1_is_read_like_its_copy(people, model):
+    t1 = people.t1.sel(subject=with_t1(people))
+    view = model.structure(t1.copy(data=t1.values[::-1]))
+    np.testing.assert_array_equal(view, model.structure(t1.copy(data=t1.values[::-1].copy())))
