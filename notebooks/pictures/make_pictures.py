@@ -1,0 +1,113 @@
+"""Draw the destination pictures of the lessons again: `python make_pictures.py [name ...]`.
+
+Those that are a lesson's own stored figure are cut out of the executed notebook, so run
+`make notebooks` first. The others are drawn with the shipped weights.
+"""
+
+import base64
+import json
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from PIL import Image
+
+import bhx
+from bhx.latents import region_map
+from bhx.pictures import hidden_cubes
+from bhx.surface import plane_of
+
+HERE = Path(__file__).parent
+
+
+def five_sites():
+    return stored("01_a_cohort_is_a_dataset", "top.set(title=f")
+
+
+def accepted_scans():
+    return stored("10_bring_your_own_scans", "top.set(title=subject")
+
+
+def right_and_misread():
+    atlas, other = (bhx.load_atlas("schaefer400", order=f"{n}networks") for n in (7, 17))
+    right = atlas.harmonics.sel(mode=7, drop=True)
+    wrong = right.drop_vars(["network", "hemi"]).assign_coords(roi=other.roi.values)
+    titles = {"mode 7": right, "under wrong names": wrong}
+    return beside(
+        *(bhx.plot_surface(v, title=t, static=True, hemi="left") for t, v in titles.items())
+    )
+
+
+def tokens_and_networks():
+    cohort = bhx.open_cohort("synthetic").isel(subject=slice(24))
+    cohort = cohort.sel(subject=cohort.has_bold & cohort.has_t1)
+    return beside(bhx.plot_tokens(embedded(cohort), static=True))
+
+
+def people_and_tokens():
+    cohort = bhx.synthetic_cohort(30, seed=7, repeats=0.4, missing=0)
+    latents = embedded(cohort)
+    explorer = bhx.explore(latents)
+    older = (latents.age > latents.age.median()).values
+    explorer.select_parcel("Vis")
+    explorer.compare(older, ~older)
+    points = bhx.plot_latents(bhx.project(latents), color="site", static=True)
+    return beside(points, explorer.figure())
+
+
+def hub_on_surface():
+    real = bhx.open_cohort("sample").sel(subject=["sub-010188"])
+    attention = region_map(embedded(bhx.reparcellate(real, "schaefer100")))
+    title = "Attention of all hub tokens, one real scan"
+    return beside(bhx.plot_surface(attention, title=title, static=True))
+
+
+def masked_brain():
+    cohort = bhx.open_cohort("synthetic")
+    brain = hidden_cubes(cohort, bhx.load_model("workshop", device="cpu"), "sub-0001")
+    titles = {"what the encoder sees": "visible", "what comes back": "returned", "the scan": "t1"}
+    figure, axes = plt.subplots(1, 3, figsize=(8.5, 3.2), layout="constrained")
+    for axis, (title, name) in zip(axes, titles.items(), strict=True):
+        cut = plane_of(brain[name].fillna(0), "coronal", -20)
+        axis.pcolormesh(cut.x, cut.z, cut, cmap="gray")
+        axis.set(title=title, xlabel="x [mm]", aspect="equal")
+    return beside(figure)
+
+
+def embedded(cohort):
+    """The latents of a cohort, with attention, from the shipped weights."""
+    model = bhx.load_model("workshop", device="cpu")
+    return bhx.embed(cohort, model, keep=("attention",)).load()
+
+
+def stored(notebook, code):
+    """The first picture that a notebook stores under a cell with this code."""
+    cells = json.loads((HERE.parent / f"{notebook}.ipynb").read_text("utf8"))["cells"]
+    cell = next(c for c in cells if c["cell_type"] == "code" and code in "".join(c["source"]))
+    pictures = (o["data"]["image/png"] for o in cell["outputs"] if "image/png" in o.get("data", {}))
+    return Image.open(BytesIO(base64.b64decode("".join(next(pictures)))))
+
+
+def beside(*figures, height=430):
+    """Matplotlib figures as one image, side by side."""
+    images = []
+    for figure in figures:
+        buffer = BytesIO()
+        figure.savefig(buffer, dpi=90, facecolor="white", bbox_inches="tight")
+        image = Image.open(buffer)
+        images.append(image.resize((image.width * height // image.height, height)))
+    out = Image.new("RGB", (sum(image.width for image in images), height), "white")
+    for i, image in enumerate(images):
+        out.paste(image, (sum(before.width for before in images[:i]), 0))
+    return out
+
+
+PICTURES = (five_sites, accepted_scans, right_and_misread, tokens_and_networks)
+PICTURES += (people_and_tokens, hub_on_surface, masked_brain)
+
+if __name__ == "__main__":
+    for draw in PICTURES:
+        if draw.__name__ in (sys.argv[1:] or [p.__name__ for p in PICTURES]):
+            image = draw().convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            image.save(HERE / f"{draw.__name__}.png", optimize=True)
