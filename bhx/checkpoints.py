@@ -98,6 +98,10 @@ RELEASE = replace(
     order="17networks",
     dynamics=replace(PRESETS["base"].dynamics, patching="tape"),
 )
+_narrow = _preset("stand-in", "schaefer400", 4.0, 4, 48, 2, 4, 32, 1, 4, 128)
+STAND_IN = replace(  # the release's parcels, patches, cubes and hub tokens, in thin networks
+    _narrow, order="17networks", dynamics=replace(_narrow.dynamics, patching="tape")
+)
 
 
 class Harmonix(nn.Module):
@@ -232,6 +236,41 @@ RELEASED = {
 TABLES = {"harmonics": "schaefer400_roi_eigenmodes.csv", "gradients": "gradient_mapping_400.csv"}
 
 
+SIZES = "sizes.json"  # beside files in this layout that are of another size than the published
+
+
+def write_release(model: Harmonix, folder) -> Path:
+    """Write networks in the layout of the released files: three model.pth, two tables, sizes.
+
+    `read_weights("release:<folder>")` reads them. Left out are the structure decoder and the tables
+    of time positions of the dynamics file, which do not fit 18 patches and which no reader uses.
+    """
+    folder, f = Path(folder), model.dynamics
+    groups = {"encoder": f, "decoder": model.dynamics_predictor, "encoder_ema": f}
+    contents = {
+        "dynamics": {f"{g}.{k}": v for g, part in groups.items() for k, v in _learnt(part).items()},
+        "structure": {"model": _learnt(model.structure, "pos_embed")},
+        "harmonizer": {"model": _learnt(model.harmonizer, "pos_embed", "decoder_pos_embed")},
+    }
+    for name, content in contents.items():
+        (folder / RELEASED[name]).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, folder / RELEASED[name])
+    for name, path in TABLES.items():
+        rows = getattr(f.pos_embed, name).tolist()
+        if name == "harmonics":  # with a header and a column of row names
+            rows = [["", *range(len(rows[0]))], *([i, *row] for i, row in enumerate(rows))]
+        with open(folder / path, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    (folder / SIZES).write_text(json.dumps(asdict(model.config)))
+    return folder
+
+
+def _learnt(part, *fixed):
+    """Tensors of a released file: what was learnt, and the fixed tables named."""
+    tensors = dict(part.named_parameters()) | {name: getattr(part, name) for name in fixed}
+    return {k: v.detach().cpu() for k, v in tensors.items()}
+
+
 def _read_release(folder, config: HarmonixConfig = RELEASE):
     """The published weights, read strictly and without unpickling anything but tensors.
 
@@ -239,6 +278,8 @@ def _read_release(folder, config: HarmonixConfig = RELEASE):
     data: the weights were trained so.
     """
     paths = {name: _find(folder, path) for name, path in (RELEASED | TABLES).items()}
+    if (folder / SIZES).is_file():
+        config = HarmonixConfig.from_dict(json.loads((folder / SIZES).read_text()))
     harmonics = _table(paths["harmonics"], header=True)
     gradients = _table(paths["gradients"], header=False)
     model = build(config, harmonics, gradients)
@@ -248,7 +289,8 @@ def _read_release(folder, config: HarmonixConfig = RELEASE):
     _fill_dynamics(model, _tensors(paths["dynamics"]), str(paths["dynamics"]))
     _fill_structure(model, _tensors(paths["structure"]), str(paths["structure"]))
     _fill(model.harmonizer, _tensors(paths["harmonizer"]), str(paths["harmonizer"]))
-    model.provenance = {"source": "released files", "weights_sha256": digest.hexdigest()}
+    source = "released files" if config.name == "release" else f"{config.name}, released layout"
+    model.provenance = {"source": source, "weights_sha256": digest.hexdigest()}
     return model.eval()
 
 

@@ -237,6 +237,21 @@ def write_release(folder, contents, harmonics, gradients):
     return folder
 
 
+def test_what_is_written_in_the_released_layout_is_read(tmp_path):
+    """Its keys are those of the published files, and it says its own size."""
+    networks = model(seed=3, config=replace(TINY_RELEASE, name="other"))
+    folder = checkpoints.write_release(networks, tmp_path / "written")
+    for file, keys in zip((F, S, H), published(networks).values(), strict=True):
+        found = torch.load(folder / file)
+        assert {*found.get("model", found)} == {k for k in keys if ".emb_h_" not in k}
+    read = read_weights(f"release:{folder}")
+    assert torch.equal(hub(read), hub(networks))
+    assert read.config == networks.config
+    assert read.provenance["source"] == "other, released layout"
+    again = checkpoints.write_release(networks, tmp_path / "again")
+    assert read_weights(f"release:{again}").provenance == read.provenance
+
+
 @pytest.fixture
 def released(tmp_path, monkeypatch):
     """A folder in the published format of a tiny model, and that model."""
