@@ -13,19 +13,15 @@ from importlib.resources import files
 
 import numpy as np
 import xarray as xr
+from scipy.spatial.distance import squareform
 
+from bhx.errors import check_choice
 from bhx.schema import ROI_COORDS, UNITS, InputError, listed
 
 ATLASES = {"schaefer100": 100, "schaefer200": 200, "schaefer400": 400}
-ORDERS = ("7networks", "17networks")
 N_FSAVERAGE5 = 10_242  # vertices of one hemisphere
-SURFACES = {
-    "inflated": "infl",
-    "pial": "pial",
-    "white": "white",
-    "flat": "flat",
-    "sphere": "sphere",
-}
+SURFACES = ("inflated", "pial", "white", "flat", "sphere")
+HEMISPHERES = {"left": "left", "right": "right", "L": "left", "R": "right"}
 
 
 def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Dataset:
@@ -47,11 +43,12 @@ def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Datase
     """
     _check_choice(name, order)
     parcels, arrays = _parcels(ATLASES[name]), _arrays(name)
+    connectome = squareform(arrays["connectome"])  # its upper triangle is stored
     out = xr.Dataset(
         {
             "harmonics": (("roi", "mode"), arrays["harmonics"]),
             "gradients": (("roi", "component"), arrays["gradients"]),
-            "connectome": (("roi", "roi_other"), _symmetric(arrays["connectome"])),
+            "connectome": (("roi", "roi_other"), connectome + np.eye(len(connectome), dtype="f4")),
             "sphere": (("roi", "axis"), arrays["sphere"]),
             "labels_fsaverage5": ("vertex_fsaverage5", arrays["labels_fsaverage5"]),
             "labels_fslr32k": ("vertex_fslr32k", arrays["labels_fslr32k"]),
@@ -69,14 +66,6 @@ def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Datase
     )
     out = _with_provenance(out, float(arrays["agreement"]))
     return out if order == "7networks" else _reordered(out)
-
-
-def _symmetric(upper):
-    """The whole matrix, diagonal 1, from its upper triangle without the diagonal."""
-    n = round((1 + (1 + 8 * len(upper)) ** 0.5) / 2)
-    out = np.zeros((n, n), np.float32)
-    out[np.triu_indices(n, 1)] = upper
-    return out + out.T + np.eye(n, dtype=np.float32)
 
 
 def _with_provenance(atlas, agreement):
@@ -104,29 +93,30 @@ def match_names(names, atlas: xr.Dataset | str) -> list[str]:
     "7Networks_" or "17Networks_". Raises InputError unless they are the atlas's parcels, each once.
     """
     atlas = load_atlas(atlas) if isinstance(atlas, str) else atlas
-    known = {}
-    for kind in ("name7", "name17"):
-        if kind in atlas.coords:
-            for alias, name in zip(atlas[kind].values, atlas.roi.values, strict=True):
-                known[str(alias)] = known[str(alias).split("_", 1)[1]] = str(name)
+    known = aliases(atlas)
     given = [n.decode() if isinstance(n, bytes) else str(n) for n in np.asarray(names).tolist()]
     found = [known.get(n) for n in given]
     unknown = [n for n, f in zip(given, found, strict=True) if f is None]
-    once = set(found)
-    missing = [str(n) for n in atlas.roi.values if str(n) not in once]
+    missing = atlas.indexes["roi"].difference(found, sort=False)
     twice = [n for i, n in enumerate(given) if found[i] is not None and found[i] in found[:i]]
-    if unknown or missing or twice:
-        raise _names_error(atlas, given, unknown=unknown, missing=missing, repeated=twice)
+    wrong = {"unknown": unknown, "missing": missing, "repeated": twice}
+    if wrong := [f"{kind}: {listed(names)}" for kind, names in wrong.items() if len(names)]:
+        raise InputError(
+            f"Expected the {atlas.sizes['roi']} parcels of {atlas.attrs.get('atlas', 'the atlas')}"
+            f", found {len(given)} names; {'; '.join(wrong)}",
+            "Name the ROIs as bhx.load_atlas(name).roi does, or choose the atlas they come from",
+        )
     return found
 
 
-def _names_error(atlas, given, **wrong):
-    found = "; ".join(f"{kind}: {listed(names)}" for kind, names in wrong.items() if names)
-    name = atlas.attrs.get("atlas", "the atlas")
-    return InputError(
-        f"Expected the {atlas.sizes['roi']} parcels of {name}, found {len(given)} names; {found}",
-        "Name the ROIs as bhx.load_atlas(name).roi does, or choose the atlas they come from",
-    )
+def aliases(atlas: xr.Dataset) -> dict[str, str]:
+    """The atlas's own name of a parcel by each name it has: 7- or 17-network, prefixed or not."""
+    own, known = atlas.roi.values.tolist(), {}
+    for kind in {"name7", "name17"} & {*atlas.coords}:
+        names = atlas[kind].values.tolist()
+        known |= dict(zip(names, own, strict=True))
+        known |= dict(zip((name.split("_", 1)[1] for name in names), own, strict=True))
+    return known
 
 
 def reparcellate(cohort: xr.Dataset, atlas: str) -> xr.Dataset:
@@ -155,13 +145,12 @@ def reparcellate(cohort: xr.Dataset, atlas: str) -> xr.Dataset:
 
 def load_sample() -> xr.Dataset:
     """One real resting-state scan, Schaefer-400 parcels: bold (roi, time), TR in `attrs["tr"]`."""
-    with _asset("sample.npz").open("rb") as raw, np.load(raw) as file:
-        bold = file["bold"] * file["scale"][:, None]
-        tr = float(file["tr"])
+    arrays = _arrays("sample")
+    bold = arrays["bold"] * arrays["scale"][:, None]
     return xr.Dataset(
         {"bold": (("roi", "time"), bold.astype(np.float32))},
         {"roi": _parcels(400)["name7"], "time": np.arange(bold.shape[1])},
-        {"tr": tr, **_provenance()["sample"]},
+        {"tr": float(arrays["tr"]), **_provenance()["sample"]},
     )
 
 
@@ -171,30 +160,24 @@ def load_mesh(surface: str = "inflated", hemi: str = "left") -> tuple[np.ndarray
     `surface` is "inflated", "pial", "white", "flat" or "sphere"; `hemi` is "left" or "right".
     The flat surface is cut open, so some vertices are in no triangle of it.
     """
-    if surface not in SURFACES:
-        raise InputError(f"Expected a surface of {listed(SURFACES)}, found '{surface}'", "Take one")
-    arrays = _gifti(f"{SURFACES[surface]}_{_side(hemi)}.gii.gz")
-    return arrays[0].astype(np.float32), arrays[1].astype(np.int32)
+    check_choice("the surface", surface, SURFACES)
+    coords, faces = _gifti("infl" if surface == "inflated" else surface, hemi)
+    return coords.astype(np.float32), faces.astype(np.int32)
 
 
 def load_sulc(hemi: str = "left") -> np.ndarray:
     """Sulcal depth of fsaverage5 (10242,) float32, positive in sulci, from nilearn's wheel."""
-    return _gifti(f"sulc_{_side(hemi)}.gii.gz")[0].astype(np.float32)
+    return _gifti("sulc", hemi)[0].astype(np.float32)
 
 
 @cache
-def _gifti(name):
+def _gifti(name, hemi):
     import nibabel  # heavy, and importing nilearn.datasets instead takes two seconds more
 
-    path = files("nilearn") / "datasets" / "data" / "fsaverage5" / name
-    return tuple(array.data for array in nibabel.load(str(path)).darrays)
-
-
-def _side(hemi):
-    sides = {"left": "left", "right": "right", "L": "left", "R": "right"}
-    if hemi not in sides:
-        raise InputError(f"Expected hemi 'left' or 'right', found '{hemi}'", "Take one of them")
-    return sides[hemi]
+    check_choice("hemi", hemi, HEMISPHERES)
+    folder = files("nilearn") / "datasets" / "data" / "fsaverage5"
+    image = nibabel.load(str(folder / f"{name}_{HEMISPHERES[hemi]}.gii.gz"))
+    return tuple(array.data for array in image.darrays)
 
 
 def _arrays(name):
@@ -205,18 +188,12 @@ def _arrays(name):
 def _parcels(scale):
     with _asset("parcels.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if int(row["scale"]) == scale]
-    names = np.array([row["name7"] for row in rows])
-    out = {
-        "network": np.array([name.split("_")[2] for name in names]),
-        "hemi": np.array([name.split("_")[1][0] for name in names]),
-        **{k: np.array([float(row[k]) for row in rows]) for k in ("mni_x", "mni_y", "mni_z")},
-        "label": np.array([int(row["label"]) for row in rows]),
-        "name7": names,
-    }
+    kinds = {"mni_x": float, "mni_y": float, "mni_z": float, "label": int, "name7": str}
     if scale == 400:
-        out["name17"] = np.array([row["name17"] for row in rows])
-        out["label17"] = np.array([int(row["label17"]) for row in rows])
-    return out
+        kinds |= {"name17": str, "label17": int}
+    out = {key: np.array([kind(row[key]) for row in rows]) for key, kind in kinds.items()}
+    _, side, network = zip(*(name.split("_")[:3] for name in out["name7"]), strict=True)
+    return {"network": np.array(network), "hemi": np.array([s[0] for s in side]), **out}
 
 
 def _provenance():
@@ -228,14 +205,8 @@ def _asset(name):
 
 
 def _check_choice(name, order):
-    if name not in ATLASES:
-        raise InputError(
-            f"Expected an atlas of {listed(ATLASES)}, found '{name}'", "Take one of them"
-        )
-    if order not in ORDERS:
-        raise InputError(
-            f"Expected an order of {listed(ORDERS)}, found '{order}'", "Take one of them"
-        )
+    check_choice("the atlas", name, ATLASES)
+    check_choice("order", order, ("7networks", "17networks"))
     if order == "17networks" and name != "schaefer400":
         raise InputError(
             f"Expected order '7networks' for {name}, found '17networks'",

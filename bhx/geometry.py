@@ -74,10 +74,9 @@ def parcel_means(values, labels, n_parcels: int) -> np.ndarray:
         shape=(n_parcels, len(labels)),
     )
     count = member.sum(axis=1)
-    if (count == 0).any():
+    if len(empty := np.flatnonzero(count == 0) + 1):
         raise InputError(
-            f"Expected values in each of {n_parcels} parcels, found none in parcel "
-            f"{listed(np.flatnonzero(count == 0) + 1)}",
+            f"Expected values in each of {n_parcels} parcels, found none in parcel {listed(empty)}",
             "Check the mask and the labels",
         )
     means = (member @ np.where(good[:, None], flat, 0)) / count[:, None]
@@ -98,7 +97,7 @@ def gradients(connectome, n_components: int, *, keep: float = 0.1) -> np.ndarray
     return _diffusion_map(affinity, n_components)
 
 
-def spins(sphere, hemi, n: int, seed: int, *, assign: str = "hungarian") -> np.ndarray:
+def spins(sphere, hemi, n: int, seed: int) -> np.ndarray:
     """Random rotations of parcels on the sphere: array (n, roi) of int, the parcel moved there.
 
     `values[spins[i]]` is the i-th null map: it keeps the spatial smoothness of `values` and breaks
@@ -109,16 +108,11 @@ def spins(sphere, hemi, n: int, seed: int, *, assign: str = "hungarian") -> np.n
     sphere : array (roi, 3), the parcels' centres on the spherical surface (`atlas.sphere`)
     hemi : array (roi,) of "L" or "R"
     n : number of rotations
-    seed : the same seed gives the same spins
-    assign : "hungarian", each parcel used once, or "nearest", the closest parcel
+    seed : the same seed gives the same spins; each uses every parcel once
 
     Source: Alexander-Bloch et al., NeuroImage 2018; Markello and Misic, NeuroImage 2021.
     """
     sphere, hemi = np.asarray(sphere, float), np.asarray(hemi)
-    if assign not in ("hungarian", "nearest"):
-        raise InputError(
-            f"Expected assign 'hungarian' or 'nearest', found '{assign}'", "Take one of them"
-        )
     if sphere.shape != (len(hemi), 3) or not np.isin(hemi, ["L", "R"]).all():
         raise InputError(
             f"Expected sphere (roi, 3) with hemi 'L' or 'R' for each roi, found {sphere.shape} "
@@ -130,7 +124,8 @@ def spins(sphere, hemi, n: int, seed: int, *, assign: str = "hungarian") -> np.n
     for i, rotation in enumerate(random_rotations(n, seed)):
         for side, turn in (("L", rotation), ("R", MIRROR @ rotation @ MIRROR)):
             here = np.flatnonzero(hemi == side)
-            out[i, here] = here[_reassign(unit[here], unit[here] @ turn.T, assign)]
+            nearness = unit[here] @ (unit[here] @ turn.T).T
+            out[i, here] = here[optimize.linear_sum_assignment(-nearness)[1]]
     return out
 
 
@@ -175,16 +170,10 @@ def _laplacian(coords, faces):
     n, corner = len(coords), coords[faces]  # (triangle, 3 corners, xyz)
     side = np.roll(corner, -2, axis=1) - np.roll(corner, -1, axis=1)  # opposite each corner
     area = _areas(coords, faces)
-    rows, cols, k, m = [], [], [], []
-    for i in range(3):
-        for j in range(3):
-            rows.append(faces[:, i])
-            cols.append(faces[:, j])
-            k.append((side[:, i] * side[:, j]).sum(axis=1) / (4 * area))
-            m.append(area / (6 if i == j else 12))
-    place = (np.concatenate(rows), np.concatenate(cols))
-    stiffness = sparse.csc_array((np.concatenate(k), place), shape=(n, n))
-    return stiffness, sparse.csc_array((np.concatenate(m), place), shape=(n, n))
+    k = np.einsum("tix,tjx,t->tij", side, side, 1 / (4 * area))
+    m = area[:, None, None] * (np.ones((3, 3)) + np.eye(3)) / 12
+    place = np.repeat(faces, 3, axis=1).ravel(), np.tile(faces, 3).ravel()
+    return [sparse.csc_array((values.ravel(), place), shape=(n, n)) for values in (k, m)]
 
 
 def _solve_pieces(stiffness, mass, n_modes):
@@ -253,8 +242,7 @@ def _checked_mesh(coords, faces, mask):
             f"{faces.shape}",
             "Pass the mesh as coords, faces",
         )
-    if not np.isfinite(coords).all():
-        bad = np.flatnonzero(~np.isfinite(coords).all(axis=1))
+    if len(bad := np.flatnonzero(~np.isfinite(coords).all(axis=1))):
         raise InputError(
             f"Expected finite coordinates, found NaN or infinity at vertex {listed(bad)}",
             "Repair the mesh or read the file again",
@@ -281,8 +269,7 @@ def _cut(coords, faces, mask):
     """The part of a mesh inside the mask, renumbered; every fault of it named."""
     faces = faces[mask[faces].all(axis=1)]
     kept = np.flatnonzero(mask)
-    lone = np.setdiff1d(kept, faces)
-    if len(lone):
+    if len(lone := np.setdiff1d(kept, faces)):
         raise InputError(
             f"Expected every vertex in a triangle, found {len(lone)} of {len(kept)} in none "
             f"({listed(lone)})",
@@ -292,10 +279,9 @@ def _cut(coords, faces, mask):
     number[kept] = np.arange(len(kept))
     coords, faces = coords[kept], number[faces]
     area = _areas(coords, faces)
-    flat = np.flatnonzero(area <= 1e-12 * area.mean())
-    if len(flat):
+    if n_flat := np.count_nonzero(area <= 1e-12 * area.mean()):
         raise InputError(
-            f"Expected triangles with an area, found {len(flat)} degenerate of {len(faces)}",
+            f"Expected triangles with an area, found {n_flat} degenerate of {len(faces)}",
             "Merge repeated vertices and remove the triangles they leave",
         )
     times = np.unique(edges(faces), axis=0, return_counts=True)[1]
@@ -340,8 +326,7 @@ def _strongest(connectome, keep):
     n_kept = max(1, round(keep * len(connectome)))
     threshold = np.sort(connectome, axis=1)[:, [-n_kept]]
     rows = np.where((connectome >= threshold) & (connectome > 0), connectome, 0)
-    empty = np.flatnonzero(~rows.any(axis=1))
-    if len(empty):
+    if len(empty := np.flatnonzero(~rows.any(axis=1))):
         raise InputError(
             f"Expected a positive connection of every parcel, found none of parcel {listed(empty)}",
             "Drop the parcels without signal first",
@@ -360,11 +345,3 @@ def _diffusion_map(affinity, n_components):
     values, vectors = values[::-1], vectors[:, ::-1]
     maps = vectors[:, 1:] / vectors[:, :1]  # eigenvectors of the random walk
     return fix_signs(maps) * (values[1:] / (1 - values[1:]))
-
-
-def _reassign(places, turned, assign):
-    """For each place, the parcel that the rotation brought there."""
-    distance = -(places @ turned.T)
-    if assign == "nearest":
-        return distance.argmin(axis=1)
-    return optimize.linear_sum_assignment(distance)[1]

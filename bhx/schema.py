@@ -41,18 +41,8 @@ DIMS = {
 REQUIRED = {"cohort": (), "latents": ("hub",), "features": ("features",), "scores": ("score",)}
 SUBJECT_COORDS = ("participant", "site", "tr", "n_volumes", "has_bold", "has_t1")
 ROI_COORDS = ("network", "hemi", "mni_x", "mni_y", "mni_z")
-UNITS = {
-    "tr": "s",
-    "age": "years",
-    "mean_fd": "mm",
-    "mni_x": "mm",
-    "mni_y": "mm",
-    "mni_z": "mm",
-    "x": "mm",
-    "y": "mm",
-    "z": "mm",
-    "onset": "s",
-}
+UNITS = {"tr": "s", "onset": "s", "age": "years"}
+UNITS |= dict.fromkeys(("mean_fd", "mni_x", "mni_y", "mni_z", "x", "y", "z"), "mm")
 
 
 def t1_grid(voxel_mm: float = 1.0) -> dict[str, np.ndarray]:
@@ -67,11 +57,10 @@ def t1_grid(voxel_mm: float = 1.0) -> dict[str, np.ndarray]:
             "Take 1, 2, 4, 8, 16 or 32 mm",
         )
     middle = (voxel_mm - 1) / 2
+    grid = zip("xyz", T1_SHAPE, MNI_ORIGIN, MNI_STEP, CROP, strict=True)
     return {
         axis: origin + step * (crop + middle + voxel_mm * np.arange(int(n / voxel_mm)))
-        for axis, n, origin, step, crop in zip(
-            "xyz", T1_SHAPE, MNI_ORIGIN, MNI_STEP, CROP, strict=True
-        )
+        for axis, n, origin, step, crop in grid
     }
 
 
@@ -105,14 +94,11 @@ def build_cohort(bold, t1, subject: dict, roi: dict | None, attrs: dict, voxel_m
 def plain_labels(obj: xr.Dataset) -> xr.Dataset:
     """The same with every coordinate in memory, and text as numpy's fixed-width str, which pandas
     and scikit-learn take as it is; a reopened store gives text of variable length."""
-    return obj.assign_coords(
-        {
-            name: c.copy(
-                data=np.array(c.values.tolist(), str) if c.dtype.kind in "OT" else c.values
-            )
-            for name, c in obj.coords.items()
-        }
-    )
+    plain = {
+        name: np.array(c.values.tolist(), str) if c.dtype.kind in "OT" else c.values
+        for name, c in obj.coords.items()
+    }
+    return obj.assign_coords({name: obj[name].copy(data=values) for name, values in plain.items()})
 
 
 def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
@@ -161,7 +147,7 @@ def _check_subjects(obj, kind):
             f"Expected unique subject ids, found {listed(twice)} more than once",
             "Name each row participant[/session][/run]",
         )
-    if obj.attrs.get("complete", True) is False or obj.attrs.get("complete", 1) == 0:
+    if not obj.attrs.get("complete", True):
         raise InputError(
             f"Expected finished {kind}, found a store that was still being written",
             "Run the same call again: it continues where it stopped",
