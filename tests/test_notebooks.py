@@ -242,7 +242,8 @@ def test_only_figures_and_widgets_go_uncompared(name):
         live = [bool(kind & set(LIVE)) for kind in kinds]
         tags = cell.metadata.get("tags", [])
         assert tags == (["nbval-ignore-output"] if any(live) else []), cell.source
-        assert all(live) or not any(live), f"text beside a live figure: {cell.source}"
+        drawn = [bool(kind & {*LIVE, "image/png"}) for kind in kinds]
+        assert all(drawn) or not any(live), f"text beside a live figure: {cell.source}"
 
 
 @every_notebook
@@ -253,7 +254,8 @@ def test_outputs_hold_no_error_machine_or_clock(name):
         for output in cell.outputs:
             text = json.dumps({k: v for k, v in output.items() if k not in ("data",)})
             data = output.get("data", {})
-            text += json.dumps({k: v for k, v in data.items() if k.startswith("text/")})
+            if LIVE[1] not in data:  # else its text stands in for a widget, a bar at its start
+                text += json.dumps({k: v for k, v in data.items() if k.startswith("text/")})
             found = FORBIDDEN.search(text) or TIMING.search(text)
             assert not found, f"'{found.group()}' in the output of: {cell.source}"
 
