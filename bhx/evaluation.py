@@ -809,13 +809,13 @@ def perceptron(task: str, seed: int = 0):
     from sklearn.neural_network import MLPClassifier, MLPRegressor
 
     kind = MLPRegressor if task == "number" else MLPClassifier
-    network = kind(64, solver="lbfgs", alpha=1.0, max_iter=5000, tol=1e-6, random_state=seed)
-    scaled = make_pipeline(StandardScaler(), network)
-    return (
-        TransformedTargetRegressor(scaled, transformer=StandardScaler())
-        if task == "number"
-        else scaled
+    network = kind(
+        hidden_layer_sizes=64, solver="lbfgs", alpha=1.0, max_iter=5000, tol=1e-6, random_state=seed
     )
+    scaled = make_pipeline(StandardScaler(), network)
+    if task == "number":
+        return TransformedTargetRegressor(scaled, transformer=StandardScaler())
+    return scaled
 
 
 class OrdinalLogistic(ClassifierMixin, BaseEstimator):
