@@ -25,7 +25,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_N
 # figures as plotly's JSON alone, so that stored and fresh outputs can be compared
 IN_NOTEBOOKS := $(ONE_THREAD) PLOTLY_RENDERER=plotly_mimetype
 
-.PHONY: help env demo test lint unit nbval lab weights assets notebooks clean
+.PHONY: help env demo test lint unit nbval lab voila book weights assets notebooks clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -57,10 +57,19 @@ unit: env
 
 nbval: env
 	$(IN_NOTEBOOKS) $(PY) -m pytest -q -n $(JOBS) --dist loadscope -p no:cacheprovider \
-		--nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks
+		--nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg \
+		$(NOTEBOOKS)
 
 lab: env  ## JupyterLab on the notebooks
 	$(PY) -m jupyter lab notebooks
+
+voila: env  ## the explorer as a page without code, for a public lecture
+	$(PY) -m voila notebooks/voila/explorer.ipynb
+
+book: env  ## the lessons and the public names as a site, in build/book/html; its links are checked
+	$(PY) -m pip install -qq --editable '.[$(EXTRAS),book]'
+	$(ONE_THREAD) $(PY) notebooks/book/build.py build/book
+	BHX_BOOK=build/book/html $(PY) -m pytest -q tests/test_book.py
 
 weights: env  ## train the shipped workshop weights again
 	$(PY) bhx/weights/make_weights.py
