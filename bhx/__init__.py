@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .latents import pool as pool
     from .latents import project as project
     from .latents import region_map as region_map
+    from .reporting import report as report
     from .surface import plot_latents as plot_latents
     from .surface import plot_surface as plot_surface
     from .surface import plot_tokens as plot_tokens
@@ -51,6 +52,7 @@ PUBLIC = {
     "explorer": ("explore",),
     "evaluation": ("probe", "compare", "connectome"),
     "fine_tuning": ("fine_tune",),
+    "reporting": ("report",),
 }
 _FILE_OF = {name: file for file, names in PUBLIC.items() for name in names}
 __all__ = [*_FILE_OF, "folders"]
