@@ -27,9 +27,10 @@ LABEXTENSIONS = {  # what JupyterLab needs for widgets and figures -> the packag
 
 def main(argv=None) -> int:
     """Run one subcommand; 0 is success, 1 a failure it reports, 2 input that does not fit."""
-    args = _parser().parse_args(argv)
+    options = vars(_parser().parse_args(argv))
+    run = options.pop("run")
     try:
-        return args.run(args) or 0
+        return run(**options) or 0
     except InputError as error:
         print(f"bhx: {error}", file=sys.stderr)
         return 2
@@ -38,7 +39,7 @@ def main(argv=None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bhx", description=bhx.__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"bhx {bhx.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    commands = parser.add_subparsers(metavar="command", required=True)
 
     doctor = commands.add_parser("doctor", help="versions, device, memory; what is missing")
     doctor.set_defaults(run=_doctor)
@@ -56,14 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("source", help="catalogue entry or folder of derivatives")
     prepare.add_argument("out", help="store to write or continue")
     prepare.add_argument("--workers", type=int, default=1)
-    prepare.add_argument("--scheduler", help="address of a Dask cluster, instead of threads")
+    prepare.add_argument("--scheduler", dest="client", help="a Dask cluster's, not threads")
     prepare.add_argument("--atlas", default="schaefer400")
     prepare.add_argument("--order", choices=("7networks", "17networks"))
     prepare.add_argument("--labels", help="label image or file, instead of the atlas's own")
     prepare.add_argument("--voxel-mm", type=float, default=1.0)
     prepare.add_argument("--task", default="rest")
     prepare.add_argument("--phenotypes", help="table of participants")
-    prepare.add_argument("--no-denoising", action="store_true", help="BOLD is denoised already")
+    prepare.add_argument(
+        "--no-denoising",
+        dest="denoising",
+        action="store_const",
+        const=None,
+        default=argparse.SUPPRESS,
+        help="BOLD is denoised already",
+    )
     prepare.add_argument("--quality", metavar="HTML", help="write the quality page here")
     prepare.set_defaults(run=_prepare)
 
@@ -96,81 +104,56 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(args):
+def _demo(**options):
     from .demo import run_demo
 
-    run_demo(args.out, subjects=args.subjects)
+    run_demo(**options)
 
 
-def _catalog(args):
+def _catalog(catalog):
     from .catalog import catalog_table
 
-    print(catalog_table(args.catalog).to_string())
+    print(catalog_table(catalog).to_string())
 
 
-def _prepare(args):
+def _prepare(quality, **options):
     from .quality import quality_page
 
-    options = {"denoising": None} if args.no_denoising else {}
-    cohort = bhx.prepare(
-        args.source,
-        args.out,
-        atlas=args.atlas,
-        order=args.order,
-        labels=args.labels,
-        voxel_mm=args.voxel_mm,
-        task=args.task,
-        phenotypes=args.phenotypes,
-        workers=args.workers,
-        client=args.scheduler,
-        **options,
-    )
-    print(f"{cohort.sizes['subject']} subjects in {args.out}")
-    for subject, reason in dict(cohort.attrs.get("refused", {})).items():
+    cohort = bhx.prepare(**options)
+    print(f"{cohort.sizes['subject']} subjects in {options['out']}")
+    for subject, reason in cohort.attrs["refused"].items():
         print(f"left out: {subject}: {reason}")
-    if args.quality:
-        print(f"quality page {quality_page(cohort, args.quality)}")
+    if quality:
+        print(f"quality page {quality_page(cohort, quality)}")
 
 
-def _pretrain(args):
-    import ast
+def _pretrain(settings, **options):
+    from ast import literal_eval
 
-    def value(text):
+    for name, text in (pair.split("=", 1) for pair in settings):
         try:
-            return ast.literal_eval(text)
+            options[name] = literal_eval(text)
         except (ValueError, SyntaxError):
-            return text
-
-    settings = dict(pair.split("=", 1) for pair in args.settings)
-    bhx.pretrain(
-        args.cohort,
-        stage=args.stage,
-        out=args.out,
-        preset=args.preset,
-        model=args.model,
-        workers=args.workers,
-        device=args.device,
-        resume=args.resume,
-        **{name: value(text) for name, text in settings.items()},
-    )
-    print(f"weights in {args.out}")
+            options[name] = text
+    bhx.pretrain(**options)
+    print(f"weights in {options['out']}")
 
 
-def _embed(args):
-    model = bhx.load_model(args.model, device=args.device)
-    print(bhx.embed(bhx.open_cohort(args.cohort), model, store=args.out, keep=args.keep))
+def _embed(cohort, out, model, keep, device):
+    network = bhx.load_model(model, device=device)
+    print(bhx.embed(bhx.open_cohort(cohort), network, store=out, keep=keep))
 
 
-def _evaluate(args):
+def _evaluate(latents, cohort, target, groups):
     import xarray as xr
 
-    ours = bhx.pool(xr.open_zarr(args.latents, consolidated=False).load())
-    control = bhx.connectome(bhx.open_cohort(args.cohort)).compute()
-    scores = [bhx.probe([ours, control], target, groups=args.groups) for target in args.target]
+    ours = bhx.pool(xr.open_zarr(latents, consolidated=False).load())
+    control = bhx.connectome(bhx.open_cohort(cohort)).compute()
+    scores = [bhx.probe([ours, control], name, groups=groups) for name in target]
     print(bhx.compare(*scores, control=control.attrs["name"]).to_string())
 
 
-def _doctor(args) -> int:
+def _doctor() -> int:
     """Print what this machine has, and what is missing; 1 when the core is not complete."""
     packages = _packages()
     sections = {

@@ -112,14 +112,14 @@ class Explorer:
 
     def compare(self, first, second):
         """Show the maps of one group minus those of another (ids or masks)."""
-        groups = self._mask(first), self._mask(second)
-        if (groups[0] & groups[1]).any():
-            twice = self.subjects[groups[0] & groups[1]]
+        first, second = self._mask(first), self._mask(second)
+        if (first & second).any():
+            twice = listed(self.subjects[first & second])
             raise InputError(
-                f"Expected groups without common subjects, found {listed(twice)} in both",
+                f"Expected groups without common subjects, found {twice} in both",
                 "Remove them from one",
             )
-        self.groups, self.chosen = groups, groups[0] | groups[1]
+        self.groups, self.chosen = (first, second), first | second
         self._tell()
 
     # what is seen ---------------------------------------------------------------------------
@@ -160,10 +160,8 @@ class Explorer:
         if self.chosen.sum() == 1:
             rows = [("subject", self.subjects[self.chosen][0])]
         coords = {n: c for n, c in self.latents.coords.items() if c.dims == ("subject",)}
-        for name in [
-            n for n in ("age", "sex", "diagnosis", "site", "tr", "mean_fd") if n in coords
-        ]:
-            rows.append((name, _summary(coords[name].values[self.chosen])))
+        shown = [n for n in ("age", "sex", "diagnosis", "site", "tr", "mean_fd") if n in coords]
+        rows += [(name, _summary(coords[name].values[self.chosen])) for name in shown]
         cells = "".join(
             f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows
         )
@@ -180,7 +178,7 @@ class Explorer:
         """The lines that make the same map without the explorer."""
         token = "None" if self.token is None else str(self.token)
         call = f"bhx.region_map(latents, token={token}, subjects="
-        ids = [self.subjects[g].tolist() for g in self.groups or (self.chosen,)]
+        ids = [self.subjects[group].tolist() for group in self._selected()]
         names = ["first", "second"] if self.groups else ["subjects"]
         lines = ["import bhx", ""]
         lines += [f"{name} = {who!r}" for name, who in zip(names, ids, strict=True)]
@@ -189,11 +187,8 @@ class Explorer:
 
     def figure(self):
         """The static figure that `code` draws."""
-        maps = [
-            region_map(self.latents, self.token, subjects=group)
-            for group in self.groups or (self.chosen,)
-        ]
-        values = maps[0] if len(maps) == 1 else maps[0] - maps[1]
+        maps = [region_map(self.latents, self.token, subjects=g) for g in self._selected()]
+        values = maps[0] - maps[1] if self.groups else maps[0]
         return plot_surface(values, static=True, title=self.heading())
 
     def _ipython_display_(self):
@@ -208,6 +203,9 @@ class Explorer:
 
     # how ------------------------------------------------------------------------------------
 
+    def _selected(self):
+        return self.groups or (self.chosen,)
+
     def _tell(self):
         for follow in self.followers:
             follow()
@@ -220,7 +218,7 @@ class Explorer:
         values, has = self._maps[of]
         if of == "t1":
             values = values[-1 if self.token is None else self._at(self.token)]
-        groups = groups or self.groups or (self.chosen,)
+        groups = groups or self._selected()
         weights = np.zeros(len(has), np.float32)
         for sign, group in zip((1, -1), groups, strict=False):
             weights += sign * (group & has) / max((group & has).sum(), 1)
@@ -277,6 +275,11 @@ def _summary(values):
     return listed([f"{n}: {c}" for n, c in zip(names, counts, strict=True)])
 
 
+def _keep_state(figure):
+    """Let a page that opens later, or again, begin with what is drawn now, as plotly does not."""
+    figure._trait_values |= {"_widget_data": figure._data, "_widget_layout": figure._layout}
+
+
 WIDE = 540  # px, of every figure: two fit side by side on a laptop
 PLAIN = {"template": "plotly_white", "width": WIDE, "margin": {"l": 50, "r": 10, "t": 10, "b": 40}}
 START = {"x": 0, "y": -20, "z": 10}  # mm, where the slices lie at first
@@ -291,6 +294,8 @@ class _Panels:
         self.explorer = explorer
         self.people, self.strip = self._people(), self._strip()
         self.brain, self.slices = self._brain(), self._slices()
+        for figure in (self.people, self.strip, self.brain, self.slices):
+            _keep_state(figure)
         self.card, self.heading, self.legend = (widgets.HTML() for _ in range(3))
         self.controls, self.sliders = self._controls(widgets), self._sliders(widgets)
         self.written = widgets.Textarea(layout={"width": "60%", "height": "120px"})
@@ -321,28 +326,21 @@ class _Panels:
         import plotly.graph_objects as go
 
         points, ids = self.explorer.points, self.explorer.subjects
-        figure = go.FigureWidget(
-            go.Scatter(
-                x=points.values[:, 0].astype(np.float32),
-                y=points.values[:, 1].astype(np.float32),
-                mode="markers",
-                marker={"size": 7, "colorscale": colours("viridis"), "colorbar_thickness": 12},
-                text=[escape(str(s)) for s in ids],
-                hovertemplate="%{text}<extra></extra>",
-            )
-        )
+        x, y = points.values.T.astype(np.float32)
+        marker = {"size": 7, "colorscale": colours("viridis"), "colorbar_thickness": 12}
+        dots = go.Scatter(x=x, y=y, mode="markers", marker=marker)
+        dots.update(text=[escape(str(s)) for s in ids], hovertemplate="%{text}<extra></extra>")
+        figure = go.FigureWidget(dots)
         figure.update_layout(PLAIN, height=330, dragmode="lasso", meta="people")
         figure.update_layout(xaxis_title=axis_name(points, 1), yaxis_title=axis_name(points, 2))
         trace = figure.data[0]
-        trace.on_selection(lambda _, picked, how: self._picked(picked.point_inds))
+        for listen in (trace.on_selection, trace.on_click):
+            listen(lambda _, picked, how: self._picked(picked.point_inds))
         trace.on_deselect(lambda *_: self.explorer.select_subjects())
-        trace.on_click(lambda _, picked, how: self._picked(picked.point_inds))
         return figure
 
     def _picked(self, where):
-        mask = np.zeros(len(self.explorer.subjects), bool)
-        mask[where] = True
-        self.explorer.select_subjects(mask if mask.any() else None)
+        self.explorer.select_subjects(self.explorer.subjects[where] if len(where) else None)
 
     def colour(self, *_):
         """Colour the people by the coordinate chosen, or by attention to the selected parcel."""
@@ -419,8 +417,7 @@ class _Panels:
         ]
         figure = go.FigureWidget([trace for trace, _ in pieces])
         names = [trace.name for trace, _ in pieces]
-        look = look_of(values.values, None, None) | {"title": "", "units": ""}
-        figure.update_layout(stage("inflated", SIDES["both"], "top", names, look))
+        figure.update_layout(stage("inflated", SIDES["both"], "top", names, look_of(values)))
         figure.update_layout(height=360, width=WIDE, margin_t=5, meta="brain")
         self._drawn = {}
         for trace, (_, vertices) in zip(figure.data, pieces, strict=True):
@@ -439,12 +436,11 @@ class _Panels:
         if not len(e.roi):
             return
         values = e.surface_map()
-        look = look_of(values, None, None)
         with self.brain.batch_update():
             for trace in self.brain.data:
                 if trace.name in self._drawn:
                     trace.intensity = values[self._drawn[trace.name]]
-            _rescale(self.brain, look)
+            _rescale(self.brain, look_of(values))
 
     # the T1 ---------------------------------------------------------------------------------
 
@@ -463,7 +459,7 @@ class _Panels:
         for axes in (figure.update_xaxes, figure.update_yaxes):
             axes(tickangle=0, nticks=3, showgrid=False, zeroline=False, constrain="domain")
         figure.update_layout(PLAIN, height=230, margin_t=10, meta="slices")
-        figure.update_layout(coloraxis=colour_bar(look_of(np.zeros(0), None, None) | {"units": ""}))
+        figure.update_layout(coloraxis=colour_bar(look_of(np.zeros(0))))
         return figure
 
     def _update_slices(self, *_):
@@ -479,17 +475,15 @@ class _Panels:
                 if volume is not None:
                     trace.z = plane_of(volume, plane, self.sliders[PLANES[plane][2]].value).values
             if cubes is not None:
-                _rescale(self.slices, look_of(cubes.values, None, None))
+                _rescale(self.slices, look_of(cubes))
         self._sent = sent
 
     def _own_t1(self):
         """The T1 of a single person, where there is one; else the template."""
-        e = self.explorer
-        one = e.subjects[e.chosen][0] if e.chosen.sum() == 1 else None
-        if e.cohort is None or "t1" not in e.cohort:
-            one = None
-        if one is not None and not e.cohort.has_t1.sel(subject=one):
-            one = None
+        e, one = self.explorer, None
+        if e.chosen.sum() == 1 and e.cohort is not None and "t1" in e.cohort:
+            row = int(e.chosen.argmax())
+            one = e.subjects[row] if e.cohort.has_t1[row] else None
         if one != self._shown:
             t1 = template() if one is None else e.cohort.t1.sel(subject=one).compute()
             self._shown, self._grey = one, grey_levels(t1)
@@ -502,32 +496,30 @@ class _Panels:
         numbers = [EVERYTHING, *map(str, e.tokens)]
         places = [*dict.fromkeys(e.networks.tolist()), *map(str, e.roi)]
         coords = [n for n, c in e.points.coords.items() if c.dims == ("subject",)]
-        style = {"style": {"description_width": "55px"}, "continuous_update": False}
-        narrow, wide = (style | {"layout": {"width": w}} for w in ("160px", "300px"))
+        shades, style = ["attention", *coords], {"description_width": "55px"}
+        narrow, middle, wide = (
+            {"style": style, "layout": {"width": width}} for width in ("160px", "200px", "300px")
+        )
         out = {
             "token": widgets.Combobox(description="token", options=numbers, **narrow),
             "parcel": widgets.Combobox(description="parcel", options=places, **wide),
             "subject": widgets.Combobox(description="subject", options=list(e.subjects), **wide),
-            "colour": widgets.Dropdown(
-                description="colour",
-                options=["attention", *coords],
-                value="subject",
-                layout={"width": "200px"},
-                style={"description_width": "55px"},
-            ),
+            "colour": widgets.Dropdown(description="colour", options=shades, **middle),
             "everyone": widgets.Button(description="everything", layout={"width": "100px"}),
             "first": widgets.Button(description="selection = A"),
             "second": widgets.Button(description="selection = B"),
             "code": widgets.Button(description="write code"),
         }
-        out["colour"].value = next(
-            (c for c in ("age", "site", "diagnosis") if c in coords), "subject"
-        )
-        out["token"].observe(self._typed(lambda v: e.select_token(_number(v))), "value")
-        out["parcel"].observe(self._typed(lambda v: e.select_parcel(v or None)), "value")
-        out["subject"].observe(
-            self._typed(lambda v: e.select_subjects([v] if v else None)), "value"
-        )
+        known = [c for c in ("age", "site", "diagnosis", "subject") if c in coords]
+        out["colour"].value = known[0]
+        typed = {
+            "token": lambda v: e.select_token(_number(v)),
+            "parcel": lambda v: e.select_parcel(v or None),
+            "subject": lambda v: e.select_subjects([v] if v else None),
+        }
+        for name, act in typed.items():
+            out[name].continuous_update = False
+            out[name].observe(self._typed(act), "value")
         out["colour"].observe(self.colour, "value")
         out["everyone"].on_click(lambda _: e.reset())
         out["first"].on_click(lambda _: self._mark(0))

@@ -14,7 +14,8 @@ from html import escape
 import numpy as np
 import xarray as xr
 
-from bhx.atlas import ATLASES, N_FSAVERAGE5, load_atlas, load_mesh, load_sulc
+from bhx.atlas import ATLASES, N_FSAVERAGE5, aliases, load_atlas, load_mesh, load_sulc
+from bhx.errors import check_choice
 from bhx.schema import InputError, listed, t1_grid
 
 VERTEX = "vertex_fsaverage5"
@@ -28,16 +29,7 @@ VIEWS = {
     "right lateral": ((1, 0, 0), (0, 0, 1), "right"),
 }
 # Okabe and Ito's colours, told apart in every common form of colour blindness
-CATEGORIES = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#F0E442",
-    "#000000",
-)
+CATEGORIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000")
 LIGHT = {"ambient": 0.8, "diffuse": 0.35, "specular": 0.05, "roughness": 0.9, "fresnel": 0.05}
 
 
@@ -78,15 +70,11 @@ def plot_surface(
     -------
     plotly.graph_objects.Figure, or matplotlib.figure.Figure
     """
-    if hemi not in SIDES:
-        raise InputError(f"Expected hemi to be {listed(SIDES)}, found '{hemi}'", "Choose one")
+    check_choice("hemi", hemi, SIDES)
     brain = on_vertices(values, atlas)
     if threshold is not None:
         brain = brain.where(abs(brain) >= threshold)
-    look = look_of(brain.values, cmap, limits) | {
-        "title": brain.attrs.get("long_name", "") if title is None else title,
-        "units": brain.attrs.get("units", ""),
-    }
+    look = look_of(brain, cmap, limits, title)
     if static:
         return _static_surface(brain, mesh, SIDES[hemi], look, outlines)
     return _surface_figure(brain, mesh, SIDES[hemi], view, look, outlines)
@@ -123,50 +111,35 @@ def on_vertices(values, atlas: xr.Dataset | None = None) -> xr.DataArray:
     )
 
 
-def surface_image(values, *, mesh: str = "inflated", atlas: xr.Dataset | None = None):
-    """The same values as a nilearn SurfaceImage on fsaverage5, for nilearn's own functions."""
-    from nilearn.surface import InMemoryMesh, PolyMesh, SurfaceImage
-
-    brain = on_vertices(values, atlas).values
-    poly = {side: InMemoryMesh(*load_mesh(mesh, side)) for side in SIDES["both"]}
-    parts = {"left": brain[:N_FSAVERAGE5], "right": brain[N_FSAVERAGE5:]}
-    return SurfaceImage(PolyMesh(**poly), parts)
-
-
 def _atlas_of(values):
     """The atlas whose parcels these are, by name."""
     names = [str(n) for n in values.roi.values] if "roi" in values.coords else []
     for name, size in ATLASES.items():
-        if 0 < len(names) <= size:
-            atlas = load_atlas(name)
-            if any(set(names) <= set(atlas[k].values.tolist()) for k in _kinds(atlas)):
-                return atlas
+        if 0 < len(names) <= size and {*names} <= aliases(atlas := load_atlas(name)).keys():
+            return atlas
     raise InputError(
         f"Expected the parcel names of {listed(ATLASES)}, found {listed(names, 3) or 'none'}",
         "Name them as bhx.load_atlas(name).roi does, or give atlas=",
     )
 
 
-def _kinds(atlas):
-    return [name for name in ("roi", "name7", "name17") if name in atlas.coords]
-
-
 def _per_parcel(values, atlas):
     """NaN, then one value per parcel of the atlas."""
-    named = values.to_series()
-    for kind in _kinds(atlas):
-        if named.index.isin(atlas[kind].values).all():
-            in_order = named.reindex(atlas[kind].values).to_numpy(np.float32)
-            return np.concatenate([[np.nan], in_order]).astype(np.float32)
-    unknown = named.index[~named.index.isin(atlas.roi.values)]
-    raise InputError(
-        f"Expected parcels of {atlas.attrs.get('atlas', 'the atlas')}, found {listed(unknown)}",
-        "Take the atlas that the values were made with",
-    )
+    named, known = values.to_series(), aliases(atlas)
+    unknown = named.index.difference(known, sort=False)
+    if len(unknown):
+        raise InputError(
+            f"Expected parcels of {atlas.attrs.get('atlas', 'the atlas')}, found {listed(unknown)}",
+            "Take the atlas that the values were made with",
+        )
+    in_order = named.rename(known).reindex(atlas.roi.values).to_numpy(np.float32)
+    return np.concatenate([[np.nan], in_order]).astype(np.float32)
 
 
-def look_of(values, cmap, limits):
-    """Colour map and limits: sequential, or diverging and symmetric for values of both signs."""
+def look_of(values, cmap=None, limits=None, title=None) -> dict:
+    """Title, units, colour map and limits of a map; for values of both signs these are diverging
+    and symmetric."""
+    told, values = getattr(values, "attrs", {}), np.asarray(values)
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     both_signs = low < 0 < high
@@ -175,7 +148,12 @@ def look_of(values, cmap, limits):
         limits = (-top, top) if both_signs else (low, high if high > low else low + 1)
     if not limits[0] < limits[1]:
         raise InputError(f"Expected limits (low, high), found {tuple(limits)}", "Swap them")
-    return {"cmap": cmap or ("RdBu_r" if both_signs else "viridis"), "limits": tuple(limits)}
+    return {
+        "title": told.get("long_name", "") if title is None else title,
+        "units": told.get("units", ""),
+        "cmap": cmap or ("RdBu_r" if both_signs else "viridis"),
+        "limits": tuple(limits),
+    }
 
 
 @cache
@@ -311,8 +289,7 @@ def _strokes(pairs):
 
 def stage(mesh, sides, view, names, look) -> dict:
     """The layout around a brain: camera, view buttons, colour bar and title."""
-    if view not in VIEWS:
-        raise InputError(f"Expected view to be {listed(VIEWS)}, found '{view}'", "Choose one")
+    check_choice("view", view, VIEWS)
     offered = {
         name: (camera(name), [n.split()[0] in SIDES[shown] for n in names])
         for name, (_, _, shown) in VIEWS.items()
@@ -459,12 +436,10 @@ def plot_volume(
             "Select one subject: cohort.t1.sel(subject=...)",
         )
     cubes = None if overlay is None else with_mm(overlay)
-    named = t1 if cubes is None else cubes
-    look = look_of(np.zeros(0) if cubes is None else cubes.values, cmap, limits) | {
-        "title": named.attrs.get("long_name", "T1") if title is None else title,
-        "units": named.attrs.get("units", ""),
-    }
-    grey = grey_levels(t1)
+    named = (t1 if cubes is None else cubes).attrs
+    title = named.get("long_name", "T1") if title is None else title
+    look = look_of(np.zeros(0) if cubes is None else cubes, cmap, limits, title)
+    look["units"], grey = named.get("units", ""), grey_levels(t1)
     if static:
         return _static_volume(grey, cubes, at, look)
     return _volume_figure(grey, cubes, at, n_slices, look)
@@ -477,14 +452,10 @@ def with_mm(cubes):
             f"Expected a cube map with dims ('cx', 'cy', 'cz'), found {cubes.dims}",
             "Average the other dims first: region_map(latents, token, of='t1')",
         )
-    centres = {}
-    for (axis, mm), n in zip(t1_grid().items(), cubes.shape, strict=True):
-        centres[axis] = mm.reshape(n, -1).mean(1)
-    return (
-        cubes.drop_vars(["cx", "cy", "cz"], errors="ignore")
-        .rename(cx="x", cy="y", cz="z")
-        .assign_coords(centres)
-    )
+    grid = zip(t1_grid().items(), cubes.shape, strict=True)
+    centres = {axis: mm.reshape(n, -1).mean(1) for (axis, mm), n in grid}
+    bare = cubes.drop_vars(["cx", "cy", "cz"], errors="ignore")
+    return bare.rename(cx="x", cy="y", cz="z").assign_coords(centres)
 
 
 @cache
@@ -498,9 +469,8 @@ def template():
     for i, mm in enumerate(grid.values()):
         affine[i, i], affine[i, 3] = mm[1] - mm[0], mm[0]
     shape = [len(mm) for mm in grid.values()]
-    image = resample_img(
-        load_mni152_template(2), affine, shape, force_resample=True, copy_header=True
-    )
+    source = load_mni152_template(2)
+    image = resample_img(source, affine, shape, force_resample=True, copy_header=True)
     return xr.DataArray(image.get_fdata(dtype=np.float32), grid, ("x", "y", "z"))
 
 
@@ -509,7 +479,7 @@ def grey_levels(t1):
     step = abs(float(t1.x[1] - t1.x[0]))
     if step < 2:
         t1 = t1.coarsen(x=2, y=2, z=2).mean()
-    t1 = t1.sortby(["x", "y", "z"])
+    t1 = t1.assign_coords({axis: t1[axis].astype(np.float32) for axis in "xyz"}).sortby([*"xyz"])
     values = np.asarray(t1.values, np.float32)
     top = np.quantile(values[values > 0], 0.995) if (values > 0).any() else 1
     return t1.copy(data=np.clip(255 * values / top, 0, 255).round().astype(np.uint8))
@@ -554,36 +524,18 @@ def slices(grey, cubes, plane, stop, visible=True) -> list:
     import plotly.graph_objects as go
 
     across, up, through = PLANES[plane]
-    cut = plane_of(grey, plane, stop)
     mm = f"{across} %{{x:.0f}}, {up} %{{y:.0f}}, {through} {float(stop):.0f} mm"
-    out = [
-        go.Heatmap(
-            x=cut[across].values.astype(np.float32),
-            y=cut[up].values.astype(np.float32),
-            z=cut.values,
-            zmin=0,
-            zmax=255,
-            colorscale="Greys_r",
-            showscale=False,
-            visible=visible,
-            name=plane,
-            hovertemplate=mm + "<extra></extra>",
-        )
-    ]
+    grey_look = {"zmin": 0, "zmax": 255, "colorscale": "Greys_r", "showscale": False}
+    map_look = {"coloraxis": "coloraxis", "opacity": 0.45}
+    drawn, out = [(grey, plane, mm, grey_look)], []
     if cubes is not None:
-        cut = plane_of(cubes, plane, stop)
-        out.append(
-            go.Heatmap(
-                x=cut[across].values,
-                y=cut[up].values,
-                z=cut.values.astype(np.float32),
-                coloraxis="coloraxis",
-                opacity=0.45,
-                visible=visible,
-                name=f"{plane} map",
-                hovertemplate=mm + "<br>%{z:.4g}<extra></extra>",
-            )
-        )
+        map_name, map_hover = f"{plane} map", mm + "<br>%{z:.4g}"
+        drawn.append((cubes.astype(np.float32), map_name, map_hover, map_look))
+    for volume, name, hover, look in drawn:
+        cut = plane_of(volume, plane, stop)
+        x, y, z = cut[across].values, cut[up].values, cut.values
+        trace = go.Heatmap(x=x, y=y, z=z, name=name, visible=visible, **look)
+        out.append(trace.update(hovertemplate=hover + "<extra></extra>"))
     return out
 
 
@@ -780,22 +732,23 @@ def plot_latents(
     groups = point_groups(projection, color)
     names = [axis_name(projection, c) for c in components]
     title = (color or "subjects") if title is None else title
+    units = projection[color].attrs.get("units") if color else None
     draw = _static_latents if static else _latents_figure
-    return draw(projection.sel(component=list(components)), groups, names, title, color)
+    label = f"{color} [{units}]" if units else color
+    return draw(projection.sel(component=list(components)), groups, names, title, label)
 
 
 def point_groups(projection, color) -> list:
     """Which points share a trace: (name, positions, colour or numbers to be mapped)."""
-    values = None if color is None else projection[color].values
-    if values is None:
+    if color is None:
         return [("", np.arange(projection.sizes["subject"]), CATEGORIES[0])]
+    values = projection[color].values
     if values.dtype.kind in "fiu" and len(np.unique(values)) > len(CATEGORIES):
         return [("", np.arange(len(values)), values)]
-    values = np.array([str(v) for v in values.tolist()])
-    names = sorted(set(values.tolist()))
+    names, group = np.unique([str(v) for v in values.tolist()], return_inverse=True)
     return [
-        (name, np.flatnonzero(values == name), CATEGORIES[i % len(CATEGORIES)])
-        for i, name in enumerate(names)
+        (name, np.flatnonzero(group == i), CATEGORIES[i % len(CATEGORIES)])
+        for i, name in enumerate(names.tolist())
     ]
 
 
@@ -807,7 +760,7 @@ def axis_name(projection, component):
     return name
 
 
-def _latents_figure(points, groups, names, title, color):
+def _latents_figure(points, groups, names, title, label):
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -815,7 +768,7 @@ def _latents_figure(points, groups, names, title, color):
     for name, where, shade in groups:
         marker = {"color": shade, "size": 7, "opacity": 0.8}
         if not isinstance(shade, str):
-            bar = {"title": {"text": escape(_with_units(points, color))}, "thickness": 14}
+            bar = {"title": {"text": escape(label)}, "thickness": 14}
             marker |= {"colorscale": colours("viridis"), "showscale": True, "colorbar": bar}
         figure.add_scatter(
             x=points.values[where, 0].astype(np.float32),
@@ -836,19 +789,14 @@ def _latents_figure(points, groups, names, title, color):
     return figure
 
 
-def _with_units(points, name):
-    units = points[name].attrs.get("units")
-    return f"{name} [{units}]" if units else name
-
-
-def _static_latents(points, groups, names, title, color):
+def _static_latents(points, groups, names, title, label):
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5.5, 4.2), layout="constrained")
     for name, where, shade in groups:
         drawn = axis.scatter(*points.values[where].T, c=shade, label=name, s=18, alpha=0.8)
         if not isinstance(shade, str):
-            figure.colorbar(drawn, label=_with_units(points, color))
+            figure.colorbar(drawn, label=label)
     axis.set(xlabel=names[0], ylabel=names[1], title=title)
     if len(groups) > 1:
         axis.legend(frameon=False)

@@ -187,11 +187,14 @@ def test_strokes_use_every_pair_once():
     assert sorted(walked) == sorted(tuple(sorted(p)) for p in pairs)
 
 
-def test_nilearn_images_go_in_and_out(values):
-    image = pictures.surface_image(values)
-    assert image.shape[0] == 2 * HALF
-    back = pictures.on_vertices(image)
-    np.testing.assert_array_equal(back, pictures.on_vertices(values))
+def test_nilearn_images_are_drawn(values):
+    from nilearn.surface import InMemoryMesh, PolyMesh, SurfaceImage
+
+    brain = pictures.on_vertices(values)
+    sides = {s: InMemoryMesh(*load_mesh("inflated", s)) for s in ("left", "right")}
+    parts = {"left": brain.values[:HALF], "right": brain.values[HALF:]}
+    image = SurfaceImage(PolyMesh(**sides), parts)
+    np.testing.assert_array_equal(pictures.on_vertices(image), brain)
 
 
 def painted(figure):
