@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from PIL import Image
 
 import bhx
@@ -27,6 +28,20 @@ def five_sites():
 
 def accepted_scans():
     return stored("10_bring_your_own_scans", "top.set(title=subject")
+
+
+def beside_controls():
+    (dots,) = stored("08_does_it_beat_the_connectome", 'plot_scores(table, "r")')["data"]
+    bar = dots["error_x"]
+    low, score, high = (numbers(v) for v in (bar["arrayminus"], dots["x"], bar["array"]))
+    figure, axis = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
+    axis.errorbar(score, dots["y"], xerr=(low, high), fmt="o", capsize=3)
+    axis.axvline(0, color="grey", linestyle=":")
+    axis.invert_yaxis()
+    axis.set(
+        title="age: r with the truth, synthetic people", xlabel="mean over folds, 95 % interval"
+    )
+    return beside(figure)
 
 
 def right_and_misread():
@@ -82,11 +97,20 @@ def embedded(cohort):
 
 
 def stored(notebook, code):
-    """The first picture that a notebook stores under a cell with this code."""
+    """What a notebook shows first under a cell with this code: a picture, or plotly's dict."""
     cells = json.loads((HERE.parent / f"{notebook}.ipynb").read_text("utf8"))["cells"]
     cell = next(c for c in cells if c["cell_type"] == "code" and code in "".join(c["source"]))
-    pictures = (o["data"]["image/png"] for o in cell["outputs"] if "image/png" in o.get("data", {}))
-    return Image.open(BytesIO(base64.b64decode("".join(next(pictures)))))
+    shown = next(output["data"] for output in cell["outputs"] if "data" in output)
+    if "image/png" not in shown:
+        return shown["application/vnd.plotly.v1+json"]
+    return Image.open(BytesIO(base64.b64decode("".join(shown["image/png"]))))
+
+
+def numbers(values):
+    """An array as plotly stores it, plain or in base64."""
+    if isinstance(values, dict):
+        return np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"])
+    return np.array(values, float)
 
 
 def beside(*figures, height=430):
@@ -103,11 +127,11 @@ def beside(*figures, height=430):
     return out
 
 
-PICTURES = (five_sites, accepted_scans, right_and_misread, tokens_and_networks)
-PICTURES += (people_and_tokens, hub_on_surface, masked_brain)
+PICTURES = (five_sites, accepted_scans, beside_controls, right_and_misread)
+PICTURES += (tokens_and_networks, people_and_tokens, hub_on_surface, masked_brain)
 
 if __name__ == "__main__":
     for draw in PICTURES:
         if draw.__name__ in (sys.argv[1:] or [p.__name__ for p in PICTURES]):
-            image = draw().convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            image = draw().convert("RGB")
             image.save(HERE / f"{draw.__name__}.png", optimize=True)
