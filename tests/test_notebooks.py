@@ -19,7 +19,6 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import plotly.graph_objects as go
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -272,11 +271,20 @@ def test_checked_figures_are_the_references(name):
     assert checked
 
 
+def stored_figure(shown) -> SimpleNamespace:
+    """What `check_figure` reads of a figure, from a stored output."""
+
+    def trace(one):
+        return SimpleNamespace(name=one.get("name"), type=one["type"], to_plotly_json=lambda: one)
+
+    return SimpleNamespace(data=[trace(dict(one)) for one in shown["data"]])
+
+
 @every_notebook
 def test_stored_figures_are_those_that_were_checked(name):
     """Every reference is the picture of a figure that the notebook shows."""
     shown = [
-        go.Figure(json.loads(json.dumps(output.data[LIVE[0]])), skip_invalid=True)
+        stored_figure(output.data[LIVE[0]])
         for cell in read(name).code
         for output in cell.outputs
         if LIVE[0] in output.get("data", {})
