@@ -25,7 +25,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_N
 # figures as plotly's JSON alone, so that stored and fresh outputs can be compared
 IN_NOTEBOOKS := $(ONE_THREAD) PLOTLY_RENDERER=plotly_mimetype
 
-.PHONY: help env demo test lint unit nbval lab voila book weights assets notebooks clean
+.PHONY: help env demo test lint unit nbval nbmake lab voila book weights assets notebooks clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -59,6 +59,9 @@ nbval: env
 	$(IN_NOTEBOOKS) $(PY) -m pytest -q -n $(JOBS) --dist loadscope -p no:cacheprovider \
 		--nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg \
 		$(NOTEBOOKS)
+
+nbmake: env  ## notebooks once more, by another runner: do they end without an error
+	$(IN_NOTEBOOKS) $(PY) -m pytest -q -n $(JOBS) -p no:cacheprovider --nbmake $(NOTEBOOKS)
 
 lab: env  ## JupyterLab on the notebooks
 	$(PY) -m jupyter lab notebooks
