@@ -8,7 +8,10 @@ tape     the paper's rule: round(35.28 s / TR) volumes a patch, kernel resized
 resample linear interpolation to TR 2 s, then one patch length
 zeros    each patch of volumes filled with zeros up to 48, one kernel
 
-    python benchmarks/tr.py [--train 100] [--test 60] [--steps 200] [--out tr.csv]
+    python benchmarks/tr.py [--train 100] [--test 60] [--steps 200] [--ways exact] [--out tr.csv]
+    python benchmarks/tr.py --inputs   # what reaches the network, without one; seconds
+
+With --steps 0 the encoders have random weights.
 """
 
 from __future__ import annotations
@@ -26,9 +29,12 @@ from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
 
 import bhx
+from bhx import harmonix_f
 from bhx.checkpoints import PRESETS
+from bhx.encoding import random_model
 from bhx.evaluation import preparation
 from bhx.latents import fingerprint
+from bhx.synthetic import SITES
 
 FACTORS = (1, 2, 3, 4)
 PATCH, GRID, COMMON = 35.28, 0.735, 2.0  # s
@@ -40,15 +46,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in (("train", 100), ("test", 60), ("steps", 200), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--inputs", action="store_true")
     parser.add_argument("--out")
     args = parser.parse_args()
+    if args.inputs:
+        return print(inputs(args.seed))
     train = bhx.synthetic_cohort(args.train, seed=500 + args.seed, missing=0).drop_vars("t1").load()
     test = bhx.synthetic_cohort(args.test, seed=900 + args.seed, sites=("A",), missing=0)
     test = test.drop_vars("t1").load()
     rows = xr.concat([decimated(train, f) for f in FACTORS], "subject", join="outer")
     rows = rows.isel(subject=np.flatnonzero(rows.tr <= SLOWEST + 1e-9))
     table = []
-    for name, (patching, change) in WAYS.items():
+    for name in args.ways:
+        patching, change = WAYS[name]
         began = time.perf_counter()
         model = trained(change(rows), patching, args)
         seen = {f: tokens_of(change(decimated(test, f)), model) for f in FACTORS}
@@ -131,11 +142,83 @@ def trained(rows, patching, args):
     """A dynamics encoder of the workshop's size with this patch rule."""
     preset = PRESETS["workshop"]
     preset = replace(preset, dynamics=replace(preset.dynamics, patching=patching))
+    if not args.steps:
+        return random_model(preset, seed=args.seed, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         return bhx.pretrain(
             rows, stage="dynamics", out=folder, preset=preset, steps=args.steps, seed=args.seed,
             decimate=(1,), held_out=0.05, device="cpu", progress=False,
         )  # fmt: skip
+
+
+def inputs(seed, people=24):
+    """Cosine of what reaches the network at TR x f with that at x1, and with the brain's signal.
+
+    The same people with and without scanner noise, so the brain's own signal is known. "best" is
+    "exact" with the autocovariance of these very scans instead of its prior: the ceiling of a
+    linear reading of one parcel's volumes.
+    """
+    rows = []
+    for noise in (SITES["A"].noise, 0.0):
+        full = of_site_a(people, seed, noise, SITES["A"].tr)
+        ways = {"exact": (GRID, same), "best": (GRID, same), "resample": (COMMON, resampled)}
+        for name, (step, change) in ways.items():
+            slow = SLOW if name != "best" else fitted_autocovariance(full)
+            own = patches_of(change(of_site_a(people, seed, 0.0, step)), step, SLOW)
+            seen = [patches_of(change(decimated(full, f)), step, slow) for f in FACTORS]
+            for f, found in zip(FACTORS, seen, strict=True):
+                at = {"noise": noise, "way": name, "TR x": f}
+                rows.append({**at, "x1": cosine(seen[0], found), "brain": cosine(own, found)})
+    return pd.DataFrame(rows).pivot(index=["noise", "way"], columns="TR x").round(3)
+
+
+SLOW = (harmonix_f.SLOW_SHARE, harmonix_f.SLOW_SECONDS, harmonix_f.SLOW_POWER)
+
+
+def of_site_a(people, seed, noise, tr):
+    """BOLD of six minutes at site A with this share of noise and TR [s]."""
+    site = replace(SITES["A"], noise=noise, minutes=6.0)
+    cohort = bhx.synthetic_cohort(people, seed=900 + seed, sites=[site], missing=0, tr=tr)
+    return cohort.drop_vars("t1").load()
+
+
+def fitted_autocovariance(cohort):
+    """(share, seconds, power) of the slow part, by least squares on the scans' first 12 lags."""
+    from scipy.optimize import curve_fit
+
+    x = cohort.bold.values.astype(float)
+    x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+    lags, tr = np.arange(1, 13), float(cohort.tr[0])
+    found = [(x[..., k:] * x[..., :-k]).mean() for k in lags]
+
+    def slow(seconds, share, scale, power):
+        return share * np.exp(-((seconds / scale) ** power))
+
+    return tuple(curve_fit(slow, lags * tr, found, SLOW, bounds=(0, (1, 60, 2)))[0])
+
+
+def patches_of(cohort, step, slow):
+    """Patches (subject, roi, patch, sample) of z-scored scans, carried to `step` [s] if finer."""
+    harmonix_f.SLOW_SHARE, harmonix_f.SLOW_SECONDS, harmonix_f.SLOW_POWER = slow
+    harmonix_f.wiener.cache_clear()
+    samples, out = round(PATCH / step), []
+    for scan, n, tr in zip(cohort.bold, cohort.n_volumes, cohort.tr, strict=True):
+        x = scan.values[:, : int(n)].astype(float)
+        x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+        count = int(int(n) * float(tr) / (samples * step) + 1e-6)
+        if step == GRID:
+            index, weights = harmonix_f.wiener(float(tr), x.shape[1], count * samples)
+            x = (x[:, index.numpy()] * weights.numpy()).sum(-1)
+        out.append(x[:, : count * samples].reshape(len(x), count, samples))
+    harmonix_f.SLOW_SHARE, harmonix_f.SLOW_SECONDS, harmonix_f.SLOW_POWER = SLOW
+    return np.stack([p[:, : min(q.shape[1] for q in out)] for p in out])
+
+
+def cosine(a, b):
+    """Mean cosine of patches, over the patches that both have."""
+    patches = min(a.shape[2], b.shape[2])
+    a, b = a[:, :, :patches], b[:, :, :patches]
+    return ((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).mean()
 
 
 def tokens_of(cohort, model):
