@@ -54,6 +54,19 @@ def right_and_misread():
     )
 
 
+def two_tables():
+    bars = stored("11_released_weights", "figure = px.bar")["data"]
+    figure, axis = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
+    for i, bar in enumerate(bars):
+        colour = bar["marker"]["color"]
+        label = f"rows in the order of {bar['name']}"
+        axis.bar(np.arange(2) + 0.4 * i - 0.2, numbers(bar["y"]), 0.38, color=colour, label=label)
+    axis.set_xticks([0, 1], ["harmonics", "gradients"])
+    axis.set(title="How smooth the released tables are", ylabel="Moran's I, mean of ten columns")
+    axis.legend(frameon=False)
+    return beside(figure)
+
+
 def tokens_and_networks():
     cohort = bhx.open_cohort("synthetic").isel(subject=slice(24))
     cohort = cohort.sel(subject=cohort.has_bold & cohort.has_t1)
@@ -127,7 +140,7 @@ def beside(*figures, height=430):
     return out
 
 
-PICTURES = (five_sites, accepted_scans, beside_controls, right_and_misread)
+PICTURES = (five_sites, accepted_scans, beside_controls, right_and_misread, two_tables)
 PICTURES += (tokens_and_networks, people_and_tokens, hub_on_surface, masked_brain)
 
 if __name__ == "__main__":
