@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from bhx.atlas import load_atlas, match_names
+from bhx.atlas import aliases, load_atlas, match_names
 from bhx.quality import judge_bold, judge_t1
 from bhx.schema import (
     CROP,
@@ -112,40 +113,32 @@ def read_bold(
     path = check_file(path)
     reader = _reader_of(path.name)
     if reader is None:
-        raise InputError(
-            f"Expected BOLD in a file ending in {listed(_READERS, 12)}, found {path.name}",
-            "Convert it, or give the parcels as a table",
-        )
+        fact = f"Expected BOLD in a file ending in {listed(_READERS, 12)}, found {path.name}"
+        raise InputError(fact, "Convert it, or give the parcels as a table")
+    atlas = None if atlas is None else load_atlas(atlas)
     with _reading(path, "BOLD"):
         names, series, covered, header_tr = reader(path, atlas, order, labels)
     tr = read_tr(path, header_tr, tr)
     if series.ndim != 2 or 0 in series.shape:
-        raise InputError(
-            f"Expected BOLD as parcels x time in {path.name}, found shape {series.shape}",
-            "Give one run of several volumes",
-        )
+        fact = f"Expected BOLD as parcels x time in {path.name}, found shape {series.shape}"
+        raise InputError(fact, "Give one run of several volumes")
     time = ("time", tr * np.arange(series.shape[1]), {"units": "s"})
     coords = {"roi": names, "time": time, "covered": ("roi", covered)}
     bold = xr.DataArray(series, coords, ("roi", "time"), "bold", {"tr": tr, "file": path.name})
     if atlas is None:
         return bold
-    parcels = load_atlas(atlas)
-    bold = bold.sel(roi=parcels.roi.values)
-    known = [*ROI_COORDS, *(["label17"] if "label17" in parcels.coords else [])]
-    return bold.assign_coords({name: parcels[name] for name in known})
+    known = {*ROI_COORDS, "label17"} & {*atlas.coords}
+    return bold.sel(roi=atlas.roi.values).assign_coords({name: atlas[name] for name in known})
 
 
 def _read_volume(path, atlas, order, labels):
     """A 4D image, volume by volume, so that memory holds one of them."""
-    import nibabel as nib
 
     # gzip is read forward only while the file stays open
     image = nib.load(path, keep_file_open=True)
     if image.ndim != 4 or image.shape[3] < 2:
-        raise InputError(
-            f"Expected a 4D image of several volumes in {path.name}, found {image.shape}",
-            "Give the preprocessed BOLD run, not its reference or mask",
-        )
+        fact = f"Expected a 4D image of several volumes in {path.name}, found {image.shape}"
+        raise InputError(fact, "Give the preprocessed BOLD run, not its reference or mask")
     check_affine(image, path)
     _check_space(path)
     numbers, names = _labels_on(image, atlas, labels, path)
@@ -159,11 +152,10 @@ def _read_volume(path, atlas, order, labels):
 
 def _read_dtseries(path, atlas, order, labels):
     """CIFTI grayordinates: the cortex's vertices by the shipped fsLR-32k labels."""
-    import nibabel as nib
 
     image = nib.load(path)
     series, brain = (image.header.get_axis(i) for i in range(2))
-    atlas = _needed(atlas, path)
+    _need(atlas, path)
     whole = np.zeros(image.shape[1], int)
     at = {"CIFTI_STRUCTURE_CORTEX_LEFT": 0, "CIFTI_STRUCTURE_CORTEX_RIGHT": 32492}
     for structure, where, model in brain.iter_structures():
@@ -184,20 +176,17 @@ def _read_dtseries(path, atlas, order, labels):
 
 def _read_ptseries(path, atlas, order, labels):
     """CIFTI parcels: their names are in the file."""
-    import nibabel as nib
 
     image = nib.load(path)
     series, parcels = (image.header.get_axis(i) for i in range(2))
-    names, values = _take_parcels(parcels.name, image.get_fdata().T, atlas, order, path)
-    return names, values, np.ones(len(names)), float(series.step)
+    return *_take_parcels(parcels.name, image.get_fdata().T, atlas, order, path), float(series.step)
 
 
 def _read_surface(path, atlas, order, labels):
     """Both hemispheres of fsaverage5 or fsLR-32k, of which one file is named."""
-    import nibabel as nib
 
     left, right = _hemispheres(path)
-    atlas = _needed(atlas, path)
+    _need(atlas, path)
     values, tr = [], None
     for file in (left, right):
         image = nib.load(check_file(file))
@@ -224,15 +213,8 @@ def _read_surface(path, atlas, order, labels):
 def _read_table(path, atlas, order, labels):
     """Parcels in columns, or in rows that begin with their name (UK Biobank)."""
     separator = {".csv": ",", ".tsv": "\t"}.get(Path(path.name.lower().replace(".gz", "")).suffix)
-    cells = pd.read_csv(
-        path,
-        sep=separator or r"\s+",
-        header=None,
-        dtype=str,
-        engine="c",
-        keep_default_na=False,
-        encoding="utf-8-sig",
-    )
+    options = {"header": None, "dtype": str, "engine": "c", "keep_default_na": False}
+    cells = pd.read_csv(path, sep=separator or r"\s+", encoding="utf-8-sig", **options)
     if len(cells) < 2:
         raise InputError(
             f"Expected lines of numbers in {path.name}, found 1 line", "Check the file"
@@ -250,14 +232,11 @@ def _read_table(path, atlas, order, labels):
     numbers = values.where(~blank).apply(pd.to_numeric, errors="coerce").to_numpy(float)
     odd = np.isnan(numbers) & ~blank.to_numpy()
     if odd.any():
-        raise InputError(
-            f"Expected numbers in {path.name}, found '{values.to_numpy()[odd][0]}'",
-            "Write parcels as columns under one line of names, and nothing else",
-        )
+        fact = f"Expected numbers in {path.name}, found '{values.to_numpy()[odd][0]}'"
+        raise InputError(fact, "Write parcels as columns under one line of names, and nothing else")
     if order is None and (found := re.search(r"Schaefer(7|17)n(\d+)p", path.name)):
         order = f"{found[1]}networks"
-    names, values = _take_parcels(names, numbers, atlas, order, path)
-    return names, values, np.isfinite(values).all(1).astype(float), None
+    return *_take_parcels(names, numbers, atlas, order, path), None
 
 
 def _read_array(path, atlas, order, labels):
@@ -267,21 +246,13 @@ def _read_array(path, atlas, order, labels):
         raise InputError(
             f"Expected time x parcel in {path.name}, found {values.shape}", "Reshape it"
         )
-    names, values = _take_parcels(None, values.T.astype(float), atlas, order, path)
-    return names, values, np.isfinite(values).all(1).astype(float), None
+    return *_take_parcels(None, values.T.astype(float), atlas, order, path), None
 
 
-_READERS = {
-    ".dtseries.nii": _read_dtseries,
-    ".ptseries.nii": _read_ptseries,
-    ".nii.gz": _read_volume,
-    ".nii": _read_volume,
-    ".gii": _read_surface,
-    ".mgz": _read_surface,
-    ".mgh": _read_surface,
-    **dict.fromkeys((".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".1d"), _read_table),
-    ".npy": _read_array,
-}
+_READERS = {".dtseries.nii": _read_dtseries, ".ptseries.nii": _read_ptseries, ".npy": _read_array}
+_READERS |= dict.fromkeys((".nii.gz", ".nii"), _read_volume)
+_READERS |= dict.fromkeys((".gii", ".mgz", ".mgh"), _read_surface)
+_READERS |= dict.fromkeys((".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".1d"), _read_table)
 
 
 def _parcel_means(blocks, numbers, n):
@@ -305,36 +276,30 @@ def _parcel_means(blocks, numbers, n):
 
 
 def _take_parcels(names, values, atlas, order, path):
-    """Rows of a parcel table in the atlas's own names; others, such as subcortex, are left out."""
+    """Rows of a parcel table in the atlas's own names, and whether each is complete; others, such
+    as subcortex, are left out."""
+    numbered = r"(?i)(roi|label|parcel|region)?[ _-]?\d+"
     if atlas is None:
-        return names or [str(i + 1) for i in range(len(values))], values
-    parcels = load_atlas(atlas)
-    if names is None or all(
-        re.fullmatch(r"(?i)(roi|label|parcel|region)?[ _-]?\d+", n) for n in names
-    ):
+        names = [str(i + 1) for i in range(len(values))] if names is None else names
+    elif names is None or all(re.fullmatch(numbered, name) for name in names):
         if order is None:
             raise InputError(
                 f"Expected parcel names in {path.name}, found none",
                 "Say the order of its columns: order='7networks' or order='17networks'",
             )
-        names = _names_by_label(parcels) if order == "7networks" else load_atlas(atlas, order).roi
-        names = np.asarray(names)
+        name = atlas.attrs["atlas"]
+        names = _names_by_label(atlas) if order == "7networks" else load_atlas(name, order).roi
         if len(names) != len(values):
             raise InputError(
-                f"Expected the {len(names)} parcels of {atlas} in {path.name}, found {len(values)}",
+                f"Expected the {len(names)} parcels of {name} in {path.name}, found {len(values)}",
                 "Choose the atlas the table was made with",
             )
     else:
-        known = {k for kind in ("name7", "name17") for k in _aliases(parcels, kind)}
-        cortical = np.array([n in known for n in names])
+        cortical = np.isin(names, [*aliases(atlas)])
         if cortical.any():
             names, values = np.array(names)[cortical], values[cortical]
-    return match_names(names, parcels), values
-
-
-def _aliases(parcels, kind):
-    names = parcels[kind].values.tolist() if kind in parcels.coords else []
-    return names + [name.split("_", 1)[1] for name in names]
+    names = names if atlas is None else match_names(np.asarray(names), atlas)
+    return names, values, np.isfinite(values).all(1).astype(float)
 
 
 def _names_by_label(atlas):
@@ -342,10 +307,9 @@ def _names_by_label(atlas):
     return atlas.roi.values[np.argsort(atlas.label.values)]
 
 
-def _needed(atlas, path):
+def _need(atlas, path):
     if atlas is None:
         raise InputError(f"Expected an atlas to parcel {path.name} with, found none", "Name one")
-    return load_atlas(atlas)
 
 
 def _is_number(cells):
@@ -359,10 +323,8 @@ def _hemispheres(path):
             return path, path.with_name(path.name.replace(left, right))
         if right in path.name:
             return path.with_name(path.name.replace(right, left)), path
-    raise InputError(
-        f"Expected a hemisphere in the name of {path.name} (hemi-L, lh.), found none",
-        "Name the two files alike but for the hemisphere",
-    )
+    fact = f"Expected a hemisphere in the name of {path.name} (hemi-L, lh.), found none"
+    raise InputError(fact, "Name the two files alike but for the hemisphere")
 
 
 # --- label images -------------------------------------------------------------------------------
@@ -387,11 +349,11 @@ def fetch_labels(atlas: str) -> Path:
 
 def _labels_on(image, atlas, labels, path):
     """The label of each voxel of an image (nearest neighbour), and the parcels' names."""
-    import nibabel as nib
     from nilearn.image import resample_to_img
 
     if labels is None:
-        labels = fetch_labels(_needed(atlas, path).attrs["atlas"])
+        _need(atlas, path)
+        labels = fetch_labels(atlas.attrs["atlas"])
     file = check_file(labels)
     with _reading(file, "labels"):
         source = nib.load(file)
@@ -402,9 +364,8 @@ def _labels_on(image, atlas, labels, path):
         )
     found = np.unique(numbers[numbers > 0]).astype(int)
     if atlas is not None:
-        parcels = load_atlas(atlas)
-        _check_label_image(numbers, source.affine, parcels, file)
-        names = _names_by_label(parcels)
+        _check_label_image(numbers, source.affine, atlas, file)
+        names = _names_by_label(atlas)
     else:
         names = np.array([str(i) for i in found])
         numbers = np.searchsorted(found, numbers) * (numbers > 0) + (numbers > 0)
@@ -419,10 +380,8 @@ def _check_label_image(numbers, affine, parcels, file):
     label = numbers[numbers > 0].astype(int)
     n = parcels.sizes["roi"]
     if label.max() > n:
-        raise InputError(
-            f"Expected labels 1 to {n} in {file.name}, found {label.max()}",
-            "Give the label image of the atlas you name",
-        )
+        fact = f"Expected labels 1 to {n} in {file.name}, found {label.max()}"
+        raise InputError(fact, "Give the label image of the atlas you name")
     count = np.bincount(label, minlength=n + 1)[1:]
     centre = np.stack([np.bincount(label, w, n + 1)[1:] for w in where.T]) / np.maximum(count, 1)
     centre = (affine[:3, :3] @ centre).T + affine[:3, 3]
@@ -446,17 +405,14 @@ def read_tr(path, header_tr: float | None = None, given: float | None = None) ->
     told = {"the call": given, "the sidecar": _sidecar_tr(path), "the header": header_tr}
     # 0 and 1 s are what writers put into a header that they do not fill
     known = {k: float(v) for k, v in told.items() if v is not None and not pd.isna(v)}
-    if "the header" in known and (len(known) > 1 and known["the header"] in (0.0, 1.0)):
+    if len(known) > 1 and known.get("the header") in (0.0, 1.0):
         known.pop("the header")
     if not known:
-        raise InputError(
-            f"Expected a repetition time for {path.name}, found none in a sidecar or header",
-            "Add RepetitionTime [s] to its .json, or give tr=",
-        )
-    tr = next(iter(known.values()))
+        fact = f"Expected a repetition time for {path.name}, found none in a sidecar or header"
+        raise InputError(fact, "Add RepetitionTime [s] to its .json, or give tr=")
+    first, tr = next(iter(known.items()))
     for place, value in known.items():
         if abs(value - tr) > 1e-3 * max(abs(tr), 1e-3):
-            first = next(iter(known))
             raise InputError(
                 f"Expected one repetition time for {path.name}, found {tr:g} s in {first} and "
                 f"{value:g} s in {place}",
@@ -482,12 +438,16 @@ def _sidecar_tr(path):
 
 def read_motion(confounds) -> float:
     """Mean framewise displacement [mm] of an fMRIPrep confounds table; NaN without that column."""
-    file = check_file(confounds)
-    with _reading(file, "confounds"):
-        table = pd.read_csv(file, sep="\t" if ".tsv" in file.name else ",", na_values="n/a")
+    table = _confounds(confounds)
     if "framewise_displacement" not in table:
         return np.nan
     return float(pd.to_numeric(table["framewise_displacement"], errors="coerce").mean())
+
+
+def _confounds(file):
+    file = check_file(file)
+    with _reading(file, "confounds"):
+        return pd.read_csv(file, sep="\t" if ".tsv" in file.name else ",", na_values="n/a")
 
 
 def needs_denoising(path) -> bool:
@@ -538,34 +498,22 @@ def denoise(
 
     path, table, kept = Path(path), None, None
     if strategy == "columns":
-        file = check_file(confounds)
-        with _reading(file, "confounds"):
-            table = pd.read_csv(file, sep="\t" if ".tsv" in file.name else ",", na_values="n/a")
+        table = _confounds(confounds)
+        with _reading(Path(confounds), "confounds"):
             table = table.astype(float).bfill()
     elif strategy is not None:
         if confounds is None:
-            raise InputError(
-                f"Expected fMRIPrep confounds beside {path.name}, found none",
-                "Add them, or prepare with denoising=None",
-            )
+            fact = f"Expected fMRIPrep confounds beside {path.name}, found none"
+            raise InputError(fact, "Add them, or prepare with denoising=None")
         image = list(map(str, _hemispheres(path))) if path.name.endswith("gii") else str(path)
         with _reading(Path(confounds), "confounds"):
             table, kept = load_confounds_strategy(image, strategy, **options)
     n = bold.sizes["time"]
     if table is not None and len(table) != n:
-        raise InputError(
-            f"Expected confounds for {n} volumes of {path.name}, found {len(table)}",
-            "Give the table of this run",
-        )
-    cleaned = clean(
-        bold.values.T,
-        confounds=table,
-        sample_mask=kept,
-        t_r=bold.attrs["tr"],
-        low_pass=low_pass,
-        high_pass=high_pass,
-        standardize=None,
-    )
+        fact = f"Expected confounds for {n} volumes of {path.name}, found {len(table)}"
+        raise InputError(fact, "Give the table of this run")
+    filters = {"t_r": bold.attrs["tr"], "low_pass": low_pass, "high_pass": high_pass}
+    cleaned = clean(bold.values.T, confounds=table, sample_mask=kept, standardize=None, **filters)
     kept = np.arange(n) if kept is None else kept
     full = np.stack([np.interp(np.arange(n), kept, series) for series in cleaned.T])
     out = bold.copy(data=full + bold.values.mean(1, keepdims=True))
@@ -592,17 +540,15 @@ def read_t1(path, mask=None, *, voxel_mm: float = 1.0) -> tuple[xr.DataArray, li
     InputError
         The file cannot be read, is not in MNI152 space, still has its skull, or is no brain.
     """
-    import nibabel as nib
 
     grid = t1_grid(voxel_mm)
     images = []
-    for file in [path] if not mask else [path, mask]:
+    for file in filter(None, (path, mask)):
         file = check_file(file)
         with _reading(file, "a T1"):
             image = nib.squeeze_image(nib.load(file))
-            image = nib.Nifti1Image(
-                np.asarray(image.dataobj, "float32"), image.affine, image.header
-            )
+            values = np.asarray(image.dataobj, "float32")
+            image = nib.Nifti1Image(values, image.affine, image.header)
         if image.ndim != 3:
             raise InputError(
                 f"Expected 3 dims in {file.name}, found {image.shape}", "Give one volume"
