@@ -9,18 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import dask
+import dask.array as da
 import numpy as np
 import pandas as pd
 import xarray as xr
+import zarr
 
 from bhx import folders
-from bhx.atlas import load_atlas
+from bhx.atlas import load_atlas, load_sample
 from bhx.catalog import catalog_files, entry_rows, find_scans, load_entry
-from bhx.scans import FILES, fetch_labels, is_volume, read_scan
-from bhx.schema import ROI_COORDS, T1_SHAPE, InputError, build_cohort, check, listed, plain_labels
+from bhx.scans import FILES, fetch_labels, is_volume, read_scan, read_template_t1
+from bhx.schema import (
+    DIMS,
+    ROI_COORDS,
+    T1_SHAPE,
+    InputError,
+    build_cohort,
+    check,
+    listed,
+    plain_labels,
+)
 
 SHARD_BYTES = 64e6  # of one file of a store; a store of one file a subject chokes file systems
 FLOAT16_RANGE = (0.1, 6e4)  # of a T1's highest intensity; others are scaled to keep precision
@@ -74,10 +87,8 @@ def scan(cohort: xr.Dataset, subject) -> xr.DataArray:
     """
     check(cohort, "cohort")
     if subject not in cohort.indexes["subject"]:
-        raise InputError(
-            f"Expected a subject of this cohort, found '{subject}'",
-            f"The ids are {listed(cohort.subject.values)}",
-        )
+        fact = f"Expected a subject of this cohort, found '{subject}'"
+        raise InputError(fact, f"The ids are {listed(cohort.subject.values)}")
     row = cohort.sel(subject=subject)
     if "bold" not in cohort or not row.has_bold:
         raise InputError(f"Expected a scan with BOLD, found none for '{subject}'", "See has_bold")
@@ -132,7 +143,7 @@ def split(
         "repeats": repeats,
     }
     if path is not None and Path(path).exists():
-        return _read_split(cohort, path, made_by)
+        return _read_split(path, made_by)
     names = [*stratify, leave_out] if leave_out else stratify
     rows = pd.DataFrame({name: cohort[name].values for name in ["participant", *names]})
     people = rows.drop_duplicates("participant").set_index("participant")
@@ -142,12 +153,12 @@ def split(
     else:
         cuts = {i: _cut(people, shares, seed + i) for i in range(repeats)}
     parts = [pd.Series(cut, people.index)[rows.participant].to_numpy(str) for cut in cuts.values()]
-    parts = _as_split(list(cuts), cohort.subject.values, np.stack(parts), made_by)
+    coords = {"repeat": list(cuts), "subject": cohort.subject.values}
     if path is not None:
-        kept = {"repeat": list(cuts), "subject": parts.subject.values.tolist()}
-        kept |= {"part": parts.values.tolist(), "made_by": made_by}
+        kept = {"repeat": list(cuts), "subject": cohort.subject.values.tolist()}
+        kept |= {"part": [part.tolist() for part in parts], "made_by": made_by}
         Path(path).write_text(json.dumps(kept, indent=1, default=str), encoding="utf8")
-    return parts
+    return xr.DataArray(np.stack(parts), coords, ("repeat", "subject"), "part", made_by)
 
 
 def cohort_hash(cohort: xr.Dataset) -> str:
@@ -176,15 +187,11 @@ def _check_split(cohort, shares, stratify, leave_out):
     for name in [*stratify, *([leave_out] if leave_out else [])]:
         if name not in cohort.coords or cohort[name].dims != ("subject",):
             on_subject = [n for n, c in cohort.coords.items() if c.dims == ("subject",)]
-            raise InputError(
-                f"Expected a coordinate on subject to split by, found '{name}'",
-                f"This cohort has {listed(on_subject, 20)}",
-            )
+            fact = f"Expected a coordinate on subject to split by, found '{name}'"
+            raise InputError(fact, f"This cohort has {listed(on_subject, 20)}")
     if not np.isclose(sum(shares.values()), 1) or min(shares.values()) <= 0:
-        raise InputError(
-            f"Expected positive shares that sum to 1, found {shares}",
-            "Give for instance shares={'train': 0.8, 'test': 0.2}",
-        )
+        fact = f"Expected positive shares that sum to 1, found {shares}"
+        raise InputError(fact, "Give for instance shares={'train': 0.8, 'test': 0.2}")
     if leave_out:
         several = pd.Series(cohort[leave_out].values).groupby(cohort.participant.values).nunique()
         if (several > 1).any():
@@ -195,7 +202,7 @@ def _check_split(cohort, shares, stratify, leave_out):
             )
 
 
-def _read_split(cohort, path, made_by):
+def _read_split(path, made_by):
     """A kept split, when it was made from these subjects with these options."""
     kept = json.loads(Path(path).read_text(encoding="utf8"))
     for name, value in made_by.items():
@@ -205,12 +212,8 @@ def _read_split(cohort, path, made_by):
                 f"{kept['made_by'].get(name)}",
                 "Give the same subjects and options, or another path for a new split",
             )
-    return _as_split(kept["repeat"], kept["subject"], np.array(kept["part"]), made_by)
-
-
-def _as_split(repeats, subjects, parts, made_by):
-    coords = {"repeat": repeats, "subject": subjects}
-    return xr.DataArray(parts, coords, ("repeat", "subject"), "part", made_by)
+    coords = {"repeat": kept["repeat"], "subject": kept["subject"]}
+    return xr.DataArray(np.array(kept["part"]), coords, ("repeat", "subject"), "part", made_by)
 
 
 def coarsen_t1(cohort: xr.Dataset, voxel_mm: float) -> xr.Dataset:
@@ -302,6 +305,7 @@ def prepare(
     if not isinstance(source, pd.DataFrame):
         attrs = {"source": str(source), **(attrs or {})}
         source = find_scans(source, task=task, phenotypes=phenotypes)
+
     rows, out = check_rows(source), Path(out)
     with _only_writer(out):
         have = _rows_in(out, made_by)
@@ -317,8 +321,10 @@ def prepare(
             )
         parts = {subject: part for subject, part in parts.items() if subject not in refused}
         about = {"source": "table", "preprocessing": json.dumps(made_by), **(attrs or {})}
-        _pack(parts, out, about)
-        _finish(folder, out, refused)
+        if parts:
+            _pack(parts, out, about)
+        zarr.open_group(out, mode="r+").attrs["refused"] = refused
+        shutil.rmtree(folder, ignore_errors=True)
     return open_cohort(out)
 
 
@@ -336,10 +342,8 @@ def check_rows(rows: pd.DataFrame) -> list[dict]:
     rows["subject"] = rows["subject"].astype(str)
     twice = rows["subject"][rows["subject"].duplicated()]
     if len(twice):
-        raise InputError(
-            f"Expected unique subject ids, found {listed(twice.unique())} more than once",
-            "Name each row participant[/session][/run]",
-        )
+        fact = f"Expected unique subject ids, found {listed(twice.unique())} more than once"
+        raise InputError(fact, "Name each row participant[/session][/run]")
     for name, default in {"participant": rows["subject"], "site": ""}.items():
         rows[name] = rows[name].fillna("").astype(str) if name in rows else default
     return rows.sort_values("subject").to_dict("records")
@@ -347,7 +351,6 @@ def check_rows(rows: pd.DataFrame) -> list[dict]:
 
 def _stage(rows, parts, options, workers, client):
     """Read every row that has no part yet, one task each; the reasons of those refused."""
-    import dask
     from tqdm.auto import tqdm
 
     todo = [row for row in rows if not parts[row["subject"]].exists()]
@@ -361,7 +364,6 @@ def _stage(rows, parts, options, workers, client):
 
 def _compute(tasks, workers, client, tick):
     """Results of Dask tasks on threads or on a cluster, calling `tick` as each one ends."""
-    import dask
     from dask.callbacks import Callback
 
     if client is None:
@@ -392,11 +394,8 @@ def _stage_one(row, part, options):
     if "bold" in arrays:
         arrays["roi"] = data.roi.values.astype(str)
     labels = {k: v for k, v in row.items() if k not in FILES} | data.attrs
-    labels |= {
-        "has_bold": "bold" in arrays,
-        "has_t1": "t1" in arrays,
-        "warnings": "; ".join(warnings),
-    }
+    labels |= {f"has_{name}": name in arrays for name in ("bold", "t1")}
+    labels["warnings"] = "; ".join(warnings)
     shapes = {name: v.shape for name, v in arrays.items()}
     unfinished = part.with_suffix(f".{os.getpid()}.tmp")
     part.parent.mkdir(exist_ok=True)
@@ -421,10 +420,7 @@ def _part(folder, row, made_by):
 
 def _pack(parts, out, attrs):
     """Put the parts of new rows, by their ids, into the store."""
-    import zarr
 
-    if not parts:
-        return
     new = _labels_of(parts.values(), attrs)
     if out.exists():
         _extend_store(new, out)
@@ -436,19 +432,8 @@ def _pack(parts, out, attrs):
     _write_rows(out, lambda rows: _load_parts([parts[i] for i in ids[rows]], new))
 
 
-def _finish(folder, out, refused):
-    """Remove the parts, and say in the store which subjects were left out."""
-    import shutil
-
-    import zarr
-
-    zarr.open_group(out, mode="r+").attrs["refused"] = refused
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def _labels_of(parts, attrs):
     """A cohort with the labels of some parts and arrays of the right shape, not yet filled."""
-    import dask.array as da
 
     rows, shapes, roi = [], {}, None
     for part in parts:
@@ -456,33 +441,29 @@ def _labels_of(parts, attrs):
             labels, sizes = json.loads(str(file["about"]))
             names = file["roi"] if "roi" in file.files else roi
         if roi is not None and names.tolist() != roi.tolist():
-            raise InputError(
-                f"Expected the same parcels in every scan, found others in {labels['subject']}",
-                "Prepare scans of different atlases into different stores",
-            )
+            fact = f"Expected the same parcels in every scan, found others in {labels['subject']}"
+            raise InputError(fact, "Prepare scans of different atlases into different stores")
         roi = names
         rows.append(labels)
         for name in {"bold", "t1"} & {*sizes}:
             shapes[name] = np.maximum(shapes.get(name, sizes[name]), sizes[name]).tolist()
+    bold, t1 = (
+        da.full((len(rows), *shapes[name]), np.nan, "float32", chunks=(1, *shapes[name]))
+        if name in shapes
+        else None
+        for name in ("bold", "t1")
+    )
     table = pd.DataFrame(rows)
     text = table.select_dtypes(exclude=["number", "bool"]).columns
     table[text] = table[text].fillna("").astype(str)
-    made = {
-        name: da.full((len(rows), *shape), np.nan, "float32", chunks=(1, *shape))
-        for name, shape in shapes.items()
-    }
+    subject = {name: table[name].to_numpy(str if name in text else None) for name in table}
     made_by = json.loads(attrs["preprocessing"])
-    if roi is not None:
-        atlas = load_atlas(made_by["atlas"]).sel(roi=roi) if made_by["atlas"] else None
-        roi = {"roi": roi} | ({n: atlas[n].values for n in ROI_COORDS} if atlas is not None else {})
-    return build_cohort(
-        made.get("bold"),
-        made.get("t1"),
-        {name: table[name].to_numpy(str if name in text else None) for name in table},
-        roi,
-        {"atlas": made_by["atlas"] or "", **attrs},
-        made_by["voxel_mm"],
-    )
+    attrs = {"atlas": made_by["atlas"] or "", **attrs}
+    roi = {} if roi is None else {"roi": roi}
+    if roi and made_by["atlas"]:
+        atlas = load_atlas(made_by["atlas"]).sel(roi=roi["roi"])
+        roi |= {name: atlas[name].values for name in ROI_COORDS}
+    return build_cohort(bold, t1, subject, roi, attrs, made_by["voxel_mm"])
 
 
 def _load_parts(parts, like):
@@ -499,7 +480,6 @@ def _load_parts(parts, like):
 
 def _create_store(cohort, path, t1_dtype):
     """Write labels and empty arrays for a cohort."""
-    import dask.array as da
     from zarr.codecs import BloscCodec
 
     encoding, empty = {}, {}
@@ -518,7 +498,6 @@ def _create_store(cohort, path, t1_dtype):
 
 def _extend_store(new, path):
     """Make room for new rows behind those of a store, and write their labels."""
-    import zarr
 
     group = zarr.open_group(path, mode="r+")
     n = group.attrs["rows_written"]
@@ -530,10 +509,8 @@ def _extend_store(new, path):
             "Prepare all subjects into a new store",
         )
     if "roi" in new.coords and group["roi"][:].tolist() != new.roi.values.tolist():
-        raise InputError(
-            f"Expected the parcels of {path}, found others in the new subjects",
-            "Prepare them into another store",
-        )
+        fact = f"Expected the parcels of {path}, found others in the new subjects"
+        raise InputError(fact, "Prepare them into another store")
     group.attrs["complete"] = False
     longest = max(new.sizes.get("time", 0), group["time"].shape[0] if "time" in group else 0)
     for name, array in group.arrays():
@@ -551,14 +528,9 @@ def _write_rows(path, read):
 
     `read` takes a slice of rows and returns arrays by variable name.
     """
-    import zarr
 
     group = zarr.open_group(path, mode="r+")
-    arrays = {
-        name: a
-        for name, a in group.arrays()
-        if a.metadata.dimension_names[0] == "subject" and a.ndim > 1
-    }
+    arrays = {n: a for n, a in group.arrays() if n in DIMS["cohort"]}
     step = max(a.shards[0] for a in arrays.values())
     start, end = group.attrs["rows_written"], group["subject"].shape[0]
     while start < end:
@@ -573,7 +545,6 @@ def _write_rows(path, read):
 
 def _rows_in(out, made_by):
     """Ids of the rows that a store has, which must have been made with the same options."""
-    import zarr
 
     if not out.exists():
         return set()
@@ -581,13 +552,11 @@ def _rows_in(out, made_by):
     before = json.loads(group.attrs.get("preprocessing", "{}"))
     if before != made_by:
         differing = sorted(k for k in made_by if before.get(k) != made_by[k])
-        raise InputError(
-            f"Expected {out} to be prepared with "
-            + ", ".join(f"{k}={made_by[k]!r}" for k in differing)
-            + ", found "
-            + ", ".join(f"{k}={before.get(k)!r}" for k in differing),
-            "Give the same options, or another path",
+        asked, found = (
+            ", ".join(f"{k}={options.get(k)!r}" for k in differing) for options in (made_by, before)
         )
+        fact = f"Expected {out} to be prepared with {asked}, found {found}"
+        raise InputError(fact, "Give the same options, or another path")
     return set(group["subject"][: group.attrs["rows_written"]].tolist())
 
 
@@ -609,11 +578,9 @@ def _only_writer(out):
 def _open_store(path):
     """A zarr store as a checked cohort: data lazy, labels in memory and as plain text."""
     if not (path / "zarr.json").exists():
-        raise InputError(
-            f"Expected a zarr v3 store at {path}, found "
-            + ("no zarr.json" if path.exists() else "nothing"),
-            "Write one with bhx.save_cohort or bhx.prepare",
-        )
+        found = "no zarr.json" if path.exists() else "nothing"
+        fact = f"Expected a zarr v3 store at {path}, found {found}"
+        raise InputError(fact, "Write one with bhx.save_cohort or bhx.prepare")
     cohort = xr.open_zarr(path, chunks={}, consolidated=False)
     if not cohort.attrs.get("complete", True):
         raise InputError(
@@ -657,34 +624,26 @@ def _prepared(name, source, **options):
 
 def _open_sample(entry):
     """The real scan of the atlas assets, and the MNI152 template as a subject with T1 only."""
-    import dask
-    import dask.array as da
-
-    from bhx.atlas import load_atlas, load_sample
-    from bhx.scans import read_template_t1
 
     real = load_sample()
     atlas = load_atlas("schaefer400").sel(roi=real.roi.values)
     series = da.from_array(real.bold.values[None], chunks=-1)
     template = da.from_delayed(dask.delayed(read_template_t1)(), T1_SHAPE, "float32")[None]
     ids = [real.attrs["participant"], "mni152"]
+    subject = {
+        "subject": ids,
+        "participant": ids,
+        "site": ["leipzig", "montreal"],
+        "tr": [real.attrs["tr"], np.nan],
+        "n_volumes": [real.sizes["time"], 0],
+        "has_bold": [True, False],
+        "has_t1": [False, True],
+    }
+    about = {"source": entry.name, "licence": entry.licence}
     return build_cohort(
         da.concatenate([series, da.full_like(series, np.nan)]),
         da.concatenate([da.full_like(template, np.nan), template]),
-        subject={
-            "subject": ids,
-            "participant": ids,
-            "site": ["leipzig", "montreal"],
-            "tr": [real.attrs["tr"], np.nan],
-            "n_volumes": [real.sizes["time"], 0],
-            "has_bold": [True, False],
-            "has_t1": [False, True],
-        },
-        roi={"roi": real.roi.values, **{name: atlas[name].values for name in ROI_COORDS}},
-        attrs={
-            "atlas": "schaefer400",
-            "source": entry.name,
-            "licence": entry.licence,
-            "preprocessing": real.attrs["preprocessing"],
-        },
+        subject,
+        {name: atlas[name].values for name in ("roi", *ROI_COORDS)},
+        {"atlas": "schaefer400", **about, "preprocessing": real.attrs["preprocessing"]},
     )
