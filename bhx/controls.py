@@ -168,7 +168,7 @@ def raw_signal(cohort: xr.Dataset, step: float = 2.0) -> xr.Dataset:
     width = cohort.sizes["roi"] * len(seconds)
     values = _per_subject(cohort.bold, _resampled, width, cohort.tr, seconds=seconds)
     out = values.to_dataset(name="features")
-    return out.assign_attrs(name="raw signal, MLP", estimator="MLP", components=COMPONENTS)
+    return out.assign_attrs(name="raw signal (MLP)", estimator="MLP", components=COMPONENTS)
 
 
 def _resampled(bold, tr, seconds):
@@ -239,7 +239,7 @@ def plain_controls(cohort: xr.Dataset, target: str | None = None) -> list[xr.Dat
         functions = [connectome(cohort, kind).compute() for kind in CONNECTIVITY]
         out += [*functions, raw_signal(cohort).compute()]
     if "t1" in cohort:
-        out.append(cubes.assign_attrs(name="T1 cubes, PCA", components=COMPONENTS))
+        out.append(cubes.assign_attrs(name="T1 cubes (PCA)", components=COMPONENTS))
     if "t1" in cohort and "bold" in cohort:
         out.append(fuse(cubes, functions[0]))
     return out

@@ -55,7 +55,7 @@ def report(*scores: xr.Dataset, path="report.html", control=None, reference=None
         **_strata_section(scores),
         **_confound_section(scores),
         "What was taken for granted": _list(note for s in scores for note in _notes(s)),
-        "Made by": _list(_made_by(s) for s in scores),
+        "Made by": _list([*made_with(*scores).splitlines(), *map(_made_by, scores)]),
     }
     title = f"Scores: {first.attrs['target']}"
     body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items())
@@ -151,8 +151,8 @@ def methods(scores: xr.Dataset) -> str:
         )
     text.append(
         "Scores are means over folds with 95 % intervals of a bootstrap over participants, models "
-        "not refitted, widened for the chance of the training rows; models were compared by the "
-        "corrected resampled t-test with Holm's adjustment."
+        "not refitted, widened for pairs of subjects that predict each other; models were compared "
+        "by the corrected resampled t-test with Holm's adjustment."
     )
     if "null" in scores:
         text.append(

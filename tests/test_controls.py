@@ -160,12 +160,12 @@ def test_plain_controls_leave_the_target_out(both):
     found = plain_controls(both, "age")
     names = [f.attrs["name"] for f in found]
     assert names[:3] == ["mean or majority", "confounds", "T1 cubes"]
-    assert names[-3:-1] == ["raw signal, MLP", "T1 cubes, PCA"]
+    assert names[-3:-1] == ["raw signal (MLP)", "T1 cubes (PCA)"]
     assert found[1].attrs["columns"] == "site, n_volumes"
     assert names[-1] == "T1 cubes + connectome"
     assert nothing(both).sizes["feature"] == 0
     only_t1 = [f.attrs["name"] for f in plain_controls(both.drop_vars("bold"), "age")]
-    assert only_t1 == ["mean or majority", "confounds", "T1 cubes", "T1 cubes, PCA"]
+    assert only_t1 == ["mean or majority", "confounds", "T1 cubes", "T1 cubes (PCA)"]
 
 
 def test_compare_puts_every_plain_control_into_one_table(both):
