@@ -24,13 +24,8 @@ import psutil
 
 REPO = Path(__file__).parents[1]
 HEADS = (
-    "notebook",
-    "minutes",
-    "peak GB",
-    "code cells",
-    "outputs compared",
-    "figures checked",
-    "MB",
+    *("notebook", "minutes", "minutes of one processor", "peak GB", "code cells"),
+    *("outputs compared", "figures checked", "MB"),
 )
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}
 CHECKED = re.compile(r"^figure \S+: ok", re.M)
@@ -110,20 +105,23 @@ def table(rows: dict) -> str:
     lines = [HEADS, ["---"] * len(HEADS)]
     for name, r in sorted(rows.items()):
         link = f"[{name}]({name}.ipynb)"
-        costs = (f"{r['wall_s'] / 60:.1f}", f"{r['peak_gb']:.1f}")
+        costs = (*minutes(r), f"{r['peak_gb']:.1f}")
         counts = (r["code_cells"], r["outputs_compared"], r["figures_checked"])
         lines.append((link, *costs, *counts, f"{r['mb']:.1f}"))
     lines.append(("all", *totals(rows.values())))
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def totals(rows) -> tuple:
-    def total(key):
-        return sum(r[key] for r in rows)
+def minutes(row) -> tuple[str, str]:
+    return f"{row['wall_s'] / 60:.1f}", f"{row['cpu_s'] / 60:.1f}"
 
-    counts = (total(k) for k in ("code_cells", "outputs_compared", "figures_checked"))
-    peak = max(r["peak_gb"] for r in rows)
-    return f"{total('wall_s') / 60:.1f}", f"{peak:.1f}", *counts, f"{total('mb'):.1f}"
+
+def totals(rows) -> tuple:
+    rows = list(rows)
+    whole = {key: sum(row[key] for row in rows) for key in rows[0]}
+    peak = max(row["peak_gb"] for row in rows)
+    counts = (whole[key] for key in ("code_cells", "outputs_compared", "figures_checked"))
+    return *minutes(whole), f"{peak:.1f}", *counts, f"{whole['mb']:.1f}"
 
 
 if __name__ == "__main__":

@@ -99,7 +99,9 @@ def page(file: Path) -> Page:
 
 
 def pages() -> list[Path]:
-    return sorted(SITE.rglob("*.html"))
+    return sorted(
+        f for f in SITE.rglob("*.html") if not f.relative_to(SITE).parts[0].startswith("_")
+    )
 
 
 def dangling(file: Path, address: str) -> bool:

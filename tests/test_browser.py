@@ -1,4 +1,4 @@
-"""The explorer in a real browser: JupyterLab on loopback, driven by mouse and keyboard."""
+"""The explorer in a browser: JupyterLab and Voila on loopback, driven by mouse and keyboard."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ CELLS = [
     "explorer = bhx.explore(latents)\nexplorer",
 ]
 
+# anywidget gives each figure 2 s to load, which is too little while other work has the processor
+PATIENT = """{
+    const timeout = AbortSignal.timeout.bind(AbortSignal)
+    AbortSignal.timeout = ms => timeout(Math.max(ms, 120_000))
+}"""
+
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(BROWSER is None, reason="no Chromium here: install one to run this test"),
@@ -51,9 +58,7 @@ def lab(tmp_path_factory):
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS])
     book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(book, folder / "explorer.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = {
         "ServerApp.ip": "127.0.0.1",
         "ServerApp.port": port,
@@ -63,18 +68,43 @@ def lab(tmp_path_factory):
         "IdentityProvider.token": "loopback",
         "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
     }
+    address = f"http://127.0.0.1:{port}"
+    with served("jupyterlab", options, folder, f"{address}/api?token=loopback"):
+        yield f"{address}/doc/tree/explorer.ipynb?token=loopback"
+
+
+@pytest.fixture(scope="module")
+def lecture(tmp_path_factory):
+    """The address of a Voila that serves the page for a public lecture."""
+    folder, port = tmp_path_factory.mktemp("voila"), free_port()
+    shutil.copy(REPO / "notebooks" / "voila" / "explorer.ipynb", folder)
+    options = {"Voila.ip": "127.0.0.1", "Voila.port": port, "Voila.open_browser": False}
+    address = f"http://127.0.0.1:{port}/"
+    with served("voila", options, folder, address):
+        yield f"{address}voila/render/explorer.ipynb"
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def served(module, options, folder, address):
+    """A server of a package, up as long as the context lasts."""
     own = {"PYTHONPATH": REPO, "JUPYTER_CONFIG_DIR": folder, "IPYTHONDIR": folder / "ipython"}
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *(f"--{k}={v}" for k, v in options.items())],
+            [sys.executable, "-m", module, *(f"--{k}={v}" for k, v in options.items())],
             cwd=folder,
             env=os.environ | {k: str(v) for k, v in own.items()},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
     try:
-        _wait_until_up(f"http://127.0.0.1:{port}/api?token=loopback", server)
-        yield f"http://127.0.0.1:{port}/doc/tree/explorer.ipynb?token=loopback"
+        _wait_until_up(address, server)
+        yield
     finally:
         server.terminate()
         server.wait(20)
@@ -88,20 +118,29 @@ def _wait_until_up(address, server, seconds=240):
             return
         except OSError:
             time.sleep(0.5)
-    raise RuntimeError("JupyterLab did not start")
+    raise RuntimeError("the server did not start")
 
 
-@pytest.fixture(scope="module")
-def page(lab):
-    """The explorer, drawn; no address but loopback can be reached from the page."""
+@contextmanager
+def chromium():
+    """An empty page from which no address but loopback can be reached."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(300_000)
+        page.add_init_script(PATIENT)
         local = re.compile(r"^(?!(https?|wss?)://127\.0\.0\.1|blob:|data:)")
         page.route(local, lambda route: route.abort())
+        yield page
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    """The explorer, drawn in JupyterLab."""
+    with chromium() as page:
         page.goto(lab)
         page.get_by_text(re.compile(r"Python 3.*\| Idle")).wait_for()
         page.add_style_tag(content=".Toastify {display: none}")
@@ -111,7 +150,6 @@ def page(lab):
         assert not page.evaluate(FAILED), page.locator(".jp-OutputArea-output").inner_text()
         page.wait_for_timeout(4000)
         yield page
-        browser.close()
 
 
 FAILED = "document.querySelector('[data-mime-type*=error]') !== null"
@@ -246,3 +284,23 @@ def test_typed_network_and_its_code(page):
     written = page.locator(".widget-textarea textarea").input_value()
     assert "bhx.region_map(latents, token=" in written
     shot(page, "code")
+
+
+def test_lecture_is_a_page_without_code(lecture):
+    with chromium() as page:
+        page.goto(lecture)
+        page.wait_for_function(f"() => ({FIGURES})().length === 4")
+        page.wait_for_timeout(4000)
+        shot(page, "lecture")
+        assert page.get_by_text("These brains are synthetic.").is_visible()
+        assert page.locator(".jp-CodeCell .jp-InputArea, .jp-Editor, .highlight").count() == 0
+        assert "bhx.embed" not in page.content()
+
+        brain, slices = state(page, "brain"), state(page, "slices")
+        assert max(intensity for _, intensity, *_ in brain) > 0  # drawn as it is, not as it began
+        x, y, w, h = box_of(page, "tokens")
+        page.mouse.click(x + w * 5.5 / 32, y + h * 0.97)  # the bar of token 5 of 32
+        changed(page, "brain", brain)
+        changed(page, "slices", slices)
+        assert heading(page) == "attention of token 5"
+        shot(page, "lecture_token")

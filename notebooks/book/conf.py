@@ -36,8 +36,7 @@ html_static_path = [
     str(Path(plotly.__file__).parent / "package_data" / "plotly.min.js"),
 ]
 html_css_files = ["book.css"]
-html_copy_source = False
-html_show_sourcelink = False
+html_sourcelink_suffix = ""  # the button brings the notebook itself
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system
 html_theme_options = {
     "repository_url": "https://github.com/bhx-project/bhx",
