@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xarray as xr
+import zarr
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -52,28 +53,23 @@ class FineTuning:
     tokens_at_once: int = 65536  # a batch above it is accumulated
 
     def __post_init__(self):
-        share = lambda v: 0 <= v < 1  # noqa: E731
-        for name, fits, wanted in (
-            ("trains", TRAINS.__contains__, f"of {listed(TRAINS)}"),
-            ("layer_decay", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-            ("drop_path", share, "from 0 to below 1"),
-            ("smoothing", share, "from 0 to below 1"),
-            ("patience", lambda v: v is None or v >= 1, "as None or at least 1"),
+        for fits, name, wanted in (
+            (self.trains in TRAINS, "trains", f"of {listed(TRAINS)}"),
+            (0 < self.layer_decay <= 1, "layer_decay", "above 0 and at most 1"),
+            (0 <= self.drop_path < 1, "drop_path", "from 0 to below 1"),
+            (0 <= self.smoothing < 1, "smoothing", "from 0 to below 1"),
+            (self.patience is None or self.patience >= 1, "patience", "as None or at least 1"),
         ):
-            if not fits(getattr(self, name)):
-                raise InputError(
-                    f"Expected {name} {wanted}, found {getattr(self, name)!r}", "Change it"
-                )
+            if not fits:
+                found = repr(getattr(self, name))
+                raise InputError(f"Expected {name} {wanted}, found {found}", "Change it")
         self.recipe(self.epochs)
 
     def recipe(self, steps):
         """The settings that pretraining has, too, for `training.schedule`; they are checked."""
-        same = {k: getattr(self, k) for k in _SAME}
-        rates = {"rate": (0.0, self.rate, 0.0), "decay": (self.decay, self.decay)}
-        return Recipe("harmonizer", steps, **same, **rates)
-
-
-_SAME = ("seed", "batch", "warmup", "clip", "precision", "tokens_at_once")
+        names = ("seed", "batch", "warmup", "clip", "precision", "tokens_at_once")
+        same = {name: getattr(self, name) for name in names}
+        return Recipe("harmonizer", steps, rate=(0.0, self.rate, 0.0), **same)
 
 
 def fine_tune(
@@ -121,10 +117,11 @@ def fine_tune(
 
     Returns
     -------
-    Scores Dataset as of `bhx.probe`, for `bhx.compare` beside it, with `training_loss` and
-    `inner_loss (model, fold, epoch)`, the `epoch_kept (model, fold)`, and `part (model, fold,
-    subject)`: "train", "stop" (the inner split) or "test". The losses are cross-entropy in nats,
-    or squared error over the variance of the rows trained on.
+    Dataset
+        Scores Dataset as of `bhx.probe`, for `bhx.compare` beside it, with `training_loss` and
+        `inner_loss (model, fold, epoch)`, the `epoch_kept (model, fold)`, and `part (model, fold,
+        subject)`: "train", "stop" (the inner split) or "test". The losses are cross-entropy in
+        nats, or squared error over the variance of the rows trained on.
 
     Raises
     ------
@@ -145,7 +142,7 @@ def fine_tune(
         )
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-    tokens = _Tokens(cohort, model, plan, cache, progress, base.subject.values)
+    tokens = _Tokens(cohort, model, plan, base.subject.values, cache, progress)
     run = _Run(base, tokens, model, None if out is None else Path(out))
     total = base.sizes["fold"] * plan.epochs
     with tqdm(total=total, desc=f"fine-tune, {trains}", unit="epoch", disable=not progress) as bar:
@@ -170,7 +167,8 @@ def predict(out, fold: int, cohort: xr.Dataset, model: Model) -> xr.DataArray:
     Returns (subject, class): probabilities, or numbers in the target's units as the class "value".
     """
     tuned, state, plan = _kept(Path(out), fold, model)
-    values = _said(tuned, _Tokens(cohort, model, plan), np.arange(cohort.sizes["subject"]), state)
+    tokens = _Tokens(cohort, model, plan, cohort.subject.values)
+    values = _said(tuned, tokens, np.arange(cohort.sizes["subject"]), state)
     coords = {**subject_coords(cohort), "class": state["classes"]}
     return xr.DataArray(values, coords, ("subject", "class"))
 
@@ -236,15 +234,17 @@ def optimiser_of(tuned: Tuned, plan: FineTuning):
 class _Tokens:
     """The frozen encoders' tokens of every subject, in the sequences that the harmonizer reads."""
 
-    def __init__(self, cohort, model, plan, cache=None, progress=False, subjects=None):
+    def __init__(self, cohort, model, plan, subjects, cache=None, progress=False):
+        half = plan.precision
+        made = embed(cohort, model, keep=TOKENS, store=cache, precision=half, progress=progress)
         self.config, self.device, self.plan = model.config, model.device, plan
-        made = embed(
-            cohort, model, keep=TOKENS, store=cache, precision=plan.precision, progress=progress
-        )
         self.about = evaluation.provenance_of(made)
-        made = made[list(TOKENS)] if subjects is None else made[list(TOKENS)].sel(subject=subjects)
-        made = made.compute() if cache is None else made
-        self.dynamics, self.structure = (made[name].data for name in TOKENS)
+        self.places = made.indexes["subject"].get_indexer(subjects)
+        if cache is None:
+            made = made.compute()
+            self.arrays = [made[name].values for name in TOKENS]
+        else:
+            self.arrays = [zarr.open_group(cache, mode="r")[name] for name in TOKENS]
         self.pooled = None
 
     def raw(self, tuned, rows):
@@ -253,7 +253,7 @@ class _Tokens:
             if self.plan.trains != "head only":
                 return tuned(tuned.pool(*self._batch(rows))).float()
             if self.pooled is None:  # the same in every fold and epoch
-                each = [tuned.pool(*self._batch([i])) for i in range(len(self.dynamics))]
+                each = [tuned.pool(*self._batch([i])) for i in range(len(self.places))]
                 self.pooled = torch.cat(each)
             return tuned(self.pooled[rows]).float()
 
@@ -266,8 +266,9 @@ class _Tokens:
 
     def _read(self, i):
         """One subject's windows and cubes, those that are there, and their tokens."""
-        dynamics = torch.from_numpy(np.asarray(self.dynamics[i])).to(self.device)
-        structure = torch.from_numpy(np.asarray(self.structure[i])).flatten(0, 2).to(self.device)
+        at = self.places[i]
+        dynamics, structure = (torch.from_numpy(x[at]).to(self.device) for x in self.arrays)
+        structure = structure.flatten(0, 2)
         there = dynamics.isfinite().all(-1).any(0).nonzero()
         patches = int(there.max()) + 1 if len(there) else 0
         windows = math.ceil(patches / self.config.dynamics.max_patches)
@@ -279,7 +280,7 @@ class _Tokens:
 
     def parts(self, rows):
         """Rows in parts that are computed at once."""
-        one = math.prod(self.dynamics.shape[1:3]) + math.prod(self.structure.shape[1:4])
+        one = sum(math.prod(x.shape[1:-1]) for x in self.arrays)
         return np.array_split(rows, math.ceil(len(rows) / max(1, self.plan.tokens_at_once // one)))
 
 
@@ -327,10 +328,9 @@ class _Run:
         bar.update(len(state["losses"]))
         while not self._done(state):
             loss = self._epoch(i, tuned, optimiser, fit, state)
-            inner = math.nan
+            inner = math.nan  # nobody to stop by: the last epoch is kept
             if len(stop):
-                raw = _seen(tuned, self.tokens, stop)
-                inner = float(self._error(raw, stop, state)) / len(stop)
+                inner = float(self._error(_seen(tuned, self.tokens, stop), stop, state)) / len(stop)
             state["losses"].append((loss, inner))
             if not inner >= state["lowest"]:
                 state |= {"lowest": inner, "kept": len(state["losses"]), "best": tuned.learnt()}
@@ -415,9 +415,8 @@ class _Run:
             test = self.part[i] == "test"
             output[i, test], losses[0, i, : len(state["losses"])] = said, state["losses"]
             if self.judge.names is not None:
-                counts = np.bincount(self.truth[self.part[i] == "train"])
-                prior = 1 if base.attrs["protocol"] else counts
-                decision[i, test] = (said / prior).argmax(1)
+                seen = np.bincount(self.truth[self.part[i] == "train"])
+                decision[i, test] = (said / (1 if base.attrs["protocol"] else seen)).argmax(1)
         name, dims = f"fine-tuned, {self.plan.trains}", ("model", "fold", "epoch")
         out = evaluation.rescored(base, name, output, decision).assign(
             training_loss=(dims, losses[..., 0]),
