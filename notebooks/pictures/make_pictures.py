@@ -62,7 +62,7 @@ def two_tables():
         label = f"rows in the order of {bar['name']}"
         axis.bar(np.arange(2) + 0.4 * i - 0.2, numbers(bar["y"]), 0.38, color=colour, label=label)
     axis.set_xticks([0, 1], ["harmonics", "gradients"])
-    axis.set(title="How smooth the released tables are", ylabel="Moran's I, mean of ten columns")
+    axis.set(title="How smooth the two tables of the stand-in are", ylabel="Moran's I, mean of ten columns")
     axis.legend(frameon=False)
     return beside(figure)
 
