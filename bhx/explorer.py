@@ -10,7 +10,9 @@ from functools import cached_property
 from html import escape
 
 import numpy as np
+import plotly.graph_objects as go
 import xarray as xr
+from plotly.subplots import make_subplots
 
 from bhx.latents import MAPS, project, region_map, subject_mask, who_has
 from bhx.schema import InputError, check, listed
@@ -90,10 +92,8 @@ class Explorer:
     def select_token(self, token=None):
         """Show one token's maps, or those of all tokens together."""
         if token is not None and token not in self.tokens:
-            raise InputError(
-                f"Expected a token from {self.tokens[0]} to {self.tokens[-1]}, found {token}",
-                "See latents.token",
-            )
+            fact = f"Expected a token from {self.tokens[0]} to {self.tokens[-1]}, found {token}"
+            raise InputError(fact, "See latents.token")
         self.token = None if token is None else int(token)
         self._tell()
 
@@ -115,10 +115,8 @@ class Explorer:
         first, second = self._mask(first), self._mask(second)
         if (first & second).any():
             twice = listed(self.subjects[first & second])
-            raise InputError(
-                f"Expected groups without common subjects, found {twice} in both",
-                "Remove them from one",
-            )
+            fact = f"Expected groups without common subjects, found {twice} in both"
+            raise InputError(fact, "Remove them from one")
         self.groups, self.chosen = (first, second), first | second
         self._tell()
 
@@ -162,10 +160,8 @@ class Explorer:
         coords = {n: c for n, c in self.latents.coords.items() if c.dims == ("subject",)}
         shown = [n for n in ("age", "sex", "diagnosis", "site", "tr", "mean_fd") if n in coords]
         rows += [(name, _summary(coords[name].values[self.chosen])) for name in shown]
-        cells = "".join(
-            f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows
-        )
-        return f"<table>{cells}</table>"
+        cells = [f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows]
+        return f"<table>{''.join(cells)}</table>"
 
     def heading(self) -> str:
         """One line on what the maps show."""
@@ -323,7 +319,6 @@ class _Panels:
     # people ---------------------------------------------------------------------------------
 
     def _people(self):
-        import plotly.graph_objects as go
 
         points, ids = self.explorer.points, self.explorer.subjects
         x, y = points.values.T.astype(np.float32)
@@ -365,7 +360,6 @@ class _Panels:
     # tokens ---------------------------------------------------------------------------------
 
     def _strip(self):
-        import plotly.graph_objects as go
 
         tokens = self.explorer.tokens
         bars = [
@@ -375,13 +369,10 @@ class _Panels:
         line = go.Scatter(x=tokens, y=np.zeros(len(tokens)), name="preference", yaxis="y2")
         figure = go.FigureWidget([*bars, line.update(line_color="black", mode="lines")])
         figure.update_layout(PLAIN, height=210, barmode="stack", bargap=0.1, meta="tokens")
-        figure.update_layout(
-            xaxis_title="token",
-            yaxis={"title": "share", "range": [0, 1]},
-            yaxis2={"overlaying": "y", "side": "right", "title": "preference", "showgrid": False},
-            legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
-            margin={"r": 50, "t": 35},
-        )
+        second = {"overlaying": "y", "side": "right", "title": "preference", "showgrid": False}
+        legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
+        figure.update_layout(xaxis_title="token", yaxis={"title": "share", "range": [0, 1]})
+        figure.update_layout(yaxis2=second, legend=legend, margin={"r": 50, "t": 35})
         for trace in figure.data[:2]:
             trace.on_click(lambda _, picked, how: self._token_clicked(picked.point_inds))
         return figure
@@ -405,16 +396,14 @@ class _Panels:
     # the cortex -----------------------------------------------------------------------------
 
     def _brain(self):
-        import plotly.graph_objects as go
 
         e = self.explorer
         if not len(e.roi):
             return go.FigureWidget(layout=PLAIN | {"title": NO_MAP, "meta": "brain"})
         values = xr.DataArray(np.zeros(len(e.roi), "f4"), {"roi": e.roi}, ["roi"])
         self._rank = on_vertices(values.copy(data=np.arange(len(e.roi), dtype="f4"))).values
-        pieces = [
-            p for side in SIDES["both"] for p in cortex(on_vertices(values), "inflated", side)
-        ]
+        brain = on_vertices(values)
+        pieces = [piece for side in SIDES["both"] for piece in cortex(brain, "inflated", side)]
         figure = go.FigureWidget([trace for trace, _ in pieces])
         names = [trace.name for trace, _ in pieces]
         figure.update_layout(stage("inflated", SIDES["both"], "top", names, look_of(values)))
@@ -445,8 +434,6 @@ class _Panels:
     # the T1 ---------------------------------------------------------------------------------
 
     def _slices(self):
-        import plotly.graph_objects as go
-        from plotly.subplots import make_subplots
 
         self._grey, self._shown, self._sent = grey_levels(template()), None, ()
         cubes = self.explorer.t1_map()
@@ -528,15 +515,12 @@ class _Panels:
         return out
 
     def _sliders(self, widgets):
-        out = {
-            axis: widgets.IntSlider(
-                START[axis], *ends, 2, description=axis, style={"description_width": "15px"}
-            )
-            for axis, ends in {"x": (-76, 76), "y": (-110, 74), "z": (-58, 94)}.items()
-        }
-        for slider in out.values():
+        out, style = {}, {"description_width": "15px"}
+        for axis, ends in {"x": (-76, 76), "y": (-110, 74), "z": (-58, 94)}.items():
+            slider = widgets.IntSlider(START[axis], *ends, 2, description=axis, style=style)
             slider.layout.width = f"{WIDE // 3}px"
             slider.observe(self._update_slices, "value")
+            out[axis] = slider
         return out
 
     def _typed(self, act):
@@ -572,14 +556,11 @@ class _Panels:
         controls = list(self.controls.values())
         left = [self.legend, self.people, self.strip, self.card]
         right = [self.heading, self.brain, self.slices, widgets.HBox(list(self.sliders.values()))]
-        return widgets.VBox(
-            [
-                widgets.HBox(controls[:5], layout={"flex_flow": "row wrap"}),
-                widgets.HBox([widgets.VBox(c, layout=column) for c in (left, right)]),
-                widgets.HBox(controls[5:]),
-                widgets.HBox([self.written, self.picture]),
-            ]
-        )
+        both = [widgets.VBox(panels, layout=column) for panels in (left, right)]
+        rows = [controls[:5], both, controls[5:], [self.written, self.picture]]
+        rows = [widgets.HBox(row) for row in rows]
+        rows[0].layout.flex_flow = "row wrap"
+        return widgets.VBox(rows)
 
 
 NO_MAP = 'no attention kept: embed(..., keep=("attention",))'

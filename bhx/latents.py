@@ -33,10 +33,8 @@ def pool(latents: xr.Dataset, how: str = "mean", *, weights=None) -> xr.Dataset:
     """
     hub = check(latents, "latents")["hub"]
     if (weights is not None) != (how == "weighted"):
-        raise InputError(
-            f"Expected weights with how='weighted' and only then, found how='{how}'",
-            "Give both or neither: pool(latents, 'weighted', weights=...)",
-        )
+        fact = f"Expected weights with how='weighted' and only then, found how='{how}'"
+        raise InputError(fact, "Give both or neither: pool(latents, 'weighted', weights=...)")
     check_choice("how", how, ("mean", "concatenate", "weighted"))
     if how == "concatenate":
         features = hub.stack(flat=("token", "feature")).drop_vars(["flat", "token", "feature"])
@@ -246,10 +244,8 @@ def _people(latents, groups, within):
     hub = check(latents, "latents")["hub"]
     for name in (groups, within):
         if name is not None and name not in hub.coords:
-            raise InputError(
-                f"Expected the coordinate '{name}' on subject, found {listed(hub.coords, 12)}",
-                "Assign it: latents.assign_coords(name=('subject', values))",
-            )
+            fact = f"Expected the coordinate '{name}' on subject, found {listed(hub.coords, 12)}"
+            raise InputError(fact, "Assign it: latents.assign_coords(name=('subject', values))")
     labels = hub[groups].to_series()
     known = labels.notna() & (labels.astype(str) != "")
     hub = hub.isel(subject=np.flatnonzero(known))
@@ -326,10 +322,8 @@ def each_token(latents: xr.Dataset, *, of: str = "roi", subjects=None) -> xr.Dat
     values = latents[MAPS[of]]
     chosen = subject_mask(values, subjects) & who_has(latents, of)
     if not chosen.any():
-        raise InputError(
-            "Expected at least one subject with this modality, found none in the selection",
-            "Choose other subjects, or the other modality's map",
-        )
+        fact = "Expected at least one subject with this modality, found none in the selection"
+        raise InputError(fact, "Choose other subjects, or the other modality's map")
     out = values.isel(subject=np.flatnonzero(chosen)).mean("subject")
     return out.assign_attrs(n_subjects=int(chosen.sum()))
 
@@ -431,15 +425,11 @@ def lesion(
 def _without(cohort, roi, network, modality, seconds, box):
     """The cohort with NaN where something is removed, or without the modality."""
     if roi is network is modality is seconds is box is None:
-        raise InputError(
-            "Expected something to remove, found nothing",
-            "Give roi, network, modality, seconds or box",
-        )
+        fact = "Expected something to remove, found nothing"
+        raise InputError(fact, "Give roi, network, modality, seconds or box")
     if box == {} or any(a not in "xyz" or not ends[0] < ends[1] for a, ends in (box or {}).items()):
-        raise InputError(
-            f"Expected bounds (low, high) [mm] on x, y or z, found {box}",
-            'Give for example box={"y": (-110, -60)}',
-        )
+        fact = f"Expected bounds (low, high) [mm] on x, y or z, found {box}"
+        raise InputError(fact, 'Give for example box={"y": (-110, -60)}')
     out = cohort
     if "bold" in out:
         gone = _parcels(out, roi, network, box)
@@ -466,10 +456,8 @@ def _parcels(cohort, roi, network, box):
         known = cohort[name].values if asked else ()
         unknown = [a for a in asked if a not in known]
         if unknown:
-            raise InputError(
-                f"Expected {name} among {listed(np.unique(known), 8)}, found {listed(unknown)}",
-                f"See cohort.{name}",
-            )
+            fact = f"Expected {name} among {listed(np.unique(known), 8)}, found {listed(unknown)}"
+            raise InputError(fact, f"See cohort.{name}")
         gone = gone | cohort[name].isin(asked) if asked else gone
     return gone | _inside(box, cohort, "mni_") if box else gone
 
@@ -632,17 +620,13 @@ def subject_mask(data, subjects):
     subjects = np.atleast_1d(np.asarray(subjects))
     if subjects.dtype == bool:
         if subjects.shape != (len(ids),):
-            raise InputError(
-                f"Expected a mask over {len(ids)} subjects, found one of length {len(subjects)}",
-                "Make it from the same Dataset: latents.site == 'A'",
-            )
+            fact = f"Expected a mask over {len(ids)} subjects, found one of length {len(subjects)}"
+            raise InputError(fact, "Make it from the same Dataset: latents.site == 'A'")
         return subjects
     unknown = [s for s in subjects if s not in ids]
     if unknown or not len(subjects):
-        raise InputError(
-            f"Expected ids among {listed(ids, 3)}, found {listed(unknown) or 'no ids'}",
-            "See latents.subject",
-        )
+        fact = f"Expected ids among {listed(ids, 3)}, found {listed(unknown) or 'no ids'}"
+        raise InputError(fact, "See latents.subject")
     return ids.isin(subjects)
 
 
@@ -657,10 +641,8 @@ def _tokens(latents, token):
     at = labels.get_indexer(asked)
     unknown = listed(asked[at < 0])
     if unknown or not len(at):
-        raise InputError(
-            f"Expected tokens among {labels[0]} to {labels[-1]}, found {unknown or 'none'}",
-            "See latents.token",
-        )
+        fact = f"Expected tokens among {labels[0]} to {labels[-1]}, found {unknown or 'none'}"
+        raise InputError(fact, "See latents.token")
     return at
 
 

@@ -11,8 +11,12 @@ from __future__ import annotations
 from functools import cache
 from html import escape
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+import plotly.graph_objects as go
 import xarray as xr
+from plotly.subplots import make_subplots
 
 from bhx.atlas import ATLASES, N_FSAVERAGE5, aliases, load_atlas, load_mesh, load_sulc
 from bhx.errors import check_choice
@@ -117,10 +121,8 @@ def _atlas_of(values):
     for name, size in ATLASES.items():
         if 0 < len(names) <= size and {*names} <= aliases(atlas := load_atlas(name)).keys():
             return atlas
-    raise InputError(
-        f"Expected the parcel names of {listed(ATLASES)}, found {listed(names, 3) or 'none'}",
-        "Name them as bhx.load_atlas(name).roi does, or give atlas=",
-    )
+    fact = f"Expected the parcel names of {listed(ATLASES)}, found {listed(names, 3) or 'none'}"
+    raise InputError(fact, "Name them as bhx.load_atlas(name).roi does, or give atlas=")
 
 
 def _per_parcel(values, atlas):
@@ -159,7 +161,6 @@ def look_of(values, cmap=None, limits=None, title=None) -> dict:
 @cache
 def colours(cmap, steps=33):
     """A matplotlib colour map as a plotly colour scale."""
-    import matplotlib
 
     rgb = (255 * matplotlib.colormaps[cmap](np.linspace(0, 1, steps))[:, :3]).round().astype(int)
     return [[i / (steps - 1), f"rgb({r},{g},{b})"] for i, (r, g, b) in enumerate(rgb.tolist())]
@@ -169,15 +170,12 @@ def colours(cmap, steps=33):
 
 
 def _surface_figure(brain, mesh, sides, view, look, outlines):
-    import plotly.graph_objects as go
 
-    pieces = [piece for side in sides for piece in cortex(brain, mesh, side, sides)]
+    traces = [trace for side in sides for trace, _ in cortex(brain, mesh, side, sides)]
     if outlines:
-        pieces += [_outline(brain, mesh, side, sides) for side in sides]
-    figure = go.Figure([trace for trace, _ in pieces])
+        traces += [_outline(brain, mesh, side, sides) for side in sides]
     view = view or ("top" if len(sides) == 2 or mesh == "flat" else f"{sides[0]} lateral")
-    figure.update_layout(stage(mesh, sides, view, [trace.name for trace, _ in pieces], look))
-    return figure
+    return go.Figure(traces, stage(mesh, sides, view, [trace.name for trace in traces], look))
 
 
 def cortex(brain: xr.DataArray, mesh: str, side: str, sides=("left", "right")) -> list:
@@ -188,7 +186,6 @@ def cortex(brain: xr.DataArray, mesh: str, side: str, sides=("left", "right")) -
     list of (Mesh3d, array of vertex numbers among the 20,484): the part with values, whose
     intensities are `brain.values[vertices]`, and the grey rest, shaded by sulcal depth
     """
-    import plotly.graph_objects as go
 
     coords, faces = _placed(mesh, side, sides)
     offset = SIDES["both"].index(side) * N_FSAVERAGE5
@@ -199,25 +196,17 @@ def cortex(brain: xr.DataArray, mesh: str, side: str, sides=("left", "right")) -
         vertices, corner = np.unique(faces[kept], return_inverse=True)
         i, j, k = corner.reshape(-1, 3).astype(np.uint16).T
         x, y, z = coords[vertices].T
-        trace = go.Mesh3d(
-            x=x, y=y, z=z, i=i, j=j, k=k, name=f"{side} {part}", lighting=LIGHT, showscale=False
-        )
+        look = {"name": f"{side} {part}", "lighting": LIGHT, "showscale": False}
+        trace = go.Mesh3d(x=x, y=y, z=z, i=i, j=j, k=k, **look)
         if part == "values":
             prefix, short = _short_names(here.parcel.values[vertices])
-            trace.update(
-                intensity=here.values[vertices],
-                coloraxis="coloraxis",
-                text=short,
-                hovertemplate=f"{prefix}%{{text}}<br>%{{intensity:.4g}}<extra>{side}</extra>",
-            )
+            hover = f"{prefix}%{{text}}<br>%{{intensity:.4g}}<extra>{side}</extra>"
+            trace.update(coloraxis="coloraxis", text=short, hovertemplate=hover)
+            trace.intensity = here.values[vertices]
         else:
-            trace.update(
-                intensity=load_sulc(side)[vertices].round(2),
-                colorscale=[[0, "rgb(205,205,205)"], [1, "rgb(130,130,130)"]],
-                cmin=-1.5,
-                cmax=1.5,
-                hoverinfo="skip",
-            )
+            greys = [[0, "rgb(205,205,205)"], [1, "rgb(130,130,130)"]]
+            trace.update(colorscale=greys, cmin=-1.5, cmax=1.5, hoverinfo="skip")
+            trace.intensity = load_sulc(side)[vertices].round(2)
         traces.append((trace, vertices + offset))
     return traces
 
@@ -245,7 +234,6 @@ def _placed(mesh, side, sides):
 
 def _outline(brain, mesh, side, sides):
     """Borders between networks as one line trace: across each triangle, edge middle to middle."""
-    import plotly.graph_objects as go
 
     coords, faces = _placed(mesh, side, sides)
     points, pairs = _borders(brain, side, faces, coords)
@@ -254,7 +242,7 @@ def _outline(brain, mesh, side, sides):
     x, y, z = np.concatenate([points, np.full((1, 3), np.nan, np.float32)])[order].T
     line = {"color": "black", "width": 3}
     trace = go.Scatter3d(x=x, y=y, z=z, mode="lines", line=line, name=f"{side} networks")
-    return trace.update(hoverinfo="skip", showlegend=False), None
+    return trace.update(hoverinfo="skip", showlegend=False)
 
 
 def _borders(brain, side, faces, coords):
@@ -295,7 +283,7 @@ def stage(mesh, sides, view, names, look) -> dict:
         for name, (_, _, shown) in VIEWS.items()
         if set(SIDES[shown]) & set(sides) and (mesh != "flat" or name == "top")
     }
-    axis = {"visible": False, "showspikes": False}
+    axes = {f"{name}axis": {"visible": False, "showspikes": False} for name in "xyz"}
     buttons = [
         {"label": name, "method": "update", "args": [{"visible": on}, {"scene.camera": cam}]}
         for name, (cam, on) in offered.items()
@@ -305,9 +293,7 @@ def stage(mesh, sides, view, names, look) -> dict:
     return {
         "title": {"text": escape(look["title"]), "x": 0.5},
         "scene": {
-            "xaxis": axis,
-            "yaxis": axis,
-            "zaxis": axis,
+            **axes,
             "aspectmode": "manual",
             "aspectratio": _extent(mesh, sides),
             "camera": camera(view),
@@ -340,12 +326,10 @@ def camera(view: str) -> dict:
 
 
 def _static_surface(brain, mesh, sides, look, outlines):
-    import matplotlib.pyplot as plt
 
     views = ("top",) if mesh == "flat" else ("lateral", "medial")
-    figure, axes = plt.subplots(
-        len(views), len(sides), figsize=(4 * len(sides) + 1, 2.9 * len(views)), squeeze=False
-    )
+    size = (4 * len(sides) + 1, 2.9 * len(views))
+    figure, axes = plt.subplots(len(views), len(sides), figsize=size, squeeze=False)
     for axis, (view, side) in zip(axes.flat, ((v, s) for v in views for s in sides), strict=True):
         _draw_hemisphere(axis, brain, mesh, side, view, look, outlines)
         axis.set_title(f"{side} {view}" if view != "top" else side, fontsize=9)
@@ -382,7 +366,6 @@ def _draw_hemisphere(axis, brain, mesh, side, view, look, outlines):
 
 def _shaded(shapes, faces, brain, side, look):
     """Colours of triangles: their value's, or grey by sulcal depth; darker where they tilt."""
-    import matplotlib
 
     here = faces + SIDES["both"].index(side) * N_FSAVERAGE5
     value = np.ma.masked_invalid(brain.values[here].mean(1))
@@ -431,10 +414,8 @@ def plot_volume(
     """
     t1 = template() if values is None else values
     if t1.dims != ("x", "y", "z"):
-        raise InputError(
-            f"Expected a T1 with dims ('x', 'y', 'z'), found {t1.dims}",
-            "Select one subject: cohort.t1.sel(subject=...)",
-        )
+        fact = f"Expected a T1 with dims ('x', 'y', 'z'), found {t1.dims}"
+        raise InputError(fact, "Select one subject: cohort.t1.sel(subject=...)")
     cubes = None if overlay is None else with_mm(overlay)
     named = (t1 if cubes is None else cubes).attrs
     title = named.get("long_name", "T1") if title is None else title
@@ -448,10 +429,8 @@ def plot_volume(
 def with_mm(cubes):
     """A cube map with the MNI coordinates of its cubes' centres, as dims x, y and z."""
     if cubes.dims != ("cx", "cy", "cz"):
-        raise InputError(
-            f"Expected a cube map with dims ('cx', 'cy', 'cz'), found {cubes.dims}",
-            "Average the other dims first: region_map(latents, token, of='t1')",
-        )
+        fact = f"Expected a cube map with dims ('cx', 'cy', 'cz'), found {cubes.dims}"
+        raise InputError(fact, "Average the other dims first: region_map(latents, token, of='t1')")
     grid = zip(t1_grid().items(), cubes.shape, strict=True)
     centres = {axis: mm.reshape(n, -1).mean(1) for (axis, mm), n in grid}
     bare = cubes.drop_vars(["cx", "cy", "cz"], errors="ignore")
@@ -486,7 +465,6 @@ def grey_levels(t1):
 
 
 def _volume_figure(grey, cubes, at, n_slices, look):
-    from plotly.subplots import make_subplots
 
     figure = make_subplots(1, 3, horizontal_spacing=0.05, subplot_titles=list(PLANES))
     sliders = []
@@ -502,15 +480,10 @@ def _volume_figure(grey, cubes, at, n_slices, look):
         for axis in (figure.update_xaxes, figure.update_yaxes):
             axis(row=1, col=column, showgrid=False, zeroline=False, ticksuffix="")
         figure.update_yaxes(row=1, col=column, scaleanchor=f"x{column if column > 1 else ''}")
-    figure.update_layout(
-        title={"text": escape(look["title"]), "x": 0.5},
-        sliders=sliders,
-        height=400,
-        margin={"l": 30, "r": 10, "t": 70, "b": 90},
-        plot_bgcolor="black",
-        coloraxis=colour_bar(look) | {"showscale": cubes is not None},
-    )
-    return figure
+    margin = {"l": 30, "r": 10, "t": 70, "b": 90}
+    figure.update_layout(sliders=sliders, height=400, margin=margin, plot_bgcolor="black")
+    figure.update_layout(coloraxis=colour_bar(look) | {"showscale": cubes is not None})
+    return figure.update_layout(title={"text": escape(look["title"]), "x": 0.5})
 
 
 def plane_of(volume, plane: str, stop: float) -> xr.DataArray:
@@ -521,7 +494,6 @@ def plane_of(volume, plane: str, stop: float) -> xr.DataArray:
 
 def slices(grey, cubes, plane, stop, visible=True) -> list:
     """One plane of the T1 as a heat map, and the same plane of the cube map on top."""
-    import plotly.graph_objects as go
 
     across, up, through = PLANES[plane]
     mm = f"{across} %{{x:.0f}}, {up} %{{y:.0f}}, {through} {float(stop):.0f} mm"
@@ -542,26 +514,15 @@ def slices(grey, cubes, plane, stop, visible=True) -> list:
 def _slider(figure, through, stops, shown, first, column):
     """A slider that shows the traces of one position and hides those of the others."""
     traces = list(range(first, len(figure.data)))
-    each = len(traces) // len(stops)
+    visible = np.eye(len(stops), dtype=bool).repeat(len(traces) // len(stops), axis=1).tolist()
     steps = [
-        {
-            "label": f"{stop:.0f}",
-            "method": "restyle",
-            "args": [{"visible": np.repeat(np.arange(len(stops)) == i, each).tolist()}, traces],
-        }
-        for i, stop in enumerate(stops)
+        {"label": f"{stop:.0f}", "method": "restyle", "args": [{"visible": on}, traces]}
+        for stop, on in zip(stops, visible, strict=True)
     ]
-    return {
-        "active": shown,
-        "steps": steps,
-        "x": 0.02 + (column - 1) * 0.35,
-        "len": 0.26,
-        "y": -0.05,
-        "currentvalue": {"prefix": f"{through} = ", "suffix": " mm", "font": {"color": "black"}},
-        "ticklen": 0,
-        "minorticklen": 0,
-        "font": {"color": "rgba(0,0,0,0)"},
-    }
+    place = {"x": 0.02 + (column - 1) * 0.35, "len": 0.26, "y": -0.05}
+    value = {"prefix": f"{through} = ", "suffix": " mm", "font": {"color": "black"}}
+    quiet = {"ticklen": 0, "minorticklen": 0, "font": {"color": "rgba(0,0,0,0)"}}
+    return {"active": shown, "steps": steps, **place, "currentvalue": value, **quiet}
 
 
 def colour_bar(look):
@@ -575,7 +536,6 @@ def colour_bar(look):
 
 
 def _static_volume(grey, cubes, at, look):
-    import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
     drawn = None
@@ -633,53 +593,32 @@ def token_table(latents: xr.Dataset, subjects=None) -> xr.Dataset:
 
 
 def _token_figure(table, title):
-    from plotly.subplots import make_subplots
 
     figure = make_subplots(1, 2, column_widths=[0.74, 0.26], horizontal_spacing=0.16)
     tokens = [str(t) for t in table.token.values]
+    bar = {"title": {"text": "preference", "side": "right"}, "x": 0.65, "thickness": 12}
+    bar |= {"tickvals": [0, 1, 2], "ticktext": ["0", "even", "2 or more"]}
     figure.add_heatmap(
         x=table.network.values,
         y=tokens,
         z=table.preference.values.astype(np.float32),
-        colorscale=colours("RdBu_r"),
-        zmin=0,
-        zmax=2,
-        colorbar={
-            "title": {"text": "preference", "side": "right"},
-            "tickvals": [0, 1, 2],
-            "ticktext": ["0", "even", "2 or more"],
-            "x": 0.65,
-            "thickness": 12,
-        },
         hovertemplate="token %{y}, %{x}<br>%{z:.3g} times even<extra></extra>",
+        **{"colorscale": colours("RdBu_r"), "zmin": 0, "zmax": 2, "colorbar": bar},
     )
     for colour, modality in zip(CATEGORIES, table.modality.values.tolist(), strict=False):
-        figure.add_bar(
-            x=table.share.sel(modality=modality).values.astype(np.float32),
-            y=tokens,
-            orientation="h",
-            name=modality,
-            marker_color=colour,
-            row=1,
-            col=2,
-            hovertemplate="token %{y}<br>%{x:.3g}<extra>" + escape(modality) + "</extra>",
-        )
+        share = table.share.sel(modality=modality).values.astype(np.float32)
+        hover = "token %{y}<br>%{x:.3g}<extra>" + escape(modality) + "</extra>"
+        look = {"orientation": "h", "marker_color": colour, "hovertemplate": hover}
+        figure.add_bar(x=share, y=tokens, name=modality, **look, row=1, col=2)
     figure.update_yaxes(type="category", autorange="reversed", title_text="token", col=1)
     figure.update_yaxes(type="category", autorange="reversed", showticklabels=False, col=2)
     figure.update_xaxes(title_text="share of attention", range=[0, 1], col=2)
-    figure.update_layout(
-        title={"text": escape(title), "x": 0.5},
-        barmode="stack",
-        bargap=0,
-        height=520,
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.08},
-        margin={"t": 60, "b": 50},
-    )
-    return figure
+    legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.08}
+    figure.update_layout(barmode="stack", bargap=0, height=520, legend=legend)
+    return figure.update_layout(title={"text": escape(title), "x": 0.5}, margin={"t": 60, "b": 50})
 
 
 def _static_tokens(table, title):
-    import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(
         1, 2, width_ratios=[3, 1], figsize=(7, 5), sharey=True, layout="constrained"
@@ -725,10 +664,8 @@ def plot_latents(
             "Make it with bhx.project(latents)",
         )
     if color is not None and color not in projection.coords:
-        raise InputError(
-            f"Expected color among {listed(projection.coords, 12)}, found '{color}'",
-            "Choose one of the subjects' coordinates",
-        )
+        fact = f"Expected color among {listed(projection.coords, 12)}, found '{color}'"
+        raise InputError(fact, "Choose one of the subjects' coordinates")
     groups = point_groups(projection, color)
     names = [axis_name(projection, c) for c in components]
     title = (color or "subjects") if title is None else title
@@ -761,7 +698,6 @@ def axis_name(projection, component):
 
 
 def _latents_figure(points, groups, names, title, label):
-    import plotly.graph_objects as go
 
     figure = go.Figure()
     ids = np.array([escape(str(s)) for s in points.subject.values])
@@ -770,27 +706,15 @@ def _latents_figure(points, groups, names, title, label):
         if not isinstance(shade, str):
             bar = {"title": {"text": escape(label)}, "thickness": 14}
             marker |= {"colorscale": colours("viridis"), "showscale": True, "colorbar": bar}
-        figure.add_scatter(
-            x=points.values[where, 0].astype(np.float32),
-            y=points.values[where, 1].astype(np.float32),
-            mode="markers",
-            marker=marker,
-            text=ids[where],
-            name=escape(name),
-            hovertemplate="%{text}<extra>" + escape(name) + "</extra>",
-        )
-    figure.update_layout(
-        title={"text": escape(title), "x": 0.5},
-        xaxis_title=names[0],
-        yaxis_title=names[1],
-        showlegend=len(groups) > 1,
-        height=450,
-    )
-    return figure
+        x, y = points.values[where].T.astype(np.float32)
+        hover = "%{text}<extra>" + escape(name) + "</extra>"
+        look = {"mode": "markers", "marker": marker, "name": escape(name)}
+        figure.add_scatter(x=x, y=y, text=ids[where], hovertemplate=hover, **look)
+    figure.update_layout(title={"text": escape(title), "x": 0.5}, showlegend=len(groups) > 1)
+    return figure.update_layout(xaxis_title=names[0], yaxis_title=names[1], height=450)
 
 
 def _static_latents(points, groups, names, title, label):
-    import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5.5, 4.2), layout="constrained")
     for name, where, shade in groups:
