@@ -10,6 +10,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import yaml
@@ -106,7 +107,7 @@ class Entry(Strict):
 
 def catalog_table(catalog: str | Path | None = None) -> pd.DataFrame:
     """Every entry of the catalogue, validated, as the table of data_catalog/README.md."""
-    entries = [read_entry(file) for file in catalog_files(catalog).values()]
+    how = {"nilearn": "fetched", "derivatives": "by hand", "files": "by hand"}
     rows = [
         {
             "name": e.name,
@@ -114,12 +115,10 @@ def catalog_table(catalog: str | Path | None = None) -> pd.DataFrame:
             "access": e.access,
             "data": " + ".join(e.modalities),
             "TR [s]": ", ".join(sorted({f"{tr:g}" for tr in e.sites.values() if tr})) or "as read",
-            "how": {"nilearn": "fetched", "derivatives": "by hand", "files": "by hand"}.get(
-                e.layout, "made"
-            ),
+            "how": how.get(e.layout, "made"),
             "licence": e.licence,
         }
-        for e in entries
+        for e in map(read_entry, catalog_files(catalog).values())
     ]
     return pd.DataFrame(rows).sort_values("name", ignore_index=True)
 
@@ -139,10 +138,8 @@ def load_entry(name: str, catalog: str | Path | None = None) -> Entry:
     """
     files = catalog_files(catalog)
     if name not in files:
-        raise InputError(
-            f"Expected a cohort of the catalogue or the path of a store, found '{name}'",
-            f"The catalogue has {listed(sorted(files), 30)}",
-        )
+        fact = f"Expected a cohort of the catalogue or the path of a store, found '{name}'"
+        raise InputError(fact, f"The catalogue has {listed(sorted(files), 30)}")
     return read_entry(files[name])
 
 
@@ -176,15 +173,11 @@ def read_entry(file: Path) -> Entry:
     except ValidationError as error:
         found = error.errors()[0]
         where = ".".join(map(str, found["loc"])) or "the entry"
-        raise InputError(
-            f"Expected a valid catalogue entry in {file}, found {where}: {found['msg']}",
-            "See data_catalog/README.md for the fields",
-        ) from error
+        fact = f"Expected a valid catalogue entry in {file}, found {where}: {found['msg']}"
+        raise InputError(fact, "See data_catalog/README.md for the fields") from error
     if entry.name != Path(file).stem:
-        raise InputError(
-            f"Expected the entry '{Path(file).stem}' in {file}, found the name '{entry.name}'",
-            "Give the file the entry's name",
-        )
+        fact = f"Expected the entry '{Path(file).stem}' in {file}, found the name '{entry.name}'"
+        raise InputError(fact, "Give the file the entry's name")
     return entry
 
 
@@ -231,10 +224,8 @@ def find_scans(folder, *, task: str = "rest", phenotypes=None) -> pd.DataFrame:
             f"{listed(tasks) or 'none'}",
             "Name another task, or run the pipeline with --output-spaces MNI152NLin6Asym",
         )
-    ids = [
-        "/".join(f"{k}-{v}" for k, v in row.items() if v) for row in rows[RUN].to_dict("records")
-    ]
-    rows.insert(0, "subject", ids)
+    runs = rows[RUN].to_dict("records")
+    rows.insert(0, "subject", ["/".join(f"{k}-{v}" for k, v in run.items() if v) for run in runs])
     rows["sub"] = "sub-" + rows["sub"]
     rows = rows.rename(columns={"sub": "participant", "ses": "session"})
     if phenotypes is None and (folder / "participants.tsv").is_file():
@@ -258,10 +249,8 @@ def join_phenotypes(scans: pd.DataFrame, phenotypes) -> pd.DataFrame:
     if not isinstance(phenotypes, pd.DataFrame):
         phenotypes = read_participants(phenotypes)
     if "participant_id" not in phenotypes:
-        raise InputError(
-            f"Expected a column participant_id, found {listed(phenotypes.columns, 20)}",
-            "Name the column of ids participant_id",
-        )
+        fact = f"Expected a column participant_id, found {listed(phenotypes.columns, 20)}"
+        raise InputError(fact, "Name the column of ids participant_id")
     people = phenotypes.assign(participant_id=phenotypes["participant_id"].astype(str).str.strip())
     bare = people["participant_id"].str.removeprefix("sub-")
     if bare.duplicated().any():
@@ -271,10 +260,8 @@ def join_phenotypes(scans: pd.DataFrame, phenotypes) -> pd.DataFrame:
         )
     taken = {*scans.columns, *RESERVED} & {*people.columns}
     if taken:
-        raise InputError(
-            f"Expected columns that bhx does not use itself, found {listed(sorted(taken))}",
-            "Rename them",
-        )
+        fact = f"Expected columns that bhx does not use itself, found {listed(sorted(taken))}"
+        raise InputError(fact, "Rename them")
     people = people.drop(columns="participant_id").set_index(bare)
     key = scans["participant"].str.removeprefix("sub-")
     if not key.isin(people.index).any():
@@ -289,19 +276,13 @@ def join_phenotypes(scans: pd.DataFrame, phenotypes) -> pd.DataFrame:
 
 def read_participants(path) -> pd.DataFrame:
     """A table of participants; "n/a" and empty cells are missing."""
+    options = {"dtype": {"participant_id": str}, "na_values": ["n/a", "N/A"]}
+    separator = "," if ".csv" in Path(path).name else "\t"
     try:
-        return pd.read_csv(
-            path,
-            sep="," if ".csv" in Path(path).name else "\t",
-            dtype={"participant_id": str},
-            na_values=["n/a", "N/A"],
-            encoding="utf-8-sig",
-        )
+        return pd.read_csv(path, sep=separator, encoding="utf-8-sig", **options)
     except Exception as error:
-        raise InputError(
-            f"Expected a table of participants in {path}, found {type(error).__name__}: {error}",
-            "Write it as UTF-8 text with one line of column names",
-        ) from error
+        fact = f"Expected a table of participants in {path}, found {type(error).__name__}: {error}"
+        raise InputError(fact, "Write it as UTF-8 text with one line of column names") from error
 
 
 def _described(file):
@@ -334,13 +315,12 @@ def _files_below(folder):
     """Files in name order; folders behind links too, each once, so that a loop of links ends."""
     seen = set()
     for where, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(where)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
         folders.sort()
-        yield from (Path(where, name) for name in sorted(files))
+        if (real := os.path.realpath(where)) in seen:
+            folders.clear()
+        else:
+            yield from (Path(where, name) for name in sorted(files))
+        seen.add(real)
 
 
 def entry_rows(entry: Entry, data_folder: Path) -> pd.DataFrame:
@@ -373,13 +353,12 @@ def _fetched(entry, data_folder):
             f"Check the connection, or download it by hand from {entry.homepage}",
         ) from error
     rows = pd.DataFrame(found["phenotypic"]).reset_index(drop=True)
-    named = pd.DataFrame(
-        {"subject": rows[how.id].astype(str), "bold": [*map(str, found[how.bold])]}
-    )
+    named = pd.DataFrame({"subject": rows[how.id].astype(str)})
     named["participant"] = named["subject"]
     named["site"] = rows[how.site].astype(str) if how.site else next(iter(entry.sites), "")
-    if how.confounds:
-        named["confounds"] = [*map(str, found[how.confounds])]
+    for kind, key in {"bold": how.bold, "confounds": how.confounds}.items():
+        if key:
+            named[kind] = [*map(str, found[key])]
     columns = {p.column or name for name, p in entry.phenotypes.items()}
     return _recoded(pd.concat([named, rows[[c for c in rows if c in columns]]], axis=1), entry)
 
@@ -396,9 +375,7 @@ def _recoded(rows, entry):
 def _by_pattern(entry, folder):
     """Files below a folder whose paths follow the entry's patterns, a row a participant."""
     found = {}
-    for kind, pattern in entry.files.model_dump().items():
-        if not pattern:
-            continue
+    for kind, pattern in entry.files.model_dump(exclude_defaults=True).items():
         at = pattern.split("/").index("{participant}")
         for file in sorted(folder.glob(pattern.replace("{participant}", "*"))):
             who = file.relative_to(folder).parts[at]
@@ -439,13 +416,11 @@ def write_derivatives(cohort, folder, *, surface: bool = True) -> Path:
         for part in ("func", "anat"):
             (folder / name / part).mkdir(parents=True)
         if row.has_bold:
-            bold = (
-                row.bold.isel(time=slice(0, int(row.n_volumes))).transpose("roi", "time").compute()
-            )
-            _write_bold(bold, folder / name / "func" / run, float(row.tr), surface)
+            bold = row.bold.isel(time=slice(0, int(row.n_volumes))).transpose("roi", "time")
+            _write_bold(bold.compute(), folder / name / "func" / run, float(row.tr), surface)
         if row.has_t1:
             _write_t1(row.t1.compute(), folder / name / "anat" / f"{name}_space-MNI152NLin6Asym")
-        skipped = {*RESERVED, "subject", "session", "run"}
+        skipped = {*RESERVED, "session", "run"}
         on_subject = [n for n, c in cohort.coords.items() if c.dims == ("subject",)]
         labels = {n: row[n].values.item() for n in on_subject if n not in skipped}
         people.append({"participant_id": name, **labels})
@@ -456,27 +431,19 @@ def write_derivatives(cohort, folder, *, surface: bool = True) -> Path:
 
 def _write_bold(bold, stem, tr, surface):
     """One run, its sidecars, and confounds as fMRIPrep names them."""
-    import nibabel as nib
 
     names = []
     if surface:
-        atlas = load_atlas(bold.attrs.get("atlas", f"schaefer{bold.sizes['roi']}")).sel(
-            roi=bold.roi
-        )
+        atlas = load_atlas(bold.attrs.get("atlas", f"schaefer{bold.sizes['roi']}"))
+        atlas = atlas.sel(roi=bold.roi)
         paint = np.zeros((int(atlas.label.max()) + 1, bold.sizes["time"]), "float32")
         paint[atlas.label.values] = 1000 + bold.values
         paint[0] = 0
         for hemi, vertices in zip("LR", np.split(atlas.labels_fsaverage5.values, 2), strict=True):
-            image = nib.GiftiImage(
-                darrays=[
-                    nib.gifti.GiftiDataArray(
-                        volume, "NIFTI_INTENT_TIME_SERIES", meta={"TimeStep": f"{1000 * tr}"}
-                    )
-                    for volume in paint[vertices].T
-                ]
-            )
+            about = {"intent": "NIFTI_INTENT_TIME_SERIES", "meta": {"TimeStep": f"{1000 * tr}"}}
+            volumes = [nib.gifti.GiftiDataArray(v, **about) for v in paint[vertices].T]
             names.append(f"{stem.name}_hemi-{hemi}_space-fsaverage5_bold")
-            nib.save(image, stem.with_name(names[-1] + ".func.gii"))
+            nib.save(nib.GiftiImage(darrays=volumes), stem.with_name(names[-1] + ".func.gii"))
     else:
         names = [f"{stem.name}_space-MNI152NLin6Asym_atlas-Schaefer_timeseries"]
         columns = [name.split("_", 1)[1] for name in bold.roi.values]
@@ -496,7 +463,6 @@ def _write_bold(bold, stem, tr, surface):
 
 def _write_t1(t1, stem):
     """A T1 in MNI152 space with its brain mask."""
-    import nibabel as nib
 
     affine = np.diag([*(float(t1[a][1] - t1[a][0]) for a in "xyz"), 1.0])
     affine[:3, 3] = [float(t1[a][0]) for a in "xyz"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import xarray as xr
+from matplotlib.figure import Figure
 
 from bhx.schema import InputError, check, listed
 
@@ -59,13 +60,14 @@ def judge_bold(bold: xr.DataArray, mean_fd: float = np.nan) -> tuple[xr.DataArra
             f"view: {thin.sum()}",
             "Check the field of view, the space and the mask",
         )
-    if better := better_order(bold.copy(data=np.where(without[:, None], 0, values))):
+    out = bold.copy(data=np.where(without[:, None], 0, values))
+    if better := better_order(out):
         raise InputError(
             f"Expected parcels in the order their names say in {name}, found left and right "
             f"partners that correlate far better in {better}",
             "Correct the names, or give the order of a table without names",
         )
-    out = bold.copy(data=np.where(without[:, None], 0, values).astype("float32"))
+    out = out.astype("float32")
     facts = {
         "tr": tr,
         "n_volumes": n,
@@ -79,9 +81,8 @@ def judge_bold(bold: xr.DataArray, mean_fd: float = np.nan) -> tuple[xr.DataArra
     if n * tr < SHORT_SECONDS:
         warnings.append(f"only {n * tr:.0f} s of BOLD, expected {SHORT_SECONDS:.0f} s or more")
     if mean_fd > HIGH_MOTION:
-        warnings.append(
-            f"mean framewise displacement {mean_fd:.2f} mm, expected below {HIGH_MOTION}"
-        )
+        fd = f"mean framewise displacement {mean_fd:.2f} mm"
+        warnings.append(f"{fd}, expected below {HIGH_MOTION}")
     return out, facts, warnings
 
 
@@ -194,16 +195,14 @@ def quality_page(cohort: xr.Dataset, path, *, pictures: int = 12) -> Path:
     check(cohort, "cohort")
     table = _rank(cohort)
     shown = [_portrait(cohort.sel(subject=subject)) for subject in table.index[:pictures]]
+    has = [int(cohort[f"has_{name}"].sum()) for name in ("bold", "t1")]
     facts = {
-        "source": cohort.attrs.get("source", ""),
-        "atlas": cohort.attrs.get("atlas", ""),
-        "rows": f"{len(table)}, {int(cohort.has_bold.sum())} with BOLD, "
-        f"{int(cohort.has_t1.sum())} with T1",
+        "rows": f"{len(table)}, {has[0]} with BOLD, {has[1]} with T1",
         "participants": len(np.unique(cohort.participant)),
         "with warnings": int((table["warnings"] != "").sum()),
-        "preprocessing": cohort.attrs.get("preprocessing", ""),
-        "licence": cohort.attrs.get("licence", ""),
     }
+    told = ("source", "atlas", "preprocessing", "licence")
+    facts = {name: cohort.attrs.get(name, "") for name in told} | facts
     refused = pd.Series(cohort.attrs.get("refused", {}), dtype=object, name="reason").to_frame()
     sections = [
         f"<h1>Quality of {escape(str(facts['source']) or 'a cohort')}</h1>",
@@ -241,21 +240,16 @@ def _rank(cohort):
 
 def _portrait(row):
     """Heading, warnings, carpet plot and T1 mosaic of one subject."""
-    from matplotlib.figure import Figure
 
     panels = [name for name in ("bold", "t1") if name in row and row[f"has_{name}"]]
     figure = Figure(figsize=(11, 2.6), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         if name == "bold":
             bold = row.bold.isel(time=slice(0, int(row.n_volumes)))
-            if "network" in bold.coords:
-                bold = bold.sortby("network")
-            z = bold.values - bold.values.mean(1, keepdims=True)
-            z = z / np.maximum(z.std(1, keepdims=True), 1e-6)
-            seconds = z.shape[1] * float(row.tr)
-            axes.imshow(
-                z, cmap="gray", vmin=-2, vmax=2, aspect="auto", extent=(0, seconds, len(z), 0)
-            )
+            bold = bold.sortby("network") if "network" in bold.coords else bold
+            z = (bold - bold.mean("time")) / bold.std("time").clip(1e-6)
+            ends = (0, bold.sizes["time"] * float(row.tr), len(z), 0)  # s, parcels
+            axes.imshow(z, cmap="gray", vmin=-2, vmax=2, aspect="auto", extent=ends)
             axes.set(xlabel="time [s]", ylabel="parcel, by network")
         else:
             t1 = row.t1.values[::-1]  # left on the left
@@ -268,25 +262,22 @@ def _portrait(row):
 
 def _coverage_figure(cohort):
     """Share of scans with signal in each parcel, drawn at the parcels' centroids."""
-    from matplotlib.figure import Figure
 
     bold = cohort.bold.isel(subject=np.flatnonzero(cohort.has_bold.values))
     share = ((bold.fillna(0) != 0).any("time")).mean("subject").values
-    worst = [
-        f"{n} {s:.0%}" for s, n in sorted(zip(share, cohort.roi.values, strict=True))[:5] if s < 1
-    ]
+    worst = sorted(zip(share, cohort.roi.values, strict=True))[:5]
+    worst = [f"{name} {part:.0%}" for part, name in worst if part < 1]
     text = f"<p>Parcels without signal in some scans: {escape(listed(worst)) or 'none'}.</p>"
     if "mni_x" not in cohort.coords:
         return text
     x, y, z = (cohort[f"mni_{axis}"].values for axis in "xyz")
-    views = {"left": (-y, z, x < 0), "above": (x, y, x == x), "right": (y, z, x > 0)}
+    views = {"the left": (-y, z, x < 0), "above": (x, y, x == x), "the right": (y, z, x > 0)}
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     panels = figure.subplots(1, 3)
+    look = {"vmin": 0, "vmax": 1, "cmap": "viridis", "s": 30}
     for axes, (name, (across, up, seen)) in zip(panels, views.items(), strict=True):
-        dots = axes.scatter(
-            across[seen], up[seen], c=share[seen], vmin=0, vmax=1, cmap="viridis", s=30
-        )
-        axes.set(title=f"from the {name}" if name != "above" else "from above", aspect="equal")
+        dots = axes.scatter(across[seen], up[seen], c=share[seen], **look)
+        axes.set(title=f"from {name}", aspect="equal")
         axes.set_axis_off()
     figure.colorbar(dots, ax=panels, label="share of scans with signal")
     return text + _image(figure)
@@ -295,6 +286,5 @@ def _coverage_figure(cohort):
 def _image(figure):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=80)
-    return (
-        f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    )
+    text = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="" src="data:image/png;base64,{text}">'
