@@ -208,7 +208,5 @@ def _check_choice(name, order):
     check_choice("the atlas", name, ATLASES)
     check_choice("order", order, ("7networks", "17networks"))
     if order == "17networks" and name != "schaefer400":
-        raise InputError(
-            f"Expected order '7networks' for {name}, found '17networks'",
-            "The 17-network order is known for schaefer400 only",
-        )
+        fact = f"Expected order '7networks' for {name}, found '17networks'"
+        raise InputError(fact, "The 17-network order is known for schaefer400 only")

@@ -58,15 +58,11 @@ def parcel_means(values, labels, n_parcels: int) -> np.ndarray:
     """
     values, labels = np.asarray(values, float), np.asarray(labels)
     if len(values) != len(labels):
-        raise InputError(
-            f"Expected one label for each of {len(values)} vertices, found {len(labels)}",
-            "Take the labels and the values from the same mesh",
-        )
+        fact = f"Expected one label for each of {len(values)} vertices, found {len(labels)}"
+        raise InputError(fact, "Take the labels and the values from the same mesh")
     if labels.min() < 0 or labels.max() > n_parcels:
-        raise InputError(
-            f"Expected labels from 0 to {n_parcels}, found {labels.min()} to {labels.max()}",
-            "Number the parcels 1 to n_parcels, 0 for none",
-        )
+        fact = f"Expected labels from 0 to {n_parcels}, found {labels.min()} to {labels.max()}"
+        raise InputError(fact, "Number the parcels 1 to n_parcels, 0 for none")
     flat = values.reshape(len(values), -1)
     good = (labels > 0) & ~np.isnan(flat).all(axis=1)
     member = sparse.csr_array(
@@ -243,10 +239,8 @@ def _checked_mesh(coords, faces, mask):
             "Pass the mesh as coords, faces",
         )
     if len(bad := np.flatnonzero(~np.isfinite(coords).all(axis=1))):
-        raise InputError(
-            f"Expected finite coordinates, found NaN or infinity at vertex {listed(bad)}",
-            "Repair the mesh or read the file again",
-        )
+        fact = f"Expected finite coordinates, found NaN or infinity at vertex {listed(bad)}"
+        raise InputError(fact, "Repair the mesh or read the file again")
     whole = np.issubdtype(faces.dtype, np.integer) and faces.size > 0
     if not whole or faces.min() < 0 or faces.max() >= len(coords):
         found = f"{faces.min()} to {faces.max()}" if faces.size else "no triangle"
@@ -280,10 +274,8 @@ def _cut(coords, faces, mask):
     coords, faces = coords[kept], number[faces]
     area = _areas(coords, faces)
     if n_flat := np.count_nonzero(area <= 1e-12 * area.mean()):
-        raise InputError(
-            f"Expected triangles with an area, found {n_flat} degenerate of {len(faces)}",
-            "Merge repeated vertices and remove the triangles they leave",
-        )
+        fact = f"Expected triangles with an area, found {n_flat} degenerate of {len(faces)}"
+        raise InputError(fact, "Merge repeated vertices and remove the triangles they leave")
     times = np.unique(edges(faces), axis=0, return_counts=True)[1]
     if times.max() > 2:
         raise InputError(
@@ -310,10 +302,8 @@ def _checked_connectome(connectome, n_components, keep):
             "Average it with its transpose",
         )
     if not 1 <= n_components < n:
-        raise InputError(
-            f"Expected 1 to {n - 1} components of {n} parcels, found {n_components}",
-            "Ask for fewer components, at least 1",
-        )
+        fact = f"Expected 1 to {n - 1} components of {n} parcels, found {n_components}"
+        raise InputError(fact, "Ask for fewer components, at least 1")
     if not 0 < keep <= 1:
         raise InputError(
             f"Expected keep as a share above 0 and at most 1, found {keep}", "Take 0.1, a tenth"

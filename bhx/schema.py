@@ -52,10 +52,8 @@ def t1_grid(voxel_mm: float = 1.0) -> dict[str, np.ndarray]:
     whole blocks of it, so `voxel_mm` divides 160, 192 and 160.
     """
     if voxel_mm < 1 or any(n % voxel_mm for n in T1_SHAPE):
-        raise InputError(
-            f"A T1 voxel of {voxel_mm} mm does not divide the {T1_SHAPE} mm grid",
-            "Take 1, 2, 4, 8, 16 or 32 mm",
-        )
+        fact = f"A T1 voxel of {voxel_mm} mm does not divide the {T1_SHAPE} mm grid"
+        raise InputError(fact, "Take 1, 2, 4, 8, 16 or 32 mm")
     middle = (voxel_mm - 1) / 2
     grid = zip("xyz", T1_SHAPE, MNI_ORIGIN, MNI_STEP, CROP, strict=True)
     return {
@@ -107,22 +105,16 @@ def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
     `kind` is "cohort", "latents", "features" or "scores". Only labels are read, never data.
     """
     if not isinstance(obj, xr.Dataset):
-        raise InputError(
-            f"Expected {kind} as an xarray.Dataset, found {type(obj).__name__}",
-            "Open a store with bhx.open_cohort or xarray.open_zarr first",
-        )
+        fact = f"Expected {kind} as an xarray.Dataset, found {type(obj).__name__}"
+        raise InputError(fact, "Open a store with bhx.open_cohort or xarray.open_zarr first")
     for name in REQUIRED[kind]:
         if name not in obj:
-            raise InputError(
-                f"Expected {kind} with the variable '{name}', found {listed(obj) or 'none'}",
-                f"Is this Dataset really {kind}",
-            )
+            fact = f"Expected {kind} with the variable '{name}', found {listed(obj) or 'none'}"
+            raise InputError(fact, f"Is this Dataset really {kind}")
     for name, dims in DIMS[kind].items():
         if name in obj and obj[name].dims != dims:
-            raise InputError(
-                f"Expected '{name}' with dims {dims}, found {obj[name].dims}",
-                f"Rename or transpose: ds['{name}'].transpose{dims}",
-            )
+            fact = f"Expected '{name}' with dims {dims}, found {obj[name].dims}"
+            raise InputError(fact, f"Rename or transpose: ds['{name}'].transpose{dims}")
     if kind in ("cohort", "latents", "features"):
         _check_subjects(obj, kind)
     if kind == "cohort":
@@ -136,36 +128,26 @@ def _check_subjects(obj, kind):
             f"Expected {kind} with at least one subject, found none", "Check the selection"
         )
     if "subject" not in obj.indexes:
-        raise InputError(
-            f"Expected {kind} with unique ids on the dim 'subject', found no ids",
-            "Assign them: ds.assign_coords(subject=ids)",
-        )
+        fact = f"Expected {kind} with unique ids on the dim 'subject', found no ids"
+        raise InputError(fact, "Assign them: ds.assign_coords(subject=ids)")
     index = obj.indexes["subject"]
     if not index.is_unique:
         twice = index[index.duplicated()].unique()
-        raise InputError(
-            f"Expected unique subject ids, found {listed(twice)} more than once",
-            "Name each row participant[/session][/run]",
-        )
+        fact = f"Expected unique subject ids, found {listed(twice)} more than once"
+        raise InputError(fact, "Name each row participant[/session][/run]")
     if not obj.attrs.get("complete", True):
-        raise InputError(
-            f"Expected finished {kind}, found a store that was still being written",
-            "Run the same call again: it continues where it stopped",
-        )
+        fact = f"Expected finished {kind}, found a store that was still being written"
+        raise InputError(fact, "Run the same call again: it continues where it stopped")
 
 
 def _check_cohort(obj):
     if "bold" not in obj and "t1" not in obj:
-        raise InputError(
-            f"Expected a cohort with 'bold' or 't1', found {listed(obj.data_vars) or 'none'}",
-            "bhx.schema.DIMS lists the names",
-        )
+        fact = f"Expected a cohort with 'bold' or 't1', found {listed(obj.data_vars) or 'none'}"
+        raise InputError(fact, "bhx.schema.DIMS lists the names")
     for name in SUBJECT_COORDS:
         if name not in obj.coords or obj[name].dims != ("subject",):
-            raise InputError(
-                f"Expected the coordinate '{name}' on subject, found {listed(obj.coords, 12)}",
-                f"Assign it: ds.assign_coords({name}=('subject', values))",
-            )
+            fact = f"Expected the coordinate '{name}' on subject, found {listed(obj.coords, 12)}"
+            raise InputError(fact, f"Assign it: ds.assign_coords({name}=('subject', values))")
     if "bold" in obj:
         if "roi" not in obj.indexes or not obj.indexes["roi"].is_unique:
             raise InputError(

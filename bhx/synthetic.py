@@ -23,6 +23,7 @@ from scipy.special import ndtr
 from threadpoolctl import ThreadpoolController
 
 from bhx.atlas import ATLASES, load_atlas
+from bhx.errors import check_choice
 from bhx.schema import ROI_COORDS, InputError, build_cohort, check_tr, listed, t1_grid
 
 
@@ -43,14 +44,11 @@ class Site:
 
 
 SITES = {
-    site.name: site
-    for site in (
-        Site("A", 0.72, 8.0, 0.40, 1.00, (0.00, 0.10, 0.10)),
-        Site("B", 0.80, 6.0, 0.44, 1.30, (0.20, -0.10, 0.00)),
-        Site("C", 1.50, 7.0, 0.34, 0.80, (-0.15, 0.15, 0.25)),
-        Site("D", 2.00, 8.0, 0.47, 1.10, (0.00, -0.30, 0.15)),
-        Site("E", 3.00, 6.0, 0.38, 0.90, (-0.25, 0.00, -0.20)),
-    )
+    "A": Site("A", 0.72, 8.0, 0.40, 1.00, (0.00, 0.10, 0.10)),
+    "B": Site("B", 0.80, 6.0, 0.44, 1.30, (0.20, -0.10, 0.00)),
+    "C": Site("C", 1.50, 7.0, 0.34, 0.80, (-0.15, 0.15, 0.25)),
+    "D": Site("D", 2.00, 8.0, 0.47, 1.10, (0.00, -0.30, 0.15)),
+    "E": Site("E", 3.00, 6.0, 0.38, 0.90, (-0.25, 0.00, -0.20)),
 }
 
 # The planted effects, each multiplied by its entry in `effects`. Couplings and lengths are natural
@@ -77,6 +75,12 @@ SIZES = {
     "site": {},  # see SITES
 }
 EFFECTS = tuple(SIZES)
+ABOUT = {
+    "licence": "BSD-3-Clause; T1 derived from the ICBM 2009a template, (C) 1993-2004 "
+    "Louis Collins, McConnell Brain Imaging Centre, free with this notice",
+    "preprocessing": "none: simulated on the grid; BOLD in scanner units, baseline "
+    "10 000 times the site's gain, so 1 % signal change is 100 times the gain",
+}
 AGES = (20.0, 80.0)  # years, uniform
 TRAITS = ("trait_structure", "trait_function")
 
@@ -143,29 +147,17 @@ def synthetic_cohort(
     effects = _check_effects(effects)
     _check_sizes(n, seed, atlas, missing, repeats)
     sites = [_scaled(site, effects["site"]) for site in _check_sites(sites, minutes, tr)]
-    rows = [
-        row for i in range(n) for row in _participant(i, seed, sites, effects, missing, repeats)
-    ]
+    people = (_participant(i, seed, sites, effects, missing, repeats) for i in range(n))
+    rows = [row for sessions in people for row in sessions]
     labels = load_atlas(atlas)
     n_time = max(site.n_volumes for site in sites)
     shape = tuple(len(axis) for axis in t1_grid(voxel_mm).values())
-    return build_cohort(
-        _lazily(_bold, rows, (labels.sizes["roi"], n_time), atlas=atlas, effects=effects),
-        _lazily(_t1, rows, shape, voxel_mm=voxel_mm, effects=effects),
-        _labels(rows),
-        {name: labels[name].values for name in ("roi", *ROI_COORDS)},
-        {
-            "atlas": atlas,
-            "source": "synthetic",
-            "licence": "BSD-3-Clause; T1 derived from the ICBM 2009a template, (C) 1993-2004 "
-            "Louis Collins, McConnell Brain Imaging Centre, free with this notice",
-            "preprocessing": "none: simulated on the grid; BOLD in scanner units, baseline "
-            "10 000 times the site's gain, so 1 % signal change is 100 times the gain",
-            "seed": seed,
-            "truth": json.dumps(_truth(sites, effects)),
-        },
-        voxel_mm,
-    )
+    bold = _lazily(_bold, rows, (labels.sizes["roi"], n_time), atlas=atlas, effects=effects)
+    t1 = _lazily(_t1, rows, shape, voxel_mm=voxel_mm, effects=effects)
+    roi = {name: labels[name].values for name in ("roi", *ROI_COORDS)}
+    truth = json.dumps(_truth(sites, effects))
+    attrs = {"atlas": atlas, "source": "synthetic", **ABOUT, "seed": seed, "truth": truth}
+    return build_cohort(bold, t1, _labels(rows), roi, attrs, voxel_mm)
 
 
 def _scaled(site: Site, factor: float) -> Site:
@@ -256,7 +248,7 @@ def _labels(rows) -> dict[str, np.ndarray]:
     out["coverage"] = has_bold.astype(float)
     for name in ("age", "sex", "diagnosis", "has_bold", "has_t1", *TRAITS):
         out[name] = [getattr(row, name) for row in rows]
-    ahead = np.asarray(out["trait_function"]) > np.asarray(out["trait_structure"])
+    ahead = np.greater(out["trait_function"], out["trait_structure"])
     out["fusion"] = np.where(ahead, "function-led", "structure-led")
     return out
 
@@ -584,16 +576,12 @@ def _check_effects(effects):
         return dict.fromkeys(EFFECTS, float(effects))
     if not isinstance(effects, Mapping) or not set(effects) <= set(EFFECTS):
         found = listed(sorted(map(str, effects))) if isinstance(effects, Mapping) else repr(effects)
-        raise InputError(
-            f"Expected effects among {listed(EFFECTS, 9)}, found {found}",
-            "Give True, False or a mapping such as {'age': 0, 'motion': 2}",
-        )
+        fact = f"Expected effects among {listed(EFFECTS, 9)}, found {found}"
+        raise InputError(fact, "Give True, False or a mapping such as {'age': 0, 'motion': 2}")
     for name, factor in effects.items():
         if not (np.isscalar(factor) and np.isfinite(factor) and 0 <= factor <= 3):
-            raise InputError(
-                f"Expected a factor between 0 and 3 for the effect '{name}', found {factor!r}",
-                "0 leaves the effect out, 1 is its planted size",
-            )
+            fact = f"Expected a factor between 0 and 3 for the effect '{name}', found {factor!r}"
+            raise InputError(fact, "0 leaves the effect out, 1 is its planted size")
     return dict.fromkeys(EFFECTS, 1.0) | {name: float(f) for name, f in effects.items()}
 
 
@@ -604,13 +592,10 @@ def _check_sizes(n, seed, atlas, missing, repeats):
             f"Expected n as a whole number from 1 and seed as one from 0, found {n!r} and {seed!r}",
             "Call synthetic_cohort(200, seed=0), for example",
         )
-    if atlas not in ATLASES:
-        raise InputError(f"Expected an atlas among {listed(ATLASES)}, found {atlas!r}", "Name one")
+    check_choice("the atlas", atlas, ATLASES)
     if not (0 <= missing <= 1 and 0 <= repeats <= 1):
-        raise InputError(
-            f"Expected missing and repeats from 0 to 1, found {missing!r} and {repeats!r}",
-            "They are shares of the participants: missing=0.06 is 6 %",
-        )
+        fact = f"Expected missing and repeats from 0 to 1, found {missing!r} and {repeats!r}"
+        raise InputError(fact, "They are shares of the participants: missing=0.06 is 6 %")
 
 
 def _check_sites(sites, minutes, tr):
@@ -622,16 +607,12 @@ def _check_sites(sites, minutes, tr):
             f"Expected sites among {listed(SITES)}, found {listed(unknown) or 'none'}",
             "Name some of these, or give bhx.synthetic.Site(name, tr, minutes) objects",
         )
-    chosen = [s if isinstance(s, Site) else SITES[s] for s in chosen]
-    if tr is not None:
-        chosen = [replace(site, tr=tr) for site in chosen]
-    if minutes is not None:
-        chosen = [replace(site, minutes=minutes) for site in chosen]
+    given = {"tr": tr, "minutes": minutes}
+    given = {name: value for name, value in given.items() if value is not None}
+    chosen = [replace(s if isinstance(s, Site) else SITES[s], **given) for s in chosen]
     if len({site.name for site in chosen}) < len(set(chosen)):
-        raise InputError(
-            f"Expected a name of its own for each site, found {listed(s.name for s in chosen)}",
-            "Rename the sites that differ",
-        )
+        fact = f"Expected a name of its own for each site, found {listed(s.name for s in chosen)}"
+        raise InputError(fact, "Rename the sites that differ")
     check_tr([site.tr for site in chosen], [f"site {site.name}" for site in chosen])
     for site in chosen:
         if not (0 < site.minutes <= 120 and site.n_volumes >= 2):
