@@ -46,10 +46,9 @@ def read_log(out, stage: str) -> xr.Dataset:
     if not path.exists():
         raise InputError(f"Expected a log at '{path}', found none", "Is this the folder of a run")
     lines = [x for x in map(parsed, path.read_text().splitlines()) if x]
-    kinds = {"step": "step", "evaluation": "evaluation"}
     data, coords = {}, {}
-    for kind, dim in kinds.items():
-        rows = [x for x in lines if x["kind"] == kind]
+    for dim in ("step", "evaluation"):
+        rows = [x for x in lines if x["kind"] == dim]
         for key in dict.fromkeys(k for x in rows for k in x if k not in ("kind", "step")):
             values = np.array([x.get(key, np.nan) for x in rows], float)
             data[key] = (dim, values, {"long_name": NAMES.get(key, key)})
@@ -70,29 +69,24 @@ def plot_log(log: xr.Dataset):
     from plotly.subplots import make_subplots
 
     shown = [k for k in ("effective_rank", "variance", "cosine") if k in log]
-    titles = ["", *(NAMES[k].split(",")[0] for k in shown)]
-    figure = make_subplots(
-        2, max(1, len(shown)), specs=[[{"colspan": max(1, len(shown))}] + [None] * (len(shown) - 1),
-                                      [{}] * max(1, len(shown))],
-        subplot_titles=titles, vertical_spacing=0.2,
-    )  # fmt: skip
+    titles, n = ["", *(NAMES[k].split(",")[0] for k in shown)], max(1, len(shown))
+    places = [[{"colspan": n}] + [None] * (n - 1), [{}] * n]
+    figure = make_subplots(2, n, specs=places, subplot_titles=titles, vertical_spacing=0.2)
     losses = [k for k in log if "loss" in k and not (k == "loss" and "loss_bold" in log)]
     for name in losses:
         dim = log[name].dims[0]
-        mode = "lines" if dim == "step" else "lines+markers"
-        figure.add_scatter(x=log[dim].values, y=log[name].values, name=NAMES.get(name, name),
-                           mode=mode, row=1, col=1)  # fmt: skip
+        look = {
+            "mode": "lines" if dim == "step" else "lines+markers",
+            "name": NAMES.get(name, name),
+        }
+        figure.add_scatter(x=log[dim].values, y=log[name].values, **look, row=1, col=1)
+    look = {"mode": "lines+markers", "showlegend": False}
     for column, name in enumerate(shown, 1):
-        figure.add_scatter(x=log.evaluation.values, y=log[name].values, showlegend=False,
-                           mode="lines+markers", row=2, col=column)  # fmt: skip
+        figure.add_scatter(x=log.evaluation.values, y=log[name].values, **look, row=2, col=column)
     figure.update_xaxes(title_text="step").update_yaxes(title_text="loss", row=1, col=1)
-    return figure.update_layout(
-        template="plotly_white",
-        height=600,
-        title=log.attrs.get("stage", ""),
-        margin={"t": 110},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-    )
+    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
+    figure.update_layout(template="plotly_white", height=600, margin={"t": 110}, legend=legend)
+    return figure.update_layout(title=log.attrs.get("stage", ""))
 
 
 def collapse(tokens: torch.Tensor) -> dict:

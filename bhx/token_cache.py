@@ -60,12 +60,9 @@ class TokenCache:
         return torch.cat(tokens), torch.cat(rows)
 
     def _window(self, patches, random):
-        windows = np.array_split(np.arange(patches), ceil(patches / self._most))
+        most = self.config.dynamics.max_patches
+        windows = np.array_split(np.arange(patches), ceil(patches / most))
         return windows[int(random.integers(len(windows)))]
-
-    @property
-    def _most(self):
-        return self.config.dynamics.max_patches
 
     def _create(self, feed, networks):
         import zarr
@@ -87,13 +84,10 @@ class TokenCache:
                 )
             return group
         n, most = len(self.patches), max(1, int(self.patches.max()))
-        for name, shape in (
-            ("dynamics", (f.parcels, most, f.width)),
-            ("structure", (s.tokens, s.width)),
-        ):
-            group.create_array(
-                name, shape=(n, *shape), chunks=(1, *shape), dtype="uint16", overwrite=True
-            )
+        shapes = {"dynamics": (f.parcels, most, f.width), "structure": (s.tokens, s.width)}
+        for name, shape in shapes.items():
+            sizes = {"shape": (n, *shape), "chunks": (1, *shape)}
+            group.create_array(name, **sizes, dtype="uint16", overwrite=True)
         group.attrs.update({**about, "rows_written": 0})
         return group
 
@@ -119,9 +113,8 @@ class TokenCache:
             reading = feed.read_whole(i)
         (windows,), (structure,) = encode_parts(networks, [reading], device)
         if windows:
-            parts = [
-                x.unflatten(0, w.shape[:2]) for x, w in zip(windows, reading.windows, strict=True)
-            ]
+            both = zip(windows, reading.windows, strict=True)
+            parts = [tokens.unflatten(0, window.shape[:2]) for tokens, window in both]
             group["dynamics"][i, :, : self.patches[i]] = _bits(torch.cat(parts, 1))
         if structure is not None:
             group["structure"][i] = _bits(structure)

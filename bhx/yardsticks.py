@@ -89,13 +89,11 @@ def _held_out(model, stage, held_out):
 
 
 def _table(rows):
-    values = {k: [r.get(k, np.nan) for r in rows] for k in ("error", "explained", "floats")}
-    labels = {k: ("row", [r[k] for r in rows]) for k in ("stage", "target", "predictor")}
-    out = xr.Dataset({k: ("row", np.array(v, float)) for k, v in values.items()}, labels)
+    out = xr.Dataset({key: ("row", [row[key] for row in rows]) for key in rows[0]})
     names = {"error": "mean squared error", "explained": "share of the first predictor's error"}
     for k, name in names.items():
         out[k].attrs["long_name"] = name
-    return out.assign_coords(subjects=("row", [r["subjects"] for r in rows]))
+    return out.set_coords(["stage", "target", "predictor", "subjects"])
 
 
 def _rows(target, sums, subjects, floats=None):
@@ -135,10 +133,8 @@ def _structure(feed, model, train, test, run):
     for sample in _samples(feed, test, model.device):
         target = normalised_cubes(sample.reading.t1[None], c.cube)[0]
         gone = sample.hidden.bool()
-        made = reconstruct(
-            networks.structure, networks.structure_decoder, sample.reading.t1[None],
-            sample.hidden[None],
-        )[0]  # fmt: skip
+        ways = networks.structure, networks.structure_decoder
+        made = reconstruct(*ways, sample.reading.t1[None], sample.hidden[None])[0]
         for name, guess in (
             ("zero", torch.zeros_like(target)), ("mean cube of the place", mean),
             ("interpolated voxels", scale * _interpolated(sample, c)), ("network", made),
@@ -195,10 +191,8 @@ def _student(model, run):
     """The encoder that the predictor was trained beside, from the checkpoint of its run."""
     path = Path(run) / "dynamics" / "checkpoint.pt"
     if not path.exists():
-        raise InputError(
-            f"Expected a checkpoint of the dynamics at '{path}', found none",
-            "Is this the folder of a run; leave run= out",
-        )
+        fact = f"Expected a checkpoint of the dynamics at '{path}', found none"
+        raise InputError(fact, "Is this the folder of a run; leave run= out")
     state = torch.load(path, map_location=model.device, weights_only=True)["objective"]
     student = deepcopy(model.networks.dynamics)
     own = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
@@ -243,15 +237,15 @@ def _harmonizer(feed, model, train, test, run):
     is_t1 = h.is_structure(_tokens(feed, model, test[0], patches)[1]).cpu()
     floats = (1 + h.hubs) * h.width
     k = floats // len(place)
-    axes = torch.linalg.eigh(_covariance((fitted - place).flatten(0, 1)))[1].flip(1)[:, :k]
+    centred = (fitted - place).flatten(0, 1)
+    axes = torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :k]
     parts = {"dynamics tokens": ~is_t1, "structure tokens": is_t1}
     people = {name: _axes_of_people((fitted - place)[:, part]) for name, part in parts.items()}
     errors = {name: {} for name in parts}
     for i in test:
         tokens, rows = _tokens(feed, model, i, patches)
-        made = model.networks.harmonizer.decode(
-            model.networks.harmonizer([tokens.to(model.device)], [rows]), [rows]
-        ).cpu()
+        hub = model.networks.harmonizer([tokens.to(model.device)], [rows])
+        made = model.networks.harmonizer.decode(hub, [rows]).cpu()
         left = tokens - place
         for name, part in parts.items():
             flat = left[part].flatten()
@@ -297,10 +291,6 @@ def _tokens(feed, model, i, patches):
     h = model.config.harmonizer
     kept = h.is_structure(rows) | ((rows - 1) % h.max_patches < patches)
     return tokens[kept].float().cpu(), rows[kept]
-
-
-def _covariance(x):
-    return x.T @ x
 
 
 def _axes_of_people(left):
