@@ -162,7 +162,6 @@ def _doctor() -> int:
         "memory": _memory(),
         "notebooks": _front_end(),
         "folders": [f"{name:<8}{_state(path)}" for name, path in bhx.folders().items()],
-        "shipped": _shipped(),
         "packages": [_row(*package) for package in packages],
         "missing": _missing(packages),
     }
@@ -213,20 +212,6 @@ def _state(path: Path) -> str:
     near = next(p for p in (path, *path.parents) if p.exists())
     made = "" if path.exists() else ", made when needed"
     return f"{path} ({'writable' if os.access(near, os.W_OK) else 'NOT writable'}{made})"
-
-
-def _shipped():
-    inside = HERE / "data_catalog"
-    places = {
-        "assets": HERE / "assets",
-        "weights": HERE / "weights",
-        "catalogue": inside if inside.is_dir() else HERE.parent / "data_catalog",
-    }
-    return [
-        f"{name:<11}{sum(p.is_file() for p in folder.rglob('*'))} files, "
-        f"{sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 2**20:.1f} MiB"
-        for name, folder in places.items()
-    ]
 
 
 def _packages() -> list[tuple[str, str, str, str]]:

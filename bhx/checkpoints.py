@@ -43,13 +43,10 @@ class HarmonixConfig:
     @classmethod
     def from_dict(cls, values: dict) -> HarmonixConfig:
         """Inverse of dataclasses.asdict."""
-        parts = {
-            "structure": StructureConfig,
-            "dynamics": DynamicsConfig,
-            "harmonizer": HarmonizerConfig,
-        }
+        parts = (StructureConfig, DynamicsConfig, HarmonizerConfig)
+        names = ("structure", "dynamics", "harmonizer")
         try:
-            made = {k: make(**_tuples(values[k])) for k, make in parts.items()}
+            made = {k: make(**_tuples(values[k])) for k, make in zip(names, parts, strict=True)}
             return cls(**{**values, **made})
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(
@@ -73,18 +70,10 @@ def _preset(
     structure = StructureConfig(voxel_mm, shape, cube, **common, **decoder)
     parcels = int(atlas.removeprefix("schaefer"))
     dynamics = DynamicsConfig(parcels=parcels, **common, **predictor)
-    harmonizer = HarmonizerConfig(
-        parcels,
-        dynamics.max_patches,
-        structure.tokens,
-        hubs,
-        **common,
-        **decoder,
-        target_width=width,
-    )
-    return HarmonixConfig(
-        name, atlas, structure=structure, dynamics=dynamics, harmonizer=harmonizer
-    )
+    tokens = (parcels, dynamics.max_patches, structure.tokens, hubs)
+    harmonizer = HarmonizerConfig(*tokens, **common, **decoder, target_width=width)
+    parts = {"structure": structure, "dynamics": dynamics, "harmonizer": harmonizer}
+    return HarmonixConfig(name, atlas, **parts)
 
 
 PRESETS = {
@@ -123,16 +112,11 @@ class Harmonix(nn.Module):
 
 def build(config: HarmonixConfig, harmonics, gradients, seed: int = 0) -> Harmonix:
     """A model with random weights; `harmonics` and `gradients` are (parcels, ...) arrays."""
-    for name, table, width in (
-        ("harmonics", harmonics, config.dynamics.harmonics),
-        ("gradients", gradients, config.dynamics.gradients),
-    ):
-        if tuple(table.shape) != (config.dynamics.parcels, width):
-            raise InputError(
-                f"Expected {name} of shape {(config.dynamics.parcels, width)}, "
-                f"found {tuple(table.shape)}",
-                f"The model reads {config.atlas}: take that atlas",
-            )
+    for name, table in {"harmonics": harmonics, "gradients": gradients}.items():
+        shape = (config.dynamics.parcels, getattr(config.dynamics, name))
+        if tuple(table.shape) != shape:
+            fact = f"Expected {name} of shape {shape}, found {tuple(table.shape)}"
+            raise InputError(fact, f"The model reads {config.atlas}: take that atlas")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tables = (torch.as_tensor(x, dtype=torch.float32).clone() for x in (harmonics, gradients))
@@ -182,19 +166,15 @@ def _read_own(folder):
         written, digest, provenance = (about[k] for k in ("config", "sha256", "provenance"))
         state = load_file(weights)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"Expected whole weights in '{folder}', found a file cut short or damaged ({error})",
-            "Copy or make them again",
-        ) from error
+        fact = f"Expected whole weights in '{folder}', found a file cut short or damaged ({error})"
+        raise InputError(fact, "Copy or make them again") from error
     model = Harmonix(HarmonixConfig.from_dict(written))
     if not any(k.startswith("structure_decoder.") for k in state):
         model.structure_decoder = None  # as in the release
     load_strictly(model, state, str(weights))
     if sha256(weights) != digest:
-        raise InputError(
-            f"Expected weights with sha256 {digest[:12]}, found {sha256(weights)[:12]}",
-            "The file is not the one its config.json describes: copy both again",
-        )
+        fact = f"Expected weights with sha256 {digest[:12]}, found {sha256(weights)[:12]}"
+        raise InputError(fact, "The file is not the one its config.json describes: copy both again")
     model.provenance = {**provenance, "weights_sha256": digest}
     return model.eval()
 
@@ -228,11 +208,8 @@ def sha256(path) -> str:
 
 # The released files ------------------------------------------------------------------------------
 
-RELEASED = {
-    "dynamics": "harmonix-f/model.pth",
-    "structure": "harmonix-s/model.pth",
-    "harmonizer": "harmonizer/model.pth",
-}
+FOLDERS = {"dynamics": "harmonix-f", "structure": "harmonix-s", "harmonizer": "harmonizer"}
+RELEASED = {name: f"{folder}/model.pth" for name, folder in FOLDERS.items()}
 TABLES = {"harmonics": "schaefer400_roi_eigenmodes.csv", "gradients": "gradient_mapping_400.csv"}
 
 
@@ -299,10 +276,8 @@ def _find(folder, path):
         if place.is_file() and not (place.name == "model.pth" and place.parent == folder):
             return place
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    raise InputError(
-        f"Expected the released file '{path}' in '{folder}', found {listed(there) or 'nothing'}",
-        f"The folder must hold {listed([*RELEASED.values(), *TABLES.values()])}",
-    )
+    fact = f"Expected the released file '{path}' in '{folder}', found {listed(there) or 'nothing'}"
+    raise InputError(fact, f"The folder must hold {listed([*RELEASED.values(), *TABLES.values()])}")
 
 
 def _tensors(path):
@@ -319,10 +294,8 @@ def _tensors(path):
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
         loaded = loaded["model"]
     if not isinstance(loaded, dict):
-        raise InputError(
-            f"Expected named tensors at '{path}', found one {type(loaded).__name__}",
-            "Is this the file of the release",
-        )
+        fact = f"Expected named tensors at '{path}', found one {type(loaded).__name__}"
+        raise InputError(fact, "Is this the file of the release")
     return {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
 
 
@@ -333,10 +306,8 @@ def _table(path, header):
         rows = [row[1:] for row in rows[1:]] if header else rows
         return torch.tensor([[float(x) for x in row] for row in rows])
     except ValueError as error:
-        raise InputError(
-            f"Expected a table of numbers at '{path}', found another content ({error})",
-            "Take the file of the release unchanged",
-        ) from error
+        fact = f"Expected a table of numbers at '{path}', found another content ({error})"
+        raise InputError(fact, "Take the file of the release unchanged") from error
 
 
 def _fill_dynamics(model, state, where):
@@ -345,10 +316,8 @@ def _fill_dynamics(model, state, where):
     for key, value in state.items():
         group, _, rest = key.partition(".")
         if group not in groups:
-            raise InputError(
-                f"Expected keys of {listed(groups)} in {where}, found '{key}'",
-                "Is this the file of BrainHarmonix-F",
-            )
+            fact = f"Expected keys of {listed(groups)} in {where}, found '{key}'"
+            raise InputError(fact, "Is this the file of BrainHarmonix-F")
         if ".emb_h_" not in key:
             groups[group][rest] = value
     tables = ("harmonics", "gradients")

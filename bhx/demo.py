@@ -50,9 +50,8 @@ def run_demo(out="demo", *, subjects: int | None = None, model: str = "workshop"
     with _step("draw the page"):
         page = _page(out / "index.html", table, _figures(sample, latents, cohort), latents)
     print(shown(table).to_string())
-    print(
-        f"\nlatents   {out / 'latents.zarr'}, {out / 'sample.zarr'}\nscores    {out / 'scores.csv'}"
-    )
+    print(f"\nlatents   {out / 'latents.zarr'}, {out / 'sample.zarr'}")
+    print(f"scores    {out / 'scores.csv'}")
     print(f"figures   {page}   <- open this in a browser")
     return page
 
@@ -72,15 +71,15 @@ def shown(table):
 def _figures(sample, latents, cohort):
     """Title and figure, in the order of the page."""
     real = sample.isel(subject=[0])
-    first = str(latents.subject.values[0])
+    first = cohort.t1.sel(subject=str(latents.subject.values[0]))
+    people = plot_latents(project(pool(latents)), color="age")
+    cubes = region_map(latents, of="t1")
     return {
         "The real scan: parcels its hub tokens read": plot_surface(region_map(real)),
-        "The synthetic cohort: subjects in the latent space": plot_latents(
-            project(pool(latents)), color="age"
-        ),
+        "The synthetic cohort: subjects in the latent space": people,
         "Its hub tokens: which network, which modality": plot_tokens(latents),
         "Its T1 cubes that hub tokens read, on the first subject": plot_volume(
-            cohort.t1.sel(subject=first), overlay=region_map(latents, of="t1")
+            first, overlay=cubes
         ),
     }
 
@@ -114,10 +113,8 @@ def _page(path, table, figures, latents):
 def _fresh(out):
     if out.exists() and any(out.iterdir()):
         if not (out / ".bhx-demo").exists():
-            raise InputError(
-                f"Expected an empty folder or one of an earlier demo, found files in '{out}'",
-                "Choose another with --out",
-            )
+            fact = f"Expected an empty folder or one of an earlier demo, found files in '{out}'"
+            raise InputError(fact, "Choose another with --out")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / ".bhx-demo").touch()
