@@ -1,6 +1,7 @@
 """What each notebook costs: minutes, memory, cells, outputs that are compared, size.
 
     python benchmarks/notebooks.py [notebook ...] [--out benchmarks/notebooks.json]
+    python benchmarks/notebooks.py --readme     # also puts the table into notebooks/README.md
 
 Each notebook is executed once, from a copy in memory, in a process of its own; nothing is written
 back. Memory is the largest sum of resident memory over the kernel and its children, sampled ten
@@ -28,6 +29,8 @@ HEADS = (
     *("outputs compared", "figures checked", "MB"),
 )
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}
+README = REPO / "notebooks" / "README.md"
+PLACE = re.compile(r"(?<=<!-- measured -->\n).*?(?=\n<!-- end -->)", re.S)
 CHECKED = re.compile(r"^figure \S+: ok", re.M)
 
 
@@ -35,6 +38,7 @@ def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("notebooks", nargs="*", type=Path)
     options.add_argument("--out", type=Path, default=REPO / "benchmarks" / "notebooks.json")
+    options.add_argument("--readme", action="store_true")
     args = options.parse_args()
     rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     for notebook in args.notebooks or sorted((REPO / "notebooks").glob("*.ipynb")):
@@ -42,6 +46,9 @@ def main():
         print(notebook.stem, row, flush=True)
         args.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(table(rows))
+    if args.readme:
+        text = README.read_text(encoding="utf-8")
+        README.write_text(PLACE.sub(lambda _: table(rows), text), encoding="utf-8")
 
 
 def described(notebook: Path) -> dict:
