@@ -62,7 +62,10 @@ def two_tables():
         label = f"rows in the order of {bar['name']}"
         axis.bar(np.arange(2) + 0.4 * i - 0.2, numbers(bar["y"]), 0.38, color=colour, label=label)
     axis.set_xticks([0, 1], ["harmonics", "gradients"])
-    axis.set(title="How smooth the two tables of the stand-in are", ylabel="Moran's I, mean of ten columns")
+    axis.set(
+        title="How smooth the two tables of the stand-in are",
+        ylabel="Moran's I, mean of ten columns",
+    )
     axis.legend(frameon=False)
     return beside(figure)
 
@@ -101,6 +104,35 @@ def masked_brain():
         axis.pcolormesh(cut.x, cut.z, cut, cmap="gray")
         axis.set(title=title, xlabel="x [mm]", aspect="equal")
     return beside(figure)
+
+
+def _02_masked_and_returned():
+    parts = stored("02_structure_as_cubes", "back = px.imshow")["data"]
+    titles = ("one (synthetic) T1", "what the encoder sees", "what comes back", "mean of others")
+    figure, axes = plt.subplots(1, 4, figsize=(10, 3.3), layout="constrained", sharey=True)
+    for axis, title, part in zip(axes, titles, parts, strict=True):
+        x, y, grey = (numbers(part[k]) for k in "xyz")
+        axis.pcolormesh(x, y, grey.reshape(len(y), len(x)), cmap="gray")
+        axis.set(title=title, xlabel="x [mm]", aspect="equal", facecolor="lightblue")
+    axes[0].set_ylabel("y [mm]")
+    return beside(figure, height=330)
+
+
+def _03_tokens_across_tr():
+    shown = stored("03_function_at_any_tr", "lines = px.line")
+    stranger = shown["layout"]["shapes"][0]["y0"]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+    for line in shown["data"]:
+        axis = axes[int(line["xaxis"] == "x2")]
+        axis.plot(numbers(line["x"]), numbers(line["y"]), label=f"TR {line['name']}", lw=2)
+    for axis, rule in zip(
+        axes, ("35.28 s (bhx)", "round(35.28 s / TR) volumes (TAPE)"), strict=True
+    ):
+        axis.axhline(stranger, color="black", linestyle=":", label="another person's token")
+        axis.set(title=f"a patch is {rule}", xlabel="patch")
+    axes[0].set_ylabel("cosine to the token at TR 0.735 s")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    return beside(figure, height=330)
 
 
 def embedded(cohort):
@@ -142,9 +174,9 @@ def beside(*figures, height=430):
 
 PICTURES = (five_sites, accepted_scans, beside_controls, right_and_misread, two_tables)
 PICTURES += (tokens_and_networks, people_and_tokens, hub_on_surface, masked_brain)
+PICTURES += (_02_masked_and_returned, _03_tokens_across_tr)
 
 if __name__ == "__main__":
-    for draw in PICTURES:
-        if draw.__name__ in (sys.argv[1:] or [p.__name__ for p in PICTURES]):
-            image = draw().convert("RGB")
-            image.save(HERE / f"{draw.__name__}.png", optimize=True)
+    for name, draw in ((draw.__name__.lstrip("_"), draw) for draw in PICTURES):
+        if name in (sys.argv[1:] or [name]):
+            draw().convert("RGB").save(HERE / f"{name}.png", optimize=True)
