@@ -426,7 +426,7 @@ class _Run:
         )
         versions = {"bhx": __version__, "torch": torch.__version__.split("+")[0]}
         return out.assign_coords(epoch=np.arange(1, self.plan.epochs + 1)).assign_attrs(
-            estimator=f"fine-tuning ({self.plan.trains} of the harmonizer; frozen encoders)",
+            estimator=f"fine-tuning ({self.plan.trains}; frozen encoders)",
             settings=json.dumps(asdict(self.plan)),
             notes=json.dumps(self.notes),
             features=json.dumps({name: self.tokens.about}),

@@ -141,7 +141,10 @@ def methods(scores: xr.Dataset) -> str:
     text = [f"{what} in {splits}; no participant was on both sides of a split."]
     if a["stratify"]:
         text.append(f"Folds were balanced over {a['stratify']}.")
-    text.append("Missing features were filled with, and all features scaled by, training means.")
+    if "settings" not in a:  # those of bhx.fine_tune have no features
+        text.append(
+            "Missing features were filled with, and all features scaled by, training means."
+        )
     if a["harmonise"]:
         kept = f", keeping the effect of {listed(preserve)}" if preserve else ""
         text.append(f"ComBat, fitted in the training part, removed {a['harmonise']}{kept}.")
