@@ -31,16 +31,24 @@ def accepted_scans():
 
 
 def beside_controls():
-    (dots,) = stored("08_does_it_beat_the_connectome", 'plot_scores(table, "r")')["data"]
+    title = "age: r with the truth, synthetic people"
+    return scored("08_does_it_beat_the_connectome", 'plot_scores(table, "r")', title, 0)
+
+
+def fine_tune():
+    return scored("09_fine_tune", "figure", "sex: AUROC, synthetic people", 0.5)
+
+
+def scored(notebook, code, title, chance):
+    """The dots and intervals of a stored figure of `plot_scores`."""
+    (dots,) = stored(notebook, code)["data"]
     bar = dots["error_x"]
     low, score, high = (numbers(v) for v in (bar["arrayminus"], dots["x"], bar["array"]))
     figure, axis = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
     axis.errorbar(score, dots["y"], xerr=(low, high), fmt="o", capsize=3)
-    axis.axvline(0, color="grey", linestyle=":")
+    axis.axvline(chance, color="grey", linestyle=":")
     axis.invert_yaxis()
-    axis.set(
-        title="age: r with the truth, synthetic people", xlabel="mean over folds, 95 % interval"
-    )
+    axis.set(title=title, xlabel="mean over folds, 95 % interval")
     return beside(figure)
 
 
@@ -112,7 +120,7 @@ def _02_masked_and_returned():
     figure, axes = plt.subplots(1, 4, figsize=(10, 3.3), layout="constrained", sharey=True)
     for axis, title, part in zip(axes, titles, parts, strict=True):
         x, y, grey = (numbers(part[k]) for k in "xyz")
-        axis.pcolormesh(x, y, grey.reshape(len(y), len(x)), cmap="gray")
+        axis.pcolormesh(x, y, grey.reshape(len(y), len(x)), cmap="gray", vmin=0, vmax=1000)
         axis.set(title=title, xlabel="x [mm]", aspect="equal", facecolor="lightblue")
     axes[0].set_ylabel("y [mm]")
     return beside(figure, height=330)
@@ -125,9 +133,7 @@ def _03_tokens_across_tr():
     for line in shown["data"]:
         axis = axes[int(line["xaxis"] == "x2")]
         axis.plot(numbers(line["x"]), numbers(line["y"]), label=f"TR {line['name']}", lw=2)
-    for axis, rule in zip(
-        axes, ("35.28 s (bhx)", "round(35.28 s / TR) volumes (TAPE)"), strict=True
-    ):
+    for axis, rule in zip(axes, ("35.28 s (bhx)", "whole volumes (TAPE)"), strict=True):
         axis.axhline(stranger, color="black", linestyle=":", label="another person's token")
         axis.set(title=f"a patch is {rule}", xlabel="patch")
     axes[0].set_ylabel("cosine to the token at TR 0.735 s")
@@ -144,8 +150,8 @@ def embedded(cohort):
 def stored(notebook, code):
     """What a notebook shows first under a cell with this code: a picture, or plotly's dict."""
     cells = json.loads((HERE.parent / f"{notebook}.ipynb").read_text("utf8"))["cells"]
-    cell = next(c for c in cells if c["cell_type"] == "code" and code in "".join(c["source"]))
-    shown = next(output["data"] for output in cell["outputs"] if "data" in output)
+    cells = [c for c in cells if c["cell_type"] == "code" and code in "".join(c["source"])]
+    shown = next(o["data"] for cell in cells for o in cell["outputs"] if "data" in o)
     if "image/png" not in shown:
         return shown["application/vnd.plotly.v1+json"]
     return Image.open(BytesIO(base64.b64decode("".join(shown["image/png"]))))
