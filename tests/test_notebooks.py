@@ -328,7 +328,7 @@ def run(cells, folder) -> NotebookNode:
     return NotebookClient(notebook, timeout=600, resources=where).execute()
 
 
-QUICK = ("00_start_here", "03_function_at_any_tr")
+QUICK = ("00_start_here", "11_released_weights")
 
 
 @pytest.mark.parametrize("name", NAMES if os.environ.get("BHX_SOLVE") else QUICK)
