@@ -178,8 +178,8 @@ def beside(*figures, height=430):
     return out
 
 
-PICTURES = (five_sites, accepted_scans, beside_controls, right_and_misread, two_tables)
-PICTURES += (tokens_and_networks, people_and_tokens, hub_on_surface, masked_brain)
+PICTURES = (five_sites, accepted_scans, beside_controls, fine_tune, right_and_misread)
+PICTURES += (two_tables, tokens_and_networks, people_and_tokens, hub_on_surface, masked_brain)
 PICTURES += (_02_masked_and_returned, _03_tokens_across_tr)
 
 if __name__ == "__main__":
