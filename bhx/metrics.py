@@ -132,7 +132,7 @@ def interval(estimate, draws, level: float = 0.95, mutual: float = 0.0):
     subjects, label times label, and in folds each pair counts twice, once each way: resampling one
     side of them finds half of its variance. `mutual` is the share of pairs that count both ways, 1
     in folds and 0 in one split. In simulations of 60 to 200 subjects, 95 % intervals of r and AUROC
-    held the mean score in 90 to 96 % at chance (not widened: 77 to 86 %), in 98 to 99 % far from it.
+    held the mean score in 90 to 96 % at chance (not widened 77 to 86 %), 98 to 99 % far off.
     """
     estimate, draws = np.asarray(estimate, float), np.asarray(draws, float)
     tails = [(1 - level) / 2, (1 + level) / 2]
