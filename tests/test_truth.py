@@ -179,7 +179,7 @@ def test_fusion_needs_both_modalities(features):
 
 
 def test_permuted_labels_score_at_chance(features):
-    """Exchanged within site, three times, four labels, two features: misses as a 5 % coin allows."""
+    """Exchanged within site, three times, four labels, two features: misses as chance allows."""
     rng = np.random.default_rng(0)
     missed = []
     for _ in range(3):
