@@ -55,7 +55,7 @@ def load_model(source="workshop", *, device: str | None = None) -> Model:
     ----------
     source : name of shipped weights ("workshop"), a folder that bhx.pretrain wrote, or
         "release:<folder>" with the published BrainHarmonix files
-    device : "cpu", "cuda", "mps"; the fastest at hand by default
+    device : "cpu", "cuda", or "mps" (untested); by default "cuda" where there is one, else "cpu"
 
     Raises
     ------
@@ -158,7 +158,7 @@ class Model:
     """
 
     def __init__(self, networks: Harmonix, device: str | None = None):
-        self.device = torch.device(device or _best_device())
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.networks = networks.to(self.device).eval()
         self.config = networks.config
         self.provenance = networks.provenance
@@ -837,12 +837,6 @@ def autocast(device, precision):
     if precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
-
-
-def _best_device():
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _tr(bold, tr):
