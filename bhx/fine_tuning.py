@@ -273,8 +273,8 @@ class _Tokens:
         patches = int(there.max()) + 1 if len(there) else 0
         windows = math.ceil(patches / self.config.dynamics.max_patches)
         windows = dynamics[:, :patches].tensor_split(windows, 1) if windows else []
-        kept = [w.isfinite().all(-1).flatten().nonzero().squeeze(1) for w in windows]
-        cubes = structure.isfinite().all(-1).nonzero().squeeze(1)
+        kept = [w.isfinite().all(-1).flatten().nonzero().squeeze(1).cpu() for w in windows]
+        cubes = structure.isfinite().all(-1).nonzero().squeeze(1).cpu()  # places index on the CPU
         each = [w.flatten(0, 1)[k] if len(k) else None for w, k in zip(windows, kept, strict=True)]
         return Reading(windows, kept, None, cubes), each, structure[cubes] if len(cubes) else None
 
@@ -331,6 +331,10 @@ class _Run:
             inner = math.nan  # nobody to stop by: the last epoch is kept
             if len(stop):
                 inner = float(self._error(_seen(tuned, self.tokens, stop), stop, state)) / len(stop)
+            if not math.isfinite(loss) or (len(stop) and not math.isfinite(inner)):
+                epoch = len(state["losses"]) + 1
+                found = f"{loss:g} and, on the inner split, {inner:g} in epoch {epoch} of fold {i}"
+                raise InputError(f"Expected a finite loss, found {found}", "Set rate= lower")
             state["losses"].append((loss, inner))
             if not inner >= state["lowest"]:
                 state |= {"lowest": inner, "kept": len(state["losses"]), "best": tuned.learnt()}
@@ -357,7 +361,7 @@ class _Run:
             return tuned, optimiser, state
         units, truth = None, self.truth[fit]
         if self.judge.names is None:
-            units = (float(truth.mean()), float(truth.std()))
+            units = (float(truth.mean()), float(truth.std()) or 1.0)
         state = {"losses": [], "lowest": math.inf, "kept": 0, "units": units}
         return tuned, optimiser, {**self.about, **state, "classes": self.classes}
 
@@ -380,11 +384,6 @@ class _Run:
                 for group in optimiser.param_groups:
                     group["lr"] = schedule(step, recipe)[0] * group["scale"]
                 total += self._step(tuned, optimiser, rows, state)
-        if not math.isfinite(total):
-            raise InputError(
-                f"Expected a finite loss, found {total} in epoch {epoch + 1} of fold {i}",
-                "Set rate= lower",
-            )
         return total / len(fit)
 
     def _step(self, tuned, optimiser, rows, state):
@@ -400,11 +399,12 @@ class _Run:
 
     def _error(self, raw, rows, state, smoothing=0.0):
         """Summed over rows: cross-entropy, or squared error in training standard deviations."""
-        truth = torch.tensor(self.truth[rows], device=raw.device)
         if self.judge.names is not None:
+            truth = torch.tensor(self.truth[rows], device=raw.device)
             return F.cross_entropy(raw, truth, reduction="sum", label_smoothing=smoothing)
         middle, spread = state["units"]
-        return F.mse_loss(raw[:, 0], ((truth - middle) / spread).to(raw), reduction="sum")
+        truth = ((self.truth[rows] - middle) / spread).astype(np.float32)
+        return F.mse_loss(raw[:, 0], raw.new_tensor(truth), reduction="sum")
 
     def scores(self, base, found):
         """What was found in all folds, as `probe` would tell it."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_runs import TINY, tiny_cohort
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bhx import fine_tuning
 from bhx.controls import nothing
@@ -333,6 +334,42 @@ def test_wrong_settings_are_refused(tune, wrong, message):
 def test_a_loss_that_explodes_is_said(tune):
     with pytest.raises(InputError, match="finite loss"):
         tune("age", rate=1e30, clip=1e30, warmup=0.0)
+
+
+def test_a_last_step_that_explodes_is_said(tune):
+    with pytest.raises(InputError, match="on the inner split, (nan|inf) in epoch 1 of fold 0"):
+        tune("age", rate=1e30, clip=1e30, warmup=0.0, epochs=1, batch=N)
+
+
+def test_numbers_that_are_all_alike_in_training_are_learnt(tune, cohort):
+    odd = np.where(cohort.participant == "p00", 9.0, 5.0)
+    scores = tune("odd", cohort.assign_coords(odd=("subject", odd)), folds=N // 2, epochs=1)
+    assert np.isfinite(scores.prediction).all()
+
+
+class NoDoubles(TorchDispatchMode):
+    """As a GPU that lacks double precision: no tensor may have it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert getattr(out, "dtype", None) is not torch.float64, func
+        return out
+
+
+def test_numbers_are_learnt_in_single_precision(tune):
+    tune("age", epochs=1)  # the encoders' tokens are stored by now
+    with NoDoubles():
+        tune("age", epochs=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("target", ["side", "age"])
+@pytest.mark.parametrize("trains", fine_tuning.TRAINS)
+def test_a_gpu_finds_what_the_cpu_finds(tune, cohort, target, trains):
+    gpu = random_model(SMALL, device="cuda")
+    options = {**FAST, "trains": trains, "epochs": 1}
+    there, here = fine_tune(cohort, gpu, target, **options), tune(target, trains=trains, epochs=1)
+    np.testing.assert_allclose(there.training_loss, here.training_loss, rtol=1e-2)
 
 
 def test_no_model_is_said(cohort):
