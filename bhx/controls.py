@@ -163,6 +163,8 @@ def raw_signal(cohort: xr.Dataset, step: float = 2.0) -> xr.Dataset:
     """
     check(cohort, "cohort")
     has = cohort.has_bold.values.astype(bool)
+    if "bold" not in cohort or not has.any():
+        raise InputError("Expected a cohort with 'bold', found no scan", "Open one with BOLD")
     shortest = float((cohort.tr * (cohort.n_volumes - 1)).values[has].min())
     seconds = np.arange(0, shortest + 1e-9, step)
     width = cohort.sizes["roi"] * len(seconds)
@@ -232,15 +234,16 @@ def plain_controls(cohort: xr.Dataset, target: str | None = None) -> list[xr.Dat
     """
     names = [n for n in CONFOUNDS if n in cohort.coords and n != target]
     out = [nothing(cohort), confound_features(cohort, names)]
-    if "t1" in cohort:
+    t1, bold = (n in cohort and bool(cohort[f"has_{n}"].any()) for n in ("t1", "bold"))
+    if t1:
         cubes = cube_means(cohort).compute()
         out.append(cubes)
-    if "bold" in cohort:
+    if bold:
         functions = [connectome(cohort, kind).compute() for kind in CONNECTIVITY]
         out += [*functions, raw_signal(cohort).compute()]
-    if "t1" in cohort:
+    if t1:
         out.append(cubes.assign_attrs(name="T1 cubes (PCA)", components=COMPONENTS))
-    if "t1" in cohort and "bold" in cohort:
+    if t1 and bold:
         out.append(fuse(cubes, functions[0]))
     return out
 

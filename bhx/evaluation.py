@@ -634,7 +634,9 @@ def inner_splits(train, truth, units, plan, folds=3):
     y, units = truth[train], units[train]
     folds = min(folds, len(np.unique(units)))
     if folds < 2:  # one unit left to train on: rows are all there is to split
-        units, folds = np.arange(len(y)), 3
+        units, folds = np.arange(len(y)), min(3, len(y))
+    if folds < 2:
+        return []
     kind = GroupKFold
     if plan.names is not None and np.bincount(y).max() >= folds:
         kind = StratifiedGroupKFold
@@ -796,6 +798,8 @@ class Rotation(TransformerMixin, BaseEstimator):
         known = np.flatnonzero(power > 1e-12 * power[-1])[-(self.keep or 0) :]  # they ascend
         axes, power = axes[:, known], power[known]
         self.axes_ = x.T @ (axes / np.sqrt(power)) if wide else axes
+        if not len(known):  # nothing varies over these rows: one column of zeros
+            self.axes_ = np.zeros((x.shape[1], 1))
         return self
 
     def transform(self, x):

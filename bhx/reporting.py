@@ -97,13 +97,14 @@ def _weights_of(one):
         digest = made["weights_sha256"]
         kind = "shipped" if digest in names else "made here"
         told = f"{kind} {digest[:12]}" if digest else made.get("weights", "random")
-        lines.append(f"weights {names.get(digest, made['model'])}: {told}")
+        lines.append(f"weights {names.get(digest, made.get('model', 'model'))}: {told}")
     return lines
 
 
 def _data_of(one):
     attrs = getattr(one, "attrs", {})
-    data = json.loads(attrs["cohort"]) if "cohort" in attrs else attrs
+    told_of = str(attrs.get("cohort", ""))  # latents carry their cohort's attributes
+    data = json.loads(told_of) if told_of.startswith("{") else attrs
     name = attrs.get("target") or attrs.get("method") or f"{data.get('source') or ''} cohort"
     seed = attrs.get("seed", data.get("seed", ""))
     told = [f"seed {seed}"] if seed != "" else []

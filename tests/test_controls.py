@@ -173,3 +173,13 @@ def test_compare_puts_every_plain_control_into_one_table(both):
     table = compare(probe(found, "age", folds=3), control="connectome")
     assert set(table.index.get_level_values("model")) == {f.attrs["name"] for f in found}
     assert np.isfinite(table.score).all()
+
+
+def test_controls_without_any_scan_of_a_kind(both):
+    unscanned = both.assign_coords(has_bold=("subject", np.zeros(12, bool)))
+    names = [f.attrs["name"] for f in plain_controls(unscanned, "age")]
+    assert "T1 cubes" in names
+    assert "raw signal (MLP)" not in names
+    for nobody in (unscanned, both.drop_vars("bold")):
+        with pytest.raises(InputError, match="found no scan"):
+            raw_signal(nobody)

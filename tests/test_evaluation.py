@@ -540,3 +540,12 @@ def test_intervals_cover_the_expected_score(effect):
     bare = evaluation.metrics.interval(estimate[:, 0], draws[:, 0])
     missed = (bare[0] > estimate[:, 0].mean()) | (bare[1] < estimate[:, 0].mean())
     assert effect or missed.mean() > 0.1, missed.mean()
+
+
+def test_features_that_are_constant_in_a_training_part_guess_the_mean():
+    three = make_cohort(n=3)
+    three = three.assign_coords(participant=three.subject, score=("subject", [1.0, 2.0, 3.0]))
+    flat = nothing(three).drop_vars("features")
+    flat["features"] = ("subject", "feature"), np.array([[0.0], [0.0], [1.0]])
+    found = probe(flat, "score", folds=3)
+    assert found.prediction.sel(subject=three.subject[2]).item() == pytest.approx(1.5)

@@ -185,3 +185,9 @@ def test_another_machines_versions_compare_equal_and_its_rows_do_not():
     assert re.search(" rows [0-9a-f]{12}$", rows)
     shipped = "weights workshop: shipped abababababab"
     assert clean(shipped) == shipped
+
+
+def test_made_with_reads_attributes_that_bhx_did_not_write():
+    named = make_cohort(n=4).assign_attrs(cohort="my clinic")
+    weighted = connectome(named).assign_attrs(weights_sha256="a" * 64)
+    assert "weights model: made here aaaaaaaaaaaa" in reporting.made_with(named, weighted)
