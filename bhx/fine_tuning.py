@@ -59,6 +59,9 @@ class FineTuning:
             (0 <= self.drop_path < 1, "drop_path", "from 0 to below 1"),
             (0 <= self.smoothing < 1, "smoothing", "from 0 to below 1"),
             (self.patience is None or self.patience >= 1, "patience", "as None or at least 1"),
+            (0 < self.rate < math.inf, "rate", "above 0"),
+            (self.clip > 0, "clip", "above 0"),
+            (0 <= self.decay < math.inf, "decay", "of at least 0"),
         ):
             if not fits:
                 found = repr(getattr(self, name))
