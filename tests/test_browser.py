@@ -121,35 +121,41 @@ def _wait_until_up(address, server, seconds=240):
     raise RuntimeError("the server did not start")
 
 
-@contextmanager
-def chromium():
-    """An empty page from which no address but loopback can be reached."""
+@pytest.fixture(scope="module")
+def browser():
+    """One Chromium for all: Playwright cannot be started twice in a process."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(300_000)
-        page.add_init_script(PATIENT)
-        local = re.compile(r"^(?!(https?|wss?)://127\.0\.0\.1|blob:|data:)")
-        page.route(local, lambda route: route.abort())
-        yield page
+        yield browser
         browser.close()
 
 
+def new_page(browser):
+    """An empty page from which no address but loopback can be reached."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(300_000)
+    page.add_init_script(PATIENT)
+    local = re.compile(r"^(?!(https?|wss?)://127\.0\.0\.1|blob:|data:)")
+    page.route(local, lambda route: route.abort())
+    return page
+
+
 @pytest.fixture(scope="module")
-def page(lab):
+def page(lab, browser):
     """The explorer, drawn in JupyterLab."""
-    with chromium() as page:
-        page.goto(lab)
-        page.get_by_text(re.compile(r"Python 3.*\| Idle")).wait_for()
-        page.add_style_tag(content=".Toastify {display: none}")
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
-        page.wait_for_function(f"() => ({FIGURES})().length === 4 || {FAILED}")
-        assert not page.evaluate(FAILED), page.locator(".jp-OutputArea-output").inner_text()
-        page.wait_for_timeout(4000)
-        yield page
+    page = new_page(browser)
+    page.goto(lab)
+    page.get_by_text(re.compile(r"Python 3.*\| Idle")).wait_for()
+    page.add_style_tag(content=".Toastify {display: none}")
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    page.wait_for_function(f"() => ({FIGURES})().length === 4 || {FAILED}")
+    assert not page.evaluate(FAILED), page.locator(".jp-OutputArea-output").inner_text()
+    page.wait_for_timeout(4000)
+    yield page
+    page.close()
 
 
 FAILED = "document.querySelector('[data-mime-type*=error]') !== null"
@@ -286,21 +292,21 @@ def test_typed_network_and_its_code(page):
     shot(page, "code")
 
 
-def test_lecture_is_a_page_without_code(lecture):
-    with chromium() as page:
-        page.goto(lecture)
-        page.wait_for_function(f"() => ({FIGURES})().length === 4")
-        page.wait_for_timeout(4000)
-        shot(page, "lecture")
-        assert page.get_by_text("These brains are synthetic.").is_visible()
-        assert page.locator(".jp-CodeCell .jp-InputArea, .jp-Editor, .highlight").count() == 0
-        assert "bhx.embed" not in page.content()
+def test_lecture_is_a_page_without_code(lecture, browser):
+    page = new_page(browser)
+    page.goto(lecture)
+    page.wait_for_function(f"() => ({FIGURES})().length === 4")
+    page.wait_for_timeout(4000)
+    shot(page, "lecture")
+    assert page.get_by_text("These brains are synthetic.").is_visible()
+    assert page.locator(".jp-CodeCell .jp-InputArea, .jp-Editor, .highlight").count() == 0
+    assert "bhx.embed" not in page.content()
 
-        brain, slices = state(page, "brain"), state(page, "slices")
-        assert max(intensity for _, intensity, *_ in brain) > 0  # drawn as it is, not as it began
-        x, y, w, h = box_of(page, "tokens")
-        page.mouse.click(x + w * 5.5 / 32, y + h * 0.97)  # the bar of token 5 of 32
-        changed(page, "brain", brain)
-        changed(page, "slices", slices)
-        assert heading(page) == "attention of token 5"
-        shot(page, "lecture_token")
+    brain, slices = state(page, "brain"), state(page, "slices")
+    assert max(intensity for _, intensity, *_ in brain) > 0  # drawn as it is, not as it began
+    x, y, w, h = box_of(page, "tokens")
+    page.mouse.click(x + w * 5.5 / 32, y + h * 0.97)  # the bar of token 5 of 32
+    changed(page, "brain", brain)
+    changed(page, "slices", slices)
+    assert heading(page) == "attention of token 5"
+    shot(page, "lecture_token")
