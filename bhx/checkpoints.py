@@ -51,7 +51,7 @@ class HarmonixConfig:
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"Expected the configuration of a bhx model, found one that does not fit ({error})",
-                "Was it written by another version of bhx",
+                "It may have been written by another version of bhx",
             ) from error
 
 
@@ -188,14 +188,14 @@ def load_strictly(module: nn.Module, state: dict, where: str) -> None:
             f"Expected the {len(own)} keys of {type(module).__name__} in {where}, found "
             f"{len(missing)} missing ({listed(missing) or 'none'}) and "
             f"{len(surplus)} surplus ({listed(surplus) or 'none'})",
-            "Are these weights of another model",
+            "These may be weights of another model",
         )
     for key, value in own.items():
         if value.shape != state[key].shape:
             raise InputError(
                 f"Expected '{key}' of shape {tuple(value.shape)} in {where}, "
                 f"found {tuple(state[key].shape)}",
-                "Are these weights of another size or atlas",
+                "These may be weights of another size or atlas",
             )
     module.load_state_dict(state)
 
@@ -352,6 +352,6 @@ def _fill(part, state, where):
             raise InputError(
                 f"Expected '{name}' of shape {tuple(own.shape)} in {where}, "
                 f"found {tuple(table.shape)}",
-                "Are these weights of another size",
+                "These may be weights of another size",
             )
         own.copy_(table)
