@@ -25,7 +25,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_N
 # figures as plotly's JSON alone, so that stored and fresh outputs can be compared
 IN_NOTEBOOKS := $(ONE_THREAD) PLOTLY_RENDERER=plotly_mimetype
 
-.PHONY: help env demo test lint unit nbval nbmake lab voila book weights assets notebooks clean
+.PHONY: help env demo test lint unit nbval nbmake lab voila book brainmarks weights assets notebooks clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -73,6 +73,11 @@ book: env  ## the lessons and the public names as a site, in build/book/html; it
 	$(PY) -m pip install -qq --editable '.[$(EXTRAS),book]'
 	$(ONE_THREAD) $(PY) notebooks/book/build.py build/book
 	BHX_BOOK=build/book/html $(PY) -m pytest -q tests/test_book.py
+
+brainmarks: env  ## the Brainmarks suite's own smoke test, with bhx as its plugin
+	$(PY) -m pip install -qq --editable '.[$(EXTRAS),brainmarks]'
+	$(PY) -m pip install -qq --no-deps brainmarks==0.1.1
+	$(PY) -m brainmarks.models.test_models bhx
 
 weights: env  ## train the shipped workshop weights again
 	$(PY) bhx/weights/make_weights.py

@@ -1,9 +1,9 @@
 """bhx in the Brainmarks suite: hub tokens as registers, CLS, and dynamics tokens as patches.
 
-Lives in the suite's namespace as `brainmarks.models.bhx` (a wheel of bhx puts it there; from a
-checkout, link this file into a folder `brainmarks/models/` on PYTHONPATH). The suite's samples
-have no T1, so this is the fMRI-only mode. Smoke test, after `pip install bhx brainmarks`:
+Lives in the suite's namespace as `brainmarks.models.bhx`: an installed bhx puts it there. The
+suite's samples have no T1, so this is the fMRI-only mode. Smoke test: `make brainmarks`, or
 
+    pip install "bhx[brainmarks]" && pip install --no-deps brainmarks
     python -m brainmarks.models.test_models bhx
 """
 
