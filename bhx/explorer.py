@@ -276,7 +276,7 @@ def _keep_state(figure):
     figure._trait_values |= {"_widget_data": figure._data, "_widget_layout": figure._layout}
 
 
-WIDE = 540  # px, of every figure: two fit side by side on a laptop
+WIDE = 470  # px, of every figure: two fit side by side in JupyterLab on a laptop, files shown
 PLAIN = {"template": "plotly_white", "width": WIDE, "margin": {"l": 50, "r": 10, "t": 10, "b": 40}}
 START = {"x": 0, "y": -20, "z": 10}  # mm, where the slices lie at first
 

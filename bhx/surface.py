@@ -341,13 +341,16 @@ def _static_surface(brain, mesh, sides, look, outlines):
 
 
 def _draw_hemisphere(axis, brain, mesh, side, view, look, outlines):
-    """Paint triangles, and borders as thin ones, from the back to the front."""
+    """Paint the triangles that face the reader, and borders as thin ones, from the back to the
+    front."""
     from matplotlib.collections import PolyCollection
 
     eye, up, _ = VIEWS[view if view == "top" else f"{side} {view}"]
     screen = np.stack([np.cross(up, eye), up, eye], axis=1)  # right, up, towards the reader
     coords, faces = load_mesh(mesh, side)
     shapes = (coords @ screen)[faces]  # (triangle, corner, 3)
+    facing = _normals(shapes)[:, 2] > 0
+    faces, shapes = faces[facing], shapes[facing]
     depth, colour = shapes[:, :, 2].mean(1), _shaded(shapes, faces, brain, side, look)
     if outlines:
         points, pairs = _borders(brain, side, faces, coords)
@@ -373,10 +376,14 @@ def _shaded(shapes, faces, brain, side, look):
     grey = matplotlib.colormaps["gray"](0.6 - 0.2 * load_sulc(side)[faces].mean(1))
     colour = matplotlib.colormaps[look["cmap"]](norm(value))
     colour = np.where(value.mask[:, None], grey, colour) if value.mask.any() else colour
-    normal = np.cross(shapes[:, 1] - shapes[:, 0], shapes[:, 2] - shapes[:, 0])
-    facing = np.abs(normal[:, 2]) / np.maximum(np.linalg.norm(normal, axis=1), 1e-9)
-    colour[:, :3] *= (0.75 + 0.25 * facing)[:, None]
+    colour[:, :3] *= (0.75 + 0.25 * np.abs(_normals(shapes)[:, 2]))[:, None]
     return colour
+
+
+def _normals(shapes):
+    """Outward unit normals (triangle, 3) of corners (triangle, corner, 3)."""
+    normal = np.cross(shapes[:, 1] - shapes[:, 0], shapes[:, 2] - shapes[:, 0])
+    return normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
 
 
 # the volume -------------------------------------------------------------------------------------
@@ -594,9 +601,9 @@ def token_table(latents: xr.Dataset, subjects=None) -> xr.Dataset:
 
 def _token_figure(table, title):
 
-    figure = make_subplots(1, 2, column_widths=[0.74, 0.26], horizontal_spacing=0.16)
+    figure = make_subplots(1, 2, column_widths=[0.72, 0.28], horizontal_spacing=0.2)
     tokens = [str(t) for t in table.token.values]
-    bar = {"title": {"text": "preference", "side": "right"}, "x": 0.65, "thickness": 12}
+    bar = {"title": {"text": "preference", "side": "top"}, "x": 0.58, "thickness": 12}
     bar |= {"tickvals": [0, 1, 2], "ticktext": ["0", "even", "2 or more"]}
     figure.add_heatmap(
         x=table.network.values,
