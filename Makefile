@@ -17,6 +17,7 @@ else
 TORCH ?= torch>=2.13,<3
 endif
 TORCH_FROM ?=
+VOILA ?=
 
 PY := .venv/bin/python
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
@@ -25,7 +26,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_N
 # figures as plotly's JSON alone, so that stored and fresh outputs can be compared
 IN_NOTEBOOKS := $(ONE_THREAD) PLOTLY_RENDERER=plotly_mimetype
 
-.PHONY: help env demo test lint unit nbval nbmake lab voila book brainmarks weights assets notebooks clean
+.PHONY: help env demo doctor test lint unit nbval nbmake lab voila book brainmarks weights assets notebooks clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -44,6 +45,9 @@ demo: env  ## scans to tokens, scores and one page of figures, in demo/
 	$(PY) -m bhx demo
 
 test: lint unit nbval  ## style, layout, unit tests, notebooks with their outputs compared
+
+doctor: env  ## what this machine has, and what is missing
+	$(PY) -m bhx doctor
 
 lint: env
 	$(PY) -m ruff check .
@@ -67,7 +71,7 @@ lab: env  ## JupyterLab on the notebooks
 	$(PY) -m jupyter lab notebooks
 
 voila: env  ## the explorer as a page without code, for a public lecture
-	$(PY) -m voila notebooks/voila/explorer.ipynb
+	$(PY) -m voila notebooks/voila/explorer.ipynb $(VOILA)
 
 book: env  ## the lessons and the public names as a site, in build/book/html; its links are checked
 	$(PY) -m pip install -qq --editable '.[$(EXTRAS),book]'

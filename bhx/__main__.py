@@ -18,6 +18,7 @@ import bhx
 from .errors import InputError
 
 HERE = Path(__file__).parent
+NEEDED = ("", "notebooks")  # extras that the lessons run on; "" is the core
 LABEXTENSIONS = {  # what JupyterLab needs for widgets and figures -> the package that brings it
     "@jupyter-widgets/jupyterlab-manager": "ipywidgets",
     "anywidget": "anywidget",
@@ -163,10 +164,13 @@ def _doctor() -> int:
         "notebooks": _front_end(),
         "folders": [f"{name:<8}{_state(path)}" for name, path in bhx.folders().items()],
         "packages": [_row(*package) for package in packages],
-        "missing": _missing(packages),
+        "missing": _missing(p for p in packages if p[1] in NEEDED),
+        "optional, and not needed by the notebooks": _missing(
+            p for p in packages if p[1] not in NEEDED
+        ),
     }
     for title, lines in sections.items():
-        print(title, *(f"  {line}" for line in lines or ["nothing"]), sep="\n")
+        print(title, *(f"  {line}" for line in lines or ["nothing: ready"]), sep="\n")
     return int(any(extra == "" and problem for _, extra, _, problem in packages))
 
 
@@ -219,7 +223,7 @@ def _packages() -> list[tuple[str, str, str, str]]:
     found = []
     for line in _requirements():
         name, bounds, extra = re.match(
-            r"([\w.-]+)\s*([^;]*?)\s*(?:;.*extra == ['\"](\w+)['\"])?$", line
+            r"([\w.-]+)(?:\[\w+\])?\s*([^;]*?)\s*(?:;.*extra == ['\"](\w+)['\"])?$", line
         ).groups(default="")
         try:
             version = metadata.version(name)

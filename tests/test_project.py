@@ -142,7 +142,7 @@ def test_wheel_works_in_another_folder(part, site, tmp_path):
 def test_doctor_names_everything(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    wanted = [bhx.__version__, "CPU cores", "GiB", "JupyterLab", "missing"]
+    wanted = [bhx.__version__, "CPU cores", "GiB", "JupyterLab", "missing\n  nothing: ready"]
     wanted += [str(path) for path in bhx.folders().values()]
     wanted += list(bounds([*PROJECT["dependencies"], *EXTRAS["umap"]]) | {"torch": ""})
     assert [w for w in wanted if w not in said and w != "pytorch"] == []
@@ -192,7 +192,8 @@ def test_folders_follow_the_environment(monkeypatch, tmp_path):
     assert bhx.folders()["cache"] == Path.home() / ".cache" / "bhx" / "cache"
 
 
-TARGETS = ["demo", "test", "lab", "voila", "book", "weights", "assets", "notebooks"]
+TARGETS = ["demo", "doctor", "test", "lab", "voila", "book", "weights", "assets", "notebooks"]
+TARGETS += ["brainmarks", "nbmake"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
