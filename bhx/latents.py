@@ -403,8 +403,8 @@ def lesion(
     Returns
     -------
     Dataset with `moved` (subject, token), the Euclidean distance; `relative`, the same over the
-    root mean square distance of people from the mean person, so that 1 is as far as another
-    person; `hub`, the tokens after; with `predict`, `prediction` (subject, state)
+    root mean square distance of people from the mean person (two people are about 1.4 of it
+    apart); `hub`, the tokens after; with `predict`, `prediction` (subject, state)
     """
     from bhx.encoding import embed
 
