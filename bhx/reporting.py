@@ -271,7 +271,7 @@ def plot_calibration(*scores: xr.Dataset, bins: int = 10):
     figure = go.Figure()
     line = {"dash": "dot", "color": GREY}
     figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=line, name="perfect")
-    for s in scores:
+    for s in map(judged, scores):
         truth = s.truth.values.astype(str) == s.attrs["positive"]
         for output in pooled_output(s):
             found = metrics.calibration(truth, output.values, bins)
@@ -287,7 +287,7 @@ def plot_predictions(*scores: xr.Dataset):
     """Predicted against true numbers, one dot a subject."""
     import plotly.graph_objects as go
 
-    figure = go.Figure()
+    figure, scores = go.Figure(), [judged(s) for s in scores]
     truth = scores[0].truth.values
     ends = [truth.min(), truth.max()]
     line = {"dash": "dot", "color": GREY}
@@ -303,6 +303,11 @@ def plot_predictions(*scores: xr.Dataset):
 
 
 # ---------------------------------------------------------------- tables
+
+
+def judged(scores: xr.Dataset) -> xr.Dataset:
+    """The same scores of the subjects that some fold tested; protocols leave some untested."""
+    return scores.isel(subject=np.isfinite(scores.output.values).any((0, 1, 3)))
 
 
 def pooled_output(scores: xr.Dataset) -> xr.DataArray:
@@ -322,6 +327,7 @@ def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
             f"Expected '{by}' as a coordinate on subject, found {listed(scores.coords, 20)}",
             "Assign it to the features before the probe",
         )
+    scores = judged(scores)
     plan, truth, rows = plan_of(scores), codes_of(scores), []
     for i, model in enumerate(scores.model.values):
         output = np.nanmean(scores.output.values[i], 0)
@@ -351,6 +357,7 @@ def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:
     prediction and truth, and `partial_r`, the same with the confounds' linear effect taken out of
     both. Subjects without one of the confounds do not enter (`n`).
     """
+    scores = judged(scores)
     labels = scores.coords.to_dataset()
     missing = [n for n in confounds if n not in labels.coords]
     if missing:
@@ -396,6 +403,7 @@ def operating_point(scores: xr.Dataset, sensitivity: float = 0.9) -> pd.DataFram
     """
     if scores.attrs["task"] != "label" or scores.sizes["class"] != 2:
         raise InputError("Expected scores of two labels, found others", "Choose a binary target")
+    scores = judged(scores)
     positive = scores.truth.values.astype(str) == scores.attrs["positive"]
     rows = []
     for model in scores.model.values:
@@ -431,11 +439,12 @@ def age_gap(scores: xr.Dataset) -> xr.Dataset:
 
     Returns
     -------
-    Dataset with `gap` and `corrected` (model, subject) [years], and `bias` and `bias_left`
-    (model,): their correlation with age.
+    Dataset with `gap` and `corrected` (model, subject) [years] of the subjects that were tested,
+    and `bias` and `bias_left` (model,): their correlation with age.
     """
     if scores.attrs["task"] != "number":
         raise InputError("Expected scores of a number (age), found labels", "Probe the age")
+    scores = judged(scores)
     age = scores.truth
     gap = pooled_output(scores) - age
     corrected = gap.copy()

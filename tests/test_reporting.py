@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from small_cohorts import make_cohort, noise
 
@@ -80,6 +81,36 @@ def test_age_gap_is_biased_with_age_and_the_correction_removes_it(ages, labels):
     np.testing.assert_allclose(gap.gap + ages.truth, ages.prediction, rtol=1e-5)
     with pytest.raises(InputError, match="Expected scores of a number"):
         age_gap(labels)
+
+
+@pytest.fixture(scope="module")
+def split(features):
+    """Scores of the three splits, which leave some subjects untested."""
+    return {target: probe(features, target, protocol="paper") for target in ("age", "group")}
+
+
+READ = {
+    "within": ("group", lambda s: within(s, "site")),
+    "explained_by": ("age", lambda s: explained_by(s, ["n_volumes", "site"])),
+    "operating_point": ("group", operating_point),
+    "age_gap": ("age", lambda s: age_gap(s).to_dataframe()[["gap", "corrected"]]),
+    "calibration": ("group", lambda s: points(reporting.plot_calibration(s))),
+    "predictions": ("age", lambda s: points(reporting.plot_predictions(s))),
+}
+
+
+def points(figure):
+    return pd.DataFrame({"x": figure.data[1].x, "y": figure.data[1].y})
+
+
+@pytest.mark.parametrize(("target", "read"), READ.values(), ids=READ)
+def test_subjects_that_no_split_tested_are_not_there(split, target, read):
+    scores = split[target]
+    tested = np.isfinite(scores.output.values).any((0, 1, 3))
+    assert 0 < tested.sum() < 60
+    found = read(scores)
+    assert np.isfinite(found.to_numpy(float)).all()
+    pd.testing.assert_frame_equal(found, read(scores.isel(subject=tested)))
 
 
 def test_learning_curve_improves_and_ends_at_the_full_score(features, ages):
