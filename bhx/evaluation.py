@@ -970,9 +970,10 @@ def compare(
     Returns
     -------
     pandas DataFrame, a row a (target,) model and metric: `score` (mean over folds), `low` and
-    `high` (its interval under a bootstrap of participants, see `metrics.interval`), `n` subjects,
-    `diff` to the control and `p` (corrected resampled t-test over shared folds, adjusted;
-    NaN where the folds are not the same), `p_null` where `probe` was given permutations.
+    `high` (its interval under a bootstrap of participants, see `metrics.interval`; NaN for metrics
+    of decisions under protocol "paper"), `n` subjects that entered, `diff` to the control and `p`
+    (corrected resampled t-test over shared folds, adjusted; NaN where the folds are not the same),
+    `p_null` where `probe` was given permutations.
     """
     if not scores:
         raise InputError("Expected scores to compare, found none", "Call bhx.probe first")
@@ -1009,11 +1010,7 @@ def _table(scores, control, level, draws, seed):
             raise InputError(f"Expected control as one of {names}, found '{control}'", "Choose one")
     rows = []
     for s in scores:
-        draws_of = resample(s, draws, seed).values
-        mutual = s.attrs.get("mutual", 1.0)
-        low, high = metrics.interval(s.score.mean("fold").values, draws_of, level, mutual)
-        bounded = ~np.isin(s.metric.values, metrics.LOWER_IS_BETTER)
-        high[:, bounded] = high[:, bounded].clip(max=1)
+        low, high = _interval(s, level, draws, seed)
         for i, model in enumerate(s.model.values.astype(str)):
             for j, metric in enumerate(s.metric.values.astype(str)):
                 one = s.score[i, j]
@@ -1025,6 +1022,18 @@ def _table(scores, control, level, draws, seed):
                     row["p_null"] = metrics.permutation_p(row["score"], s.null[i])
                 rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _interval(scores, level, draws, seed):
+    """(low, high), each (model, metric); none for decisions in the paper's three splits."""
+    estimate, drawn = scores.score.mean("fold").values, resample(scores, draws, seed).values
+    ends = np.array(metrics.interval(estimate, drawn, level, scores.attrs.get("mutual", 1.0)))
+    names = scores.metric.values
+    bounded = ~np.isin(names, metrics.LOWER_IS_BETTER)
+    ends[1][:, bounded] = ends[1][:, bounded].clip(max=1)
+    if scores.attrs["protocol"] == "paper":
+        ends[..., np.isin(names, metrics.DECIDED)] = np.nan
+    return ends
 
 
 def _against(scores, one, other, control, metric):

@@ -18,6 +18,7 @@ from .errors import InputError
 NUMBER = ("r", "r2", "mae")
 LABEL = ("balanced_accuracy", "auroc", "auprc", "macro_f1", "accuracy", "positive_f1")
 ORDINAL = ("kappa", "rank_mae", *LABEL)
+DECIDED = ("kappa", "rank_mae", "balanced_accuracy", "macro_f1", "accuracy", "positive_f1")
 LOWER_IS_BETTER = ("mae", "rank_mae")
 CHANCE = {"r": 0.0, "r2": 0.0, "auroc": 0.5, "kappa": 0.0}  # balanced accuracy: 1 / classes
 
@@ -133,6 +134,9 @@ def interval(estimate, draws, level: float = 0.95, mutual: float = 0.0):
     side of them finds half of its variance. `mutual` is the share of pairs that count both ways, 1
     in folds and 0 in one split. In simulations of 60 to 200 subjects, 95 % intervals of r and AUROC
     held the mean score in 90 to 96 % at chance (not widened 77 to 86 %), 98 to 99 % far off.
+
+    Metrics of decisions (`DECIDED`) by the largest probability move with the training rows more
+    than with the tested ones: over three splits the draws do not hold their mean (10 to 87 %).
     """
     estimate, draws = np.asarray(estimate, float), np.asarray(draws, float)
     tails = [(1 - level) / 2, (1 + level) / 2]

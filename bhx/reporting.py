@@ -158,6 +158,8 @@ def methods(scores: xr.Dataset) -> str:
         "not refitted, widened for pairs of subjects that predict each other; models were compared "
         "by the corrected resampled t-test with Holm's adjustment."
     )
+    if a["protocol"] == "paper" and a["task"] != "number":
+        text.append("Metrics of decisions have no interval: three splits are too few for one.")
     if "null" in scores:
         text.append(
             f"The null comes from {scores.sizes['permutation']} exchanges of labels between "

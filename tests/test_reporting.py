@@ -154,6 +154,8 @@ def test_methods_name_every_choice(features):
         assert part in text
     paper = reporting.methods(probe(features, "age", protocol="paper"))
     assert "three splits of 6:2:2" in paper
+    assert "no interval" not in paper
+    assert "have no interval" in reporting.methods(probe(features, "group", protocol="paper"))
 
 
 def test_figures_show_the_numbers_of_the_table(ages, labels):
