@@ -236,6 +236,8 @@ def adjust_p(p, method: str = "holm") -> np.ndarray:
 def calibration(truth, probability, bins: int = 10) -> dict[str, np.ndarray | float]:
     """Predicted against observed frequency in bins of equal count, and their mean distance.
 
+    Rows of one probability stay in one bin, whatever its count.
+
     Returns
     -------
     dict with `predicted`, `observed` and `count` (bin,), and `error`: the expected calibration
@@ -243,7 +245,9 @@ def calibration(truth, probability, bins: int = 10) -> dict[str, np.ndarray | fl
     """
     truth, probability = np.asarray(truth, float), np.asarray(probability, float)
     order = np.argsort(probability, kind="stable")
-    parts = [part for part in np.array_split(order, min(bins, len(order))) if len(part)]
+    ranked = probability[order]
+    last = [part[-1] for part in np.array_split(ranked, min(bins, len(ranked)))]
+    parts = np.split(order, np.unique(np.searchsorted(ranked, last, "right"))[:-1])
     predicted = np.array([probability[part].mean() for part in parts])
     observed = np.array([truth[part].mean() for part in parts])
     count = np.array([len(part) for part in parts])

@@ -173,6 +173,28 @@ def test_calibration_error_is_small_for_true_probabilities_only():
     assert metrics.calibration(truth, p)["count"].sum() == 20_000
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), decimals=st.integers(0, 3), bins=st.integers(1, 12))
+def test_calibration_never_depends_on_the_order_of_rows(seed, decimals, bins):
+    rng = np.random.default_rng(seed)
+    p = np.round(rng.random(50), decimals)  # the fewer decimals, the more ties
+    truth = rng.random(50) < p
+    sorted_ = metrics.calibration(np.sort(truth), p[np.argsort(truth)], bins)
+    for name, values in metrics.calibration(truth, p, bins).items():
+        np.testing.assert_allclose(sorted_[name], values, atol=1e-12, err_msg=name)
+
+
+def test_calibration_of_one_probability_is_one_bin():
+    found = metrics.calibration(np.r_[np.zeros(50), np.ones(50)], np.full(100, 0.5))
+    assert found["error"] == 0
+    assert found["count"].tolist() == [100]
+
+
+def test_calibration_bins_are_of_equal_count_without_ties():
+    p = np.random.default_rng(0).permutation(95) / 95
+    assert metrics.calibration(p > 0.5, p)["count"].tolist() == [10] * 5 + [9] * 5
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), share=st.floats(0.05, 1.0))
 def test_threshold_reaches_the_sensitivity_and_no_higher_one_does(seed, share):
