@@ -32,18 +32,25 @@ def measure_numbers(truth, output, weights=None) -> dict[str, np.ndarray]:
     """
     y, p = np.asarray(truth, float), np.asarray(output, float)
     w = _weights(weights, y)
-    my, mp = w @ y, w @ p
-    vy, vp = w @ y**2 - my**2, w @ p**2 - mp**2
-    flat_y, flat_p = vy <= 1e-12 * (w @ y**2), vp <= 1e-12 * (w @ p**2)
+    (dy, my, vy), (dp, mp, vp) = _spread(y, w), _spread(p, w)
     with np.errstate(invalid="ignore", divide="ignore"):
-        r = (w @ (y * p) - my * mp) / np.sqrt(vy * vp)
-        r2 = 1 - w @ (y - p) ** 2 / (w @ (y - y.mean()) ** 2)
-    r = np.where(flat_p, 0.0, r)  # a constant prediction orders nobody
+        r = (w @ (dy * dp) - my * mp) / np.sqrt(vy * vp)
+        r2 = 1 - w @ (y - p) ** 2 / (w @ dy**2)
+    r = np.where(vp > 0, r, 0.0)  # a constant prediction orders nobody
     return {
-        "r": np.where(flat_y, np.nan, r),
-        "r2": np.where(flat_y, np.nan, r2),
+        "r": np.where(vy > 0, r, np.nan),
+        "r2": np.where(vy > 0, r2, np.nan),
         "mae": w @ np.abs(y - p),
     }
+
+
+def _spread(values, w):
+    """Distances from the plain mean, and their means and variances (B,), 0 where only rounding."""
+    d = values - values.mean()
+    mean, square = w @ d, w @ d**2
+    variance = square - mean**2
+    rounding = 1e-12 * square + 1e-20 * (w @ values**2)
+    return d, mean, np.where(variance > rounding, variance, 0)
 
 
 def measure_labels(truth, output, decision, weights=None, positive=-1, ordinal=False):

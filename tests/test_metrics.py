@@ -65,6 +65,27 @@ def test_number_metrics_equal_references(seed, n):
     assert got["mae"][0] == pytest.approx(oracle.mean_absolute_error(y, p, sample_weight=w))
 
 
+@pytest.mark.parametrize("offset", [1e4, 1e7, -1e9])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_number_metrics_do_not_depend_on_where_zero_is(offset, scale):
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=50)
+    p, weights = y + rng.normal(size=50), metrics.bootstrap_weights(np.arange(50), 20)
+    moved = metrics.measure_numbers(offset + scale * y, offset + scale * p, weights)
+    for name, values in metrics.measure_numbers(y, p, weights).items():
+        wanted = values * (scale if name == "mae" else 1)
+        np.testing.assert_allclose(moved[name], wanted, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, 3.7e6, -1e9])
+def test_numbers_that_differ_by_rounding_only_are_constant(level):
+    jitter = np.nextafter(level, np.where(np.arange(40) % 2, np.inf, -np.inf))
+    y, weights = np.arange(40.0), metrics.bootstrap_weights(np.arange(40), 20)
+    assert (metrics.measure_numbers(y, jitter, weights)["r"] == 0).all()
+    for constant in (jitter, np.full(40, level)):
+        assert np.isnan(metrics.measure_numbers(constant, y, weights)["r"]).all()
+
+
 def test_undefined_scores_are_nan_not_a_number_that_looks_fine():
     one = metrics.measure_labels(np.zeros(5, int), np.full((5, 2), 0.5), np.zeros(5, int))
     assert np.isnan(one["auroc"][0])
