@@ -1001,22 +1001,23 @@ def compare(
 
 def _table(scores, control, level, draws, seed):
     """Rows of one target."""
-    last = (scores[-1], str(scores[-1].model.values[-1]))
-    found = [(s, str(m)) for s in scores for m in s.model.values]
+    found = [(s, i) for s in scores for i in range(s.sizes["model"])]
+    against = found[-1]
     if control is not None:
-        last = next((pair for pair in found if pair[1] == control), None)
-        if last is None:
-            names = listed([model for _, model in found], 20)
-            raise InputError(f"Expected control as one of {names}, found '{control}'", "Choose one")
+        named = [str(s.model.values[i]) for s, i in found]
+        if control not in named:
+            raise InputError(
+                f"Expected control as one of {listed(named, 20)}, found '{control}'", "Choose one"
+            )
+        against = found[named.index(control)]
     rows = []
     for s in scores:
         low, high = _interval(s, level, draws, seed)
         for i, model in enumerate(s.model.values.astype(str)):
             for j, metric in enumerate(s.metric.values.astype(str)):
-                one = s.score[i, j]
                 row = {"target": s.attrs["target"], "model": model, "metric": metric}
-                row |= {"score": float(one.mean()), "low": low[i, j], "high": high[i, j]}
-                row |= {"n": s.attrs["n"], **_against(s, one, *last, metric)}
+                row |= {"score": float(s.score[i, j].mean()), "low": low[i, j], "high": high[i, j]}
+                row |= {"n": s.attrs["n"], **_against(s, i, *against, metric)}
                 row["p_null"] = np.nan
                 if "null" in s and j == 0:
                     row["p_null"] = metrics.permutation_p(row["score"], s.null[i])
@@ -1036,11 +1037,12 @@ def _interval(scores, level, draws, seed):
     return ends
 
 
-def _against(scores, one, other, control, metric):
+def _against(scores, i, other, control, metric):
     """Difference to the control in this metric and its p, where both saw the same folds."""
-    if str(one.model.values) == control or metric not in other.metric.values:
+    if (scores is other and i == control) or metric not in other.metric.values:
         return {"diff": np.nan, "p": np.nan}
-    base = other.score.sel(model=control, metric=metric)
+    one = scores.score[i].sel(metric=metric)
+    base = other.score[control].sel(metric=metric)
     out = {"diff": float(one.mean() - base.mean()), "p": np.nan}
     if _same_folds(scores, other):
         difference = one.values - base.values

@@ -373,14 +373,13 @@ def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:
     known = np.isfinite(design).all(1)
     design = np.column_stack([np.ones(known.sum()), design[known]])
     rows = []
-    for model in scores.model.values:
-        prediction = pooled_output(scores).sel(model=model).values[known]
-        both = np.column_stack([prediction, truth[known].astype(float)])
+    for output in pooled_output(scores):
+        both = np.column_stack([output.values[known], truth[known].astype(float)])
         rest = both - design @ np.linalg.lstsq(design, both)[0]
         total = both[:, 0].var()
         rows.append(
             {
-                "model": str(model),
+                "model": str(output.model.values),
                 "explained": 1 - rest[:, 0].var() / total if total > 0 else np.nan,
                 "r": _r(both),
                 "partial_r": _r(rest),
@@ -408,8 +407,8 @@ def operating_point(scores: xr.Dataset, sensitivity: float = 0.9) -> pd.DataFram
     scores = judged(scores)
     positive = scores.truth.values.astype(str) == scores.attrs["positive"]
     rows = []
-    for model in scores.model.values:
-        output = scores.output.sel(model=model, **{"class": scores.attrs["positive"]}).values
+    for one in scores.output.sel({"class": scores.attrs["positive"]}):
+        output = one.values
         score = np.nanmean(output, 0)
         called, truth = [], []
         for row in output:
@@ -421,7 +420,7 @@ def operating_point(scores: xr.Dataset, sensitivity: float = 0.9) -> pd.DataFram
         with np.errstate(invalid="ignore"):
             rows.append(
                 {
-                    "model": str(model),
+                    "model": str(one.model.values),
                     "sensitivity": called[truth].mean(),
                     "specificity": (~called[~truth]).mean(),
                     "precision": truth[called].mean() if called.any() else np.nan,

@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 from small_cohorts import make_cohort, noise
 
-from bhx import evaluation
+from bhx import evaluation, reporting
 from bhx.controls import connectome, fuse, nothing
 from bhx.errors import InputError
 from bhx.evaluation import compare, probe
@@ -319,6 +319,17 @@ def test_metrics_of_decisions_have_no_interval_in_the_papers_three_splits(
     assert np.isfinite(table.score).all()
     assert (table.loc[decided, ["low", "high"]].isna() == without).all(axis=None)
     assert np.isfinite(table.loc[["auroc", "auprc"], ["low", "high"]]).all(axis=None)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_models_of_one_name_are_still_tested_against_each_other(features, together):
+    other = noise(features).assign_attrs(name="connectome")
+    given = [[features, other]] if together else [features, other]
+    table = compare(*(probe(f, "age") for f in given))
+    named = compare(probe([features, noise(features)], "age"))
+    for column in ("score", "diff", "p"):
+        np.testing.assert_array_equal(table[column], named[column])
+    assert len(reporting.explained_by(probe([features, other], "age"), ["site"])) == 2
 
 
 # ----------------------------------------------------------- other options
