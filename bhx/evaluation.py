@@ -973,7 +973,8 @@ def compare(
     `high` (its interval under a bootstrap of participants, see `metrics.interval`; NaN for metrics
     of decisions under protocol "paper"), `n` subjects that entered, `diff` to the control and `p`
     (corrected resampled t-test over shared folds, adjusted; NaN where the folds are not the same),
-    `p_null` where `probe` was given permutations.
+    `p_null` where `probe` was given permutations. attrs["chance"]: metric -> what guessing scores
+    (balanced accuracy only where all have as many classes).
     """
     if not scores:
         raise InputError("Expected scores to compare, found none", "Call bhx.probe first")
@@ -993,8 +994,10 @@ def compare(
         table = table.drop(columns="p_null")
     index = ["target", "model", "metric"] if len(targets) > 1 else ["model", "metric"]
     table = table.set_index(index).drop(columns="target", errors="ignore")
-    widths = {s.sizes["class"] for s in scores}
-    table.attrs["chance"] = {"balanced_accuracy": 1 / max(widths), **metrics.CHANCE}
+    widths = {s.sizes["class"] for s in scores if s.attrs["task"] != "number"}
+    table.attrs["chance"] = dict(metrics.CHANCE)
+    if len(widths) == 1:
+        table.attrs["chance"]["balanced_accuracy"] = 1 / widths.pop()
     table.columns.name = targets[0] if len(targets) == 1 else None
     return table.round(3)
 
@@ -1028,10 +1031,9 @@ def _table(scores, control, level, draws, seed):
 def _interval(scores, level, draws, seed):
     """(low, high), each (model, metric); none for decisions in the paper's three splits."""
     estimate, drawn = scores.score.mean("fold").values, resample(scores, draws, seed).values
-    ends = np.array(metrics.interval(estimate, drawn, level, scores.attrs.get("mutual", 1.0)))
+    ends = metrics.interval(estimate, drawn, level, scores.attrs.get("mutual", 1.0))
     names = scores.metric.values
-    bounded = ~np.isin(names, metrics.LOWER_IS_BETTER)
-    ends[1][:, bounded] = ends[1][:, bounded].clip(max=1)
+    ends = np.clip(ends, *np.transpose([metrics.RANGE[name] for name in names]))
     if scores.attrs["protocol"] == "paper":
         ends[..., np.isin(names, metrics.DECIDED)] = np.nan
     return ends

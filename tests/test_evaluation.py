@@ -332,6 +332,38 @@ def test_models_of_one_name_are_still_tested_against_each_other(features, togeth
     assert len(reporting.explained_by(probe([features, other], "age"), ["site"])) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        ({"target": "age"}, {"r": -1, "r2": -np.inf, "mae": 0}, {"r": 1, "r2": 1}),
+        ({"target": "group"}, {"auroc": 0, "positive_f1": 0}, {"auroc": 1, "accuracy": 1}),
+        ({"target": "third", "task": "ordinal"}, {"kappa": -1, "rank_mae": 0}, {"kappa": 1}),
+    ],
+)
+def test_intervals_end_where_their_metric_does(features, options, least, most):
+    """Few subjects and an interval of nearly all draws reach past both ends."""
+    few = features.isel(subject=slice(24))
+    few = few.assign_coords(third=("subject", (few.age.values // 21).astype(int) % 3))
+    scores = probe([few, noise(few)], folds=6, **options)
+    table = compare(scores, level=0.99999).reset_index().dropna(subset="low")
+    assert (table.low >= table.metric.map(least).fillna(-np.inf)).all()
+    assert (table.high <= table.metric.map(most).fillna(np.inf)).all()
+    assert ((table.low <= table.score) & (table.score <= table.high)).all()
+
+
+@pytest.mark.parametrize(
+    ("classes", "chance"), [((2,), 1 / 2), ((3,), 1 / 3), ((2, 3), None), ((1, 3), 1 / 3)]
+)
+def test_chance_is_told_where_all_models_share_it(features, classes, chance):
+    """Of one class are numbers, which have no balanced accuracy."""
+    third = np.array(list("abc"))[np.arange(90) // 2 % 3]
+    many = features.assign_coords(third=("subject", third))
+    target = {1: "age", 2: "group", 3: "third"}
+    table = compare(*(probe(many, target[n]) for n in classes))
+    assert table.attrs["chance"].get("balanced_accuracy") == chance
+    assert table.attrs["chance"]["auroc"] == 0.5
+
+
 # ----------------------------------------------------------- other options
 
 
