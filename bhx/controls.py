@@ -209,8 +209,12 @@ def nothing(data: xr.Dataset) -> xr.Dataset:
 def fuse(*features: xr.Dataset, name: str | None = None) -> xr.Dataset:
     """Several features side by side, for the subjects that all of them have.
 
-    `probe` gives each of them the same weight, whatever its width.
+    A subject without any value of one of them is NaN throughout. `probe` gives each of them the
+    same weight, whatever its width.
     """
+    if not features:
+        raise InputError("Expected features to put side by side, found none", "Give two or more")
+    blocks = [b for f in features for b in blocks_of(check(f, "features")) if b[0]]
     joined = xr.concat(
         [
             f[["features"]].drop_vars(["feature", "roi_a", "roi_b"], errors="ignore")
@@ -221,7 +225,9 @@ def fuse(*features: xr.Dataset, name: str | None = None) -> xr.Dataset:
         coords="minimal",
         compat="override",
     )
-    blocks = [b for f in features for b in blocks_of(f)]
+    for part in (f.features for f in features if f.sizes["feature"]):
+        there = np.isfinite(part).any("feature").reset_coords(drop=True)
+        joined["features"] = joined.features.where(there)
     name = name or " + ".join(name_of(f) for f in features)
     return joined.assign_attrs(name=name, blocks=json.dumps(blocks))
 
@@ -273,9 +279,27 @@ def encoded(labels, names):
 
 def blocks_of(features):
     """(width, what must be fitted in the fold) of the parts that `fuse` put side by side."""
+    width, kind = features.sizes["feature"], features.attrs.get("in_fold", "")
+    blocks, whole = [[width, kind]], kind != "tangent" or _is_triangle(features)
     if "blocks" in features.attrs:
-        return json.loads(features.attrs["blocks"])
-    return [[features.sizes["feature"], features.attrs.get("in_fold", "")]]
+        blocks = json.loads(features.attrs["blocks"])
+        whole = sum(w for w, _ in blocks) == width
+    if not whole:
+        raise InputError(
+            f"Expected all features of '{name_of(features)}' in their order, found a selection",
+            "Select parcels before bhx.connectome, and features before fuse",
+        )
+    return blocks
+
+
+def _is_triangle(features):
+    """Whether the features are the upper triangle, with its diagonal, of roi by roi."""
+    if "roi_a" not in features.coords:
+        return False
+    one, other = features.roi_a.values, features.roi_b.values
+    roi = np.array(list(dict.fromkeys(one)))
+    a, b = np.triu_indices(len(roi))
+    return np.array_equal(one, roi[a]) and np.array_equal(other, roi[b])
 
 
 class Tangent(TransformerMixin, BaseEstimator):
