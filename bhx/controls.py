@@ -13,7 +13,7 @@ import xarray as xr
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.preprocessing import StandardScaler
 
-from .errors import InputError, listed
+from .errors import InputError, check_choice
 from .schema import check
 
 COMPONENTS = 20  # principal components of the controls that take some
@@ -41,10 +41,7 @@ def connectome(cohort: xr.Dataset, kind: str = "correlation") -> xr.Dataset:
     check(cohort, "cohort")
     if "bold" not in cohort:
         raise InputError("Expected a cohort with 'bold', found 't1' only", "Open one with BOLD")
-    if kind not in CONNECTIVITY:
-        raise InputError(
-            f"Expected kind as one of {listed(CONNECTIVITY)}, found '{kind}'", "Choose one"
-        )
+    check_choice("kind", kind, CONNECTIVITY)
     a, b = np.triu_indices(cohort.sizes["roi"], int(kind != "tangent"))
     values = _per_subject(cohort.bold, _connectivity, len(a), kind=kind)
     roi = cohort.roi.values
@@ -215,16 +212,9 @@ def fuse(*features: xr.Dataset, name: str | None = None) -> xr.Dataset:
     if not features:
         raise InputError("Expected features to put side by side, found none", "Give two or more")
     blocks = [b for f in features for b in blocks_of(check(f, "features")) if b[0]]
-    joined = xr.concat(
-        [
-            f[["features"]].drop_vars(["feature", "roi_a", "roi_b"], errors="ignore")
-            for f in features
-        ],
-        "feature",
-        join="inner",
-        coords="minimal",
-        compat="override",
-    )
+    own = ["feature", "roi_a", "roi_b"]
+    parts = [f[["features"]].drop_vars(own, errors="ignore") for f in features]
+    joined = xr.concat(parts, "feature", join="inner", coords="minimal", compat="override")
     for part in (f.features for f in features if f.sizes["feature"]):
         there = np.isfinite(part).any("feature").reset_coords(drop=True)
         joined["features"] = joined.features.where(there)

@@ -29,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 from . import __version__, metrics
 from .confounds import ComBat, ConfoundRegression
 from .controls import Tangent, blocks_of, connectome, encoded, name_of, subject_coords
-from .errors import InputError, listed
+from .errors import InputError, check_choice, listed
 from .schema import check, plain_labels
 
 PENALTIES = np.logspace(-5, 1, 7)  # a row, for rows of unit norm: fits any number of either
@@ -979,12 +979,9 @@ def compare(
     if not scores:
         raise InputError("Expected scores to compare, found none", "Call bhx.probe first")
     targets = list(dict.fromkeys(s.attrs["target"] for s in scores))
-    parts = []
-    for target in targets:
-        parts.append(
-            _table([s for s in scores if s.attrs["target"] == target], control, level, draws, seed)
-        )
-    table = pd.concat(parts, ignore_index=True)
+    parts = [[s for s in scores if s.attrs["target"] == target] for target in targets]
+    tables = [_table(part, control, level, draws, seed) for part in parts]
+    table = pd.concat(tables, ignore_index=True)
     for metric in table.metric.unique():
         at = table.metric == metric
         table.loc[at, "p"] = metrics.adjust_p(table.loc[at, "p"].values, adjust)
@@ -1008,10 +1005,7 @@ def _table(scores, control, level, draws, seed):
     against = found[-1]
     if control is not None:
         named = [str(s.model.values[i]) for s, i in found]
-        if control not in named:
-            raise InputError(
-                f"Expected control as one of {listed(named, 20)}, found '{control}'", "Choose one"
-            )
+        check_choice("control", control, named)
         against = found[named.index(control)]
     rows = []
     for s in scores:
@@ -1063,11 +1057,7 @@ def _same_folds(a, b):
 
 def _with_reference(table, cohort):
     known = {name for protocol in REFERENCE.values() for name in protocol}
-    if cohort not in known:
-        raise InputError(
-            f"Expected reference as one of {listed(sorted(known), 20)}, found '{cohort}'",
-            "Choose one",
-        )
+    check_choice("reference", cohort, sorted(known))
     for protocol, cohorts in REFERENCE.items():
         for model, numbers in cohorts.get(cohort, {}).items():
             table[f"{protocol}: {model}"] = table.metric.map(numbers)

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import false_discovery_control
 from scipy.stats import t as student
 
-from .errors import InputError
+from .errors import check_choice
 
 NUMBER = ("r", "r2", "mae")
 LABEL = ("balanced_accuracy", "auroc", "auprc", "macro_f1", "accuracy", "positive_f1")
@@ -226,18 +226,17 @@ def adjust_p(p, method: str = "holm") -> np.ndarray:
     "holm" bounds the chance of any false alarm, "fdr" the share of false alarms among the alarms
     (Benjamini and Hochberg).
     """
+    check_choice("method", method, ("holm", "fdr"))
     p = np.asarray(p, float)
     out, known = np.full(p.shape, np.nan), np.isfinite(p)
     tests = p[known]
     if method == "fdr":
         out[known] = false_discovery_control(tests) if len(tests) else tests
-    elif method == "holm":
+    else:
         order = np.argsort(tests, kind="stable")
         steps = np.maximum.accumulate(tests[order] * np.arange(len(tests), 0, -1))
         tests[order] = np.minimum(steps, 1)
         out[known] = tests
-    else:
-        raise InputError(f"Expected method as 'holm' or 'fdr', found '{method}'", "Choose one")
     return out
 
 

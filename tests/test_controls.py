@@ -94,7 +94,7 @@ def test_silent_parcels_and_subjects_without_bold_are_missing_not_zero(cohort):
 
 
 def test_controls_refuse_what_they_cannot_read(cohort, both):
-    with pytest.raises(InputError, match="Expected kind as one of correlation, partial, tangent"):
+    with pytest.raises(InputError, match="Expected kind to be correlation, partial, tangent"):
         connectome(cohort, "coherence")
     with pytest.raises(InputError, match="Expected a cohort with 'bold', found 't1' only"):
         connectome(both.drop_vars("bold"))

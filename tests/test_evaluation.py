@@ -260,7 +260,7 @@ def test_compare_tests_against_the_control_on_shared_folds_only(features):
     assert np.isfinite(other.loc[("connectome", "r"), "diff"])
     turned = compare(both, control="connectome")
     assert turned.loc[("noise", "r"), "diff"] < 0
-    with pytest.raises(InputError, match="Expected control as one of connectome, noise, found 'x'"):
+    with pytest.raises(InputError, match="Expected control to be connectome, noise, found 'x'"):
         compare(both, control="x")
 
 
@@ -276,7 +276,7 @@ def test_p_values_are_adjusted_over_targets(features):
 def test_reference_numbers_stand_in_their_own_column(features):
     table = compare(probe(features, "age", protocol="paper"), reference="HCP-A")
     assert table.loc[("connectome", "mae"), "paper: BrainHarmonix"] == 6.56
-    with pytest.raises(InputError, match="Expected reference as one of ABIDE, ABIDE-I"):
+    with pytest.raises(InputError, match="Expected reference to be ABIDE, ABIDE-I"):
         compare(probe(features, "age"), reference="UKB")
 
 

@@ -181,7 +181,7 @@ def test_adjusted_p_values_by_hand():
     p = [0.01, 0.04, np.nan, 0.03]
     np.testing.assert_allclose(metrics.adjust_p(p), [0.03, 0.06, np.nan, 0.06])
     np.testing.assert_allclose(metrics.adjust_p(p, "fdr"), [0.03, 0.04, np.nan, 0.04])
-    with pytest.raises(InputError, match="Expected method as 'holm' or 'fdr', found 'none'"):
+    with pytest.raises(InputError, match="Expected method to be holm, fdr, found 'none'"):
         metrics.adjust_p(p, "none")
 
 
