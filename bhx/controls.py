@@ -16,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from .errors import InputError, check_choice
 from .schema import check
 
+GUESS = "mean or majority"
 COMPONENTS = 20  # principal components of the controls that take some
 CONFOUNDS = ("age", "sex", "site", "mean_fd", "coverage", "n_volumes")
 
@@ -200,7 +201,7 @@ def confound_features(data: xr.Dataset, names=None) -> xr.Dataset:
 def nothing(data: xr.Dataset) -> xr.Dataset:
     """Features of no width: `probe` then guesses the training mean or the training frequencies."""
     out = xr.Dataset({"features": (("subject", "feature"), np.zeros((data.sizes["subject"], 0)))})
-    return out.assign_coords(subject_coords(data)).assign_attrs(name="mean or majority")
+    return out.assign_coords(subject_coords(data)).assign_attrs(name=GUESS)
 
 
 def fuse(*features: xr.Dataset, name: str | None = None) -> xr.Dataset:

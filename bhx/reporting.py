@@ -18,7 +18,7 @@ import xarray as xr
 
 from . import __version__, metrics
 from .cohort import cohort_hash
-from .controls import CONFOUNDS, encoded
+from .controls import CONFOUNDS, GUESS, encoded
 from .errors import InputError, listed
 from .evaluation import codes_of, compare, plan_of, probe
 
@@ -128,18 +128,19 @@ def methods(scores: xr.Dataset) -> str:
     a = scores.attrs
     confounds, preserve = json.loads(a["confounds"]), json.loads(a["preserve"])
     kinds = {"number": "the number", "label": "the label", "ordinal": "the ordered label"}
-    models = listed(scores.model.values, 20)
-    what = f"We predicted {kinds[a['task']]} '{a['target']}' from {models} by {a['estimator']}"
-    splits = {
-        "paper": "three splits of 6:2:2 stratified by label and site",
-        "brainmarks": f"{scores.sizes['fold']} stratified resplits with one fifth tested",
-    }.get(
-        a["protocol"],
-        f"{scores.sizes['fold']} folds that held out whole values of {a['groups']}"
-        if a["groups"] != "participant"
-        else f"{scores.sizes['fold']} folds over participants",
-    )
-    text = [f"{what} in {splits}; no participant was on both sides of a split."]
+    named = "participant" in scores.coords
+    people, site = "participants" if named else "rows", "site" in scores.coords
+    n = scores.sizes["fold"]
+    splits = f"{n} folds that held out whole values of {a['groups']}"
+    if a["protocol"] == "paper":
+        splits = f"three splits of 6:2:2 stratified by {a['target']}{' and site' if site else ''}"
+    elif a["protocol"]:
+        splits = f"{n} stratified resplits with one fifth tested"
+    elif a["groups"] == "participant":
+        splits = f"{n} folds over {people}"
+    apart = "; no participant was on both sides of a split" if named else ""
+    what = f"We predicted {kinds[a['task']]} '{a['target']}' {_read_by(scores)}"
+    text = [f"{what} in {splits}{apart}."]
     if a["stratify"]:
         text.append(f"Folds were balanced over {a['stratify']}.")
     if "settings" not in a:  # those of bhx.fine_tune have no features
@@ -154,20 +155,31 @@ def methods(scores: xr.Dataset) -> str:
             f"Linear effects of {listed(confounds, 20)}, fitted in the training part, were removed."
         )
     text.append(
-        "Scores are means over folds with 95 % intervals of a bootstrap over participants, models "
-        "not refitted, widened for pairs of subjects that predict each other; models were compared "
-        "by the corrected resampled t-test with Holm's adjustment."
+        f"Scores are means over folds with 95 % intervals of a bootstrap over {people}, models not "
+        "refitted, widened for pairs of subjects that predict each other; models were compared by "
+        "the corrected resampled t-test with Holm's adjustment."
     )
     if a["protocol"] == "paper" and a["task"] != "number":
         text.append("Metrics of decisions have no interval: three splits are too few for one.")
     if "null" in scores:
-        text.append(
-            f"The null comes from {scores.sizes['permutation']} exchanges of labels between "
-            "participants within site."
-        )
+        kept = " within site" * site + ", families whole" * ("family" in scores.coords)
+        exchanges = f"{scores.sizes['permutation']} exchanges of labels between {people}{kept}"
+        text.append(f"The null comes from {exchanges}.")
     if a["train_share"] < 1:
-        text.append(f"Only {a['train_share']:.0%} of the training participants were used.")
+        text.append(f"Only {a['train_share']:.0%} of the training {people} were used.")
     return " ".join(text)
+
+
+def _read_by(scores):
+    """Which features were read by which estimator, in words."""
+    by, notes = {}, json.loads(scores.attrs["notes"])
+    for model in scores.model.values.astype(str):
+        own = [n.removeprefix(f"{model}: ") for n in notes if n.startswith(f"{model}: ")]
+        how = own[0] if own else scores.attrs["estimator"]
+        if model == GUESS:
+            how = "the mean or the frequencies of the training part"
+        by.setdefault(" ".join(how.split()), []).append(model)
+    return ", ".join(f"from {listed(models, 20)} by {how}" for how, models in by.items())
 
 
 def as_markdown(table: pd.DataFrame) -> str:

@@ -14,7 +14,7 @@ from small_cohorts import make_cohort, noise
 import bhx
 from bhx import reporting
 from bhx.cohort import cohort_hash
-from bhx.controls import connectome
+from bhx.controls import connectome, nothing
 from bhx.errors import InputError
 from bhx.evaluation import compare, probe
 from bhx.reporting import age_gap, explained_by, learning_curve, operating_point, report, within
@@ -156,6 +156,42 @@ def test_methods_name_every_choice(features):
     assert "three splits of 6:2:2" in paper
     assert "no interval" not in paper
     assert "have no interval" in reporting.methods(probe(features, "group", protocol="paper"))
+
+
+PAPER, NULL = {"protocol": "paper"}, {"permutations": 2}
+ALONE, KIN = ["participant"], {"family": ("subject", np.arange(90) // 4)}
+
+
+@pytest.mark.parametrize(
+    ("options", "lacks", "adds", "said", "unsaid"),
+    [
+        (PAPER, [], {}, "stratified by age and site;", "label"),
+        (PAPER, ["site"], {}, "stratified by age;", "site"),
+        (NULL, [], {}, "2 exchanges of labels between participants within site.", "famil"),
+        (NULL, ["site"], {}, "2 exchanges of labels between participants.", "site"),
+        (NULL, [], KIN, "between participants within site, families whole.", "rows"),
+        ({}, [], {}, "5 folds over participants; no participant was on both sides", "rows"),
+        ({}, ALONE, {}, "5 folds over rows.", "participant"),
+        ({"groups": "site"}, ALONE, {}, "held out whole values of site.", "participant"),
+    ],
+)
+def test_methods_claim_only_what_was_done(features, options, lacks, adds, said, unsaid):
+    given = features.drop_vars(lacks).assign_coords(adds)
+    text = reporting.methods(probe(given, "age", **options))
+    assert said in text
+    assert unsaid not in text
+
+
+def test_methods_say_what_read_which_features(features):
+    own = noise(features).assign_attrs(name="wave", estimator="MLP")
+    text = reporting.methods(probe([features, own, nothing(features)], "age"))
+    for part in (
+        "from connectome by ridge regression, nested penalty",
+        "from wave by TransformedTargetRegressor(",
+        "from mean or majority by the mean or the frequencies of the training part",
+    ):
+        assert part in text
+    assert "\n" not in text
 
 
 def test_figures_show_the_numbers_of_the_table(ages, labels):
