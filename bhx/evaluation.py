@@ -978,6 +978,14 @@ def compare(
     """
     if not scores:
         raise InputError("Expected scores to compare, found none", "Call bhx.probe first")
+    for s in scores:
+        if not isinstance(s, xr.Dataset) or "target" not in s.attrs:
+            fact = f"Expected scores as probe returns them, found {type(s).__name__}"
+            raise InputError(fact, "Give them one by one: compare(*scores)")
+    if not 0 < level < 1:
+        raise InputError(f"Expected level above 0 and below 1, found {level}", "Take 0.95")
+    if draws < 2:
+        raise InputError(f"Expected two draws or more, found {draws}", "Take 1000")
     targets = list(dict.fromkeys(s.attrs["target"] for s in scores))
     parts = [[s for s in scores if s.attrs["target"] == target] for target in targets]
     tables = [_table(part, control, level, draws, seed) for part in parts]

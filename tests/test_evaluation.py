@@ -364,6 +364,24 @@ def test_chance_is_told_where_all_models_share_it(features, classes, chance):
     assert table.attrs["chance"]["auroc"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        (lambda s: [s], {"level": 95}, "Expected level above 0 and below 1, found 95"),
+        (lambda s: [s], {"level": 0}, "Expected level above 0 and below 1, found 0"),
+        (lambda s: [s], {"draws": 0}, "Expected two draws or more, found 0"),
+        (lambda s: [], {}, "Expected scores to compare, found none"),
+        (lambda s: [[s, s]], {}, "Expected scores as probe returns them, found list"),
+        (lambda s: [s, s.score], {}, "Expected scores as probe returns them, found DataArray"),
+        (lambda s: [s.drop_attrs()], {}, "Expected scores as probe returns them, found Dataset"),
+    ],
+)
+def test_compare_refuses_what_it_cannot_read(features, given, options, message):
+    scores = probe(nothing(features), "age")
+    with pytest.raises(InputError, match=message):
+        compare(*given(scores), **options)
+
+
 # ----------------------------------------------------------- other options
 
 
