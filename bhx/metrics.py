@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import false_discovery_control
 from scipy.stats import t as student
 
-from .errors import check_choice
+from .errors import InputError, check_choice
 
 NUMBER = ("r", "r2", "mae")
 LABEL = ("balanced_accuracy", "auroc", "auprc", "macro_f1", "accuracy", "positive_f1")
@@ -264,6 +264,9 @@ def calibration(truth, probability, bins: int = 10) -> dict[str, np.ndarray | fl
 
 def threshold_for(truth, score, sensitivity: float) -> float:
     """The highest threshold (score >= threshold is positive) that finds this share of positives."""
+    if not 0 < sensitivity <= 1:
+        fact = f"Expected sensitivity above 0 and at most 1, found {sensitivity}"
+        raise InputError(fact, "Give a share of the positives: 0.9")
     positives = np.sort(np.asarray(score, float)[np.asarray(truth, bool)])
     missed = int(np.floor((1 - sensitivity) * len(positives) + 1e-9))
     return float(positives[min(missed, len(positives) - 1)])

@@ -18,7 +18,7 @@ import xarray as xr
 
 from . import __version__, metrics
 from .cohort import cohort_hash
-from .controls import CONFOUNDS, GUESS, encoded
+from .controls import CONFOUNDS, GUESS, encoded, subject_coords
 from .errors import InputError, listed
 from .evaluation import codes_of, compare, plan_of, probe
 
@@ -336,11 +336,10 @@ def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
 
     Predictions of all folds are taken together; a stratum of one label has no AUROC.
     """
-    if by not in scores.coords:
-        raise InputError(
-            f"Expected '{by}' as a coordinate on subject, found {listed(scores.coords, 20)}",
-            "Assign it to the features before the probe",
-        )
+    known = subject_coords(scores)
+    if by not in known:
+        fact = f"Expected '{by}' as a coordinate on subject, found {listed(known, 20)}"
+        raise InputError(fact, "Assign it to the features before the probe")
     scores = judged(scores)
     plan, truth, rows = plan_of(scores), codes_of(scores), []
     for i, model in enumerate(scores.model.values):
@@ -365,24 +364,31 @@ def _majority(decision, plan):
 def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:
     """How much of a prediction the confounds explain, and what of its skill is left without them.
 
+    Parameters
+    ----------
+    scores : what `bhx.probe` returned
+    confounds : name or names of coordinates on subject
+
     Returns
     -------
     pandas DataFrame, a row a model: `explained` (R2 of the prediction on the confounds), `r` of
     prediction and truth, and `partial_r`, the same with the confounds' linear effect taken out of
     both. Subjects without one of the confounds do not enter (`n`).
     """
+    confounds = [confounds] if isinstance(confounds, str) else list(confounds)
     scores = judged(scores)
-    labels = scores.coords.to_dataset()
-    missing = [n for n in confounds if n not in labels.coords]
+    missing = [n for n in confounds if n not in subject_coords(scores)]
     if missing:
-        raise InputError(
-            f"Expected coordinates on subject, found no {listed(missing)}", "Assign them"
-        )
-    design = encoded(labels, confounds)
+        fact = f"Expected coordinates on subject, found no {listed(missing)}"
+        raise InputError(fact, "Assign them to the features before the probe")
+    design = encoded(scores.coords.to_dataset(), confounds)
     truth = codes_of(scores)
     if scores.attrs["task"] == "label":
         truth = truth == plan_of(scores).positive
     known = np.isfinite(design).all(1)
+    if not known.any():
+        fact = f"Expected subjects with all of {listed(confounds, 20)}, found none"
+        raise InputError(fact, "Leave out what is rarely known")
     design = np.column_stack([np.ones(known.sum()), design[known]])
     rows = []
     for output in pooled_output(scores):
@@ -483,6 +489,8 @@ def learning_curve(features, target: str, shares=(0.2, 0.4, 0.6, 0.8, 1.0), **op
     Dataset `score (share, model, metric, fold)` with the coordinate `n_train` on share: training
     rows, mean over folds.
     """
+    if not len(shares):
+        raise InputError("Expected shares of the training participants, found none", "Give 0.5, 1")
     runs = [probe(features, target, train_share=share, **options) for share in shares]
     tested = [np.isfinite(r.output.values[0, :, :, 0]).sum(1).mean() for r in runs]
     n_train = [round(n / r.attrs["test_share"]) for n, r in zip(tested, runs, strict=True)]

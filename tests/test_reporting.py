@@ -158,6 +158,37 @@ def test_methods_name_every_choice(features):
     assert "have no interval" in reporting.methods(probe(features, "group", protocol="paper"))
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: operating_point(s, 90), "Expected sensitivity above 0 and at most 1, found 90"),
+        (lambda s: operating_point(s, 0.0), "Expected sensitivity above 0 and at most 1, found 0"),
+        (lambda s: learning_curve(s, "group", shares=()), "Expected shares of the training"),
+        (lambda s: explained_by(s, "scanner"), "found no scanner"),
+        (lambda s: explained_by(s, ["site", "fold"]), "found no fold"),
+        (lambda s: within(s, "fold"), "Expected 'fold' as a coordinate on subject"),
+        (
+            lambda s: explained_by(apart(s), ["dose", "iq"]),
+            "Expected subjects with all of dose, iq, found none",
+        ),
+    ],
+)
+def test_what_cannot_be_read_off_scores_is_refused(labels, call, message):
+    with pytest.raises(InputError, match=message):
+        call(labels)
+
+
+def apart(scores):
+    """The first half have a dose and the second half an IQ."""
+    half, values = np.arange(90) < 45, np.linspace(0, 1, 90)
+    dose, iq = (("subject", np.where(there, values, np.nan)) for there in (half, ~half))
+    return scores.assign_coords(dose=dose, iq=iq)
+
+
+def test_one_confound_may_be_a_plain_name(ages):
+    pd.testing.assert_frame_equal(explained_by(ages, "site"), explained_by(ages, ["site"]))
+
+
 PAPER, NULL = {"protocol": "paper"}, {"permutations": 2}
 ALONE, KIN = ["participant"], {"family": ("subject", np.arange(90) // 4)}
 
