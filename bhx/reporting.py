@@ -20,7 +20,7 @@ from . import __version__, metrics
 from .cohort import cohort_hash
 from .controls import CONFOUNDS, GUESS, encoded, subject_coords
 from .errors import InputError, listed
-from .evaluation import codes_of, compare, plan_of, probe
+from .evaluation import codes_of, compare, participants_of, plan_of, probe
 
 BLUE, GREY = "#0072B2", "#7f7f7f"
 NAMED = ("torch", "xarray", "dask", "zarr", "numpy", "scipy", "scikit-learn", "plotly")
@@ -41,7 +41,14 @@ def report(*scores: xr.Dataset, path="report.html", control=None, reference=None
     controls, calibration or bias with age, strata, what confounds explain, versions and hashes.
     """
     path = Path(path)
+    if path.suffix.lower() == ".md":
+        fact = f"Expected a page that ends in .html, found '{path}'"
+        raise InputError(fact, "The table goes beside it and ends in .md")
     table = compare(*scores, control=control, reference=reference)
+    found = dict.fromkeys(f"{s.attrs['target']} ({s.attrs['task']})" for s in scores)
+    if len(found) > 1:
+        fact = f"Expected scores of one target, found {listed(found)}"
+        raise InputError(fact, "Write a page about each")
     figures = [plot_scores(table)]
     first = scores[0]
     if first.attrs["task"] == "label" and first.sizes["class"] == 2:
@@ -52,15 +59,19 @@ def report(*scores: xr.Dataset, path="report.html", control=None, reference=None
         "Methods": "".join(f"<p>{escape(methods(s))}</p>" for s in scores),
         "Who entered": "".join(_flow(s) for s in scores),
         "Scores": _html(table) + "".join(_figure(f, i == 0) for i, f in enumerate(figures)),
-        **_strata_section(scores),
-        **_confound_section(scores),
+        "Within each site": "".join(_html(within(s, "site")) for s in scores if "site" in s.coords),
+        "Confounds": "".join(map(_explained, scores)),
         "What was taken for granted": _list(note for s in scores for note in _notes(s)),
         "Made by": _list([*made_with(*scores).splitlines(), *map(_made_by, scores)]),
     }
     title = f"Scores: {first.attrs['target']}"
-    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items())
-    path.write_text(PAGE.format(title=escape(title), body=body), encoding="utf-8")
-    path.with_suffix(".md").write_text(as_markdown(table), encoding="utf-8")
+    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items() if content)
+    try:
+        path.write_text(PAGE.format(title=escape(title), body=body), encoding="utf-8")
+        path.with_suffix(".md").write_text(as_markdown(table), encoding="utf-8")
+    except OSError as error:
+        fact = f"Expected a path that can be written, found '{path}': {error.strerror}"
+        raise InputError(fact, "Give a file in a folder that is there") from error
     return path
 
 
@@ -185,21 +196,29 @@ def _read_by(scores):
 def as_markdown(table: pd.DataFrame) -> str:
     """A table of `bhx.compare` as Markdown."""
     flat = table.reset_index()
-    lines = [[str(c) for c in flat.columns], ["---"] * len(flat.columns)]
-    lines += [["" if pd.isna(v) else str(v) for v in row] for row in flat.itertuples(index=False)]
-    title = [f"**{table.columns.name}**", ""] if table.columns.name else []
-    return "\n".join([*title, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+    lines = [flat.columns, ["---"] * len(flat.columns), *flat.itertuples(index=False)]
+    title = [f"**{_cell(table.columns.name)}**", ""] if table.columns.name else []
+    return (
+        "\n".join([*title, *("| " + " | ".join(map(_cell, line)) + " |" for line in lines)]) + "\n"
+    )
+
+
+def _cell(value):
+    return "" if pd.isna(value) else " ".join(str(value).replace("|", "\\|").split())
 
 
 def _flow(scores):
     """Boxes from all rows to those judged, with what was left out on the way."""
-    excluded = json.loads(scores.attrs["excluded"])
+    excluded, kept = json.loads(scores.attrs["excluded"]), judged(scores)
+    untested = np.setdiff1d(scores.subject, kept.subject)
+    if len(untested):
+        excluded["in no tested part"] = untested
     boxes = [f"<div>{scores.attrs['n_rows']} rows given</div>"]
     for reason, ids in excluded.items():
         boxes.append(f'<div class="out" title="{escape(listed(ids, 50))}">')
         boxes[-1] += f"{len(ids)} out: {escape(reason)}</div>"
-    people = scores.attrs["n_participants"]
-    boxes.append(f"<div><b>{scores.attrs['n']} rows of {people} participants judged</b></div>")
+    n, people = kept.sizes["subject"], len(np.unique(participants_of(kept)))
+    boxes.append(f"<div><b>{n} rows of {people} participants judged</b></div>")
     return '<div class="flow">' + "<span>→</span>".join(boxes) + "</div>"
 
 
@@ -229,23 +248,18 @@ def _made_by(scores):
     return "; ".join(parts)
 
 
-def _strata_section(scores):
-    if "site" not in scores[0].coords:
-        return {}
-    return {"Within each site": "".join(_html(within(s, "site")) for s in scores)}
-
-
-def _confound_section(scores):
-    first = scores[0]
-    names = [n for n in CONFOUNDS if n in first.coords and n != first.attrs["target"]]
-    names = [n for n in names if len(np.unique(first[n].values)) > 1]
-    if not names or (first.attrs["task"] != "number" and first.sizes["class"] != 2):
-        return {}
-    tables = "".join(_html(explained_by(s, names)) for s in scores)
-    text = (
-        f"<p>Linear share of each prediction that {escape(listed(names, 20))} explain together.</p>"
-    )
-    return {"Confounds": text + tables}
+def _explained(scores):
+    """What the confounds that vary explain of each prediction: a sentence and a table."""
+    names = [n for n in CONFOUNDS if n in scores.coords and n != scores.attrs["target"]]
+    names = [n for n in names if len(np.unique(scores[n].values)) > 1]
+    if not names or (scores.attrs["task"] != "number" and scores.sizes["class"] != 2):
+        return ""
+    try:
+        table = _html(explained_by(scores, names))
+    except InputError as error:
+        table = f"<p>{escape(str(error))}</p>"
+    told = f"Linear share of each prediction that {listed(names, 20)} explain together."
+    return f"<p>{escape(told)}</p>{table}"
 
 
 # ---------------------------------------------------------------- figures

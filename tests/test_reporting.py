@@ -139,6 +139,67 @@ def test_page_is_self_contained_and_says_who_was_left_out(features, tmp_path):
     assert str(table.loc[("connectome", "auroc"), "score"]) in markdown
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing/page.html", "Expected a path that can be written, found '.*page.html'"),
+        ("", "Expected a path that can be written"),
+        ("page.md", "Expected a page that ends in .html, found '.*page.md'"),
+        ("page.MD", "Expected a page that ends in .html, found '.*page.MD'"),
+    ],
+)
+def test_page_is_not_written_where_it_cannot_be(ages, tmp_path, path, message):
+    with pytest.raises(InputError, match=message):
+        report(ages, path=tmp_path / path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_page_is_about_one_target(ages, labels, features, tmp_path):
+    whole = features.assign_coords(age=("subject", features.age.values.astype(int) // 20))
+    coarse = probe(nothing(whole), "age")
+    for given, found in ([ages, labels], r"group \(label\)"), ([coarse, ages], r"age \(number\)"):
+        with pytest.raises(InputError, match=f"Expected scores of one target, found .*{found}"):
+            report(*given, path=tmp_path / "page.html")
+
+
+def test_page_reads_each_scores_own_coordinates(features, tmp_path):
+    moved = features.assign_coords(mean_fd=("subject", np.linspace(0.1, 0.3, 90)))
+    ours, control = probe(moved, "group"), probe(noise(features).drop_vars("site"), "group")
+    for given in ((ours, control), (control, ours)):
+        page = report(*given, path=tmp_path / "page.html").read_text()
+        assert page.count("that age, site, mean_fd explain together") == 1
+        assert page.count("that age explain together") == 1
+        assert "Within each site" in page
+
+
+def test_page_says_so_where_no_subject_has_all_confounds(features, tmp_path):
+    some = np.where(np.arange(90) < 45, np.arange(90), np.nan)
+    apart = features.assign_coords(mean_fd=("subject", some), coverage=("subject", some[::-1]))
+    page = report(probe(apart, "group"), path=tmp_path / "page.html").read_text()
+    assert "Expected subjects with all of age, site, mean_fd, coverage, found" in page
+
+
+def test_page_counts_those_that_no_split_tested(split, tmp_path):
+    scores = split["age"]
+    page = report(scores, path=tmp_path / "page.html").read_text()
+    n = int(np.isfinite(scores.output.values).any((0, 1, 3)).sum())
+    assert f"{90 - n} out: in no tested part" in page
+    assert f"{n} rows of {n // 2} participants judged" in page
+
+
+def test_markdown_keeps_its_columns_whatever_the_names():
+    names = pd.MultiIndex.from_tuples([("a|b", "r"), ("c\nd", "r")], names=["model", "metric"])
+    table = pd.DataFrame({"score": [0.5, np.nan]}, names).rename_axis(columns="x|\ny")
+    assert reporting.as_markdown(table).splitlines() == [
+        "**x\\| y**",
+        "",
+        "| model | metric | score |",
+        "| --- | --- | --- |",
+        "| a\\|b | r | 0.5 |",
+        "| c d | r |  |",
+    ]
+
+
 def test_page_escapes_what_users_name(features, tmp_path):
     evil = features.assign_attrs(name="<script>alert(1)</script>")
     page = report(probe(evil, "age"), path=tmp_path / "x.html").read_text()
