@@ -982,10 +982,9 @@ def compare(
         if not isinstance(s, xr.Dataset) or "target" not in s.attrs:
             fact = f"Expected scores as probe returns them, found {type(s).__name__}"
             raise InputError(fact, "Give them one by one: compare(*scores)")
-    if not 0 < level < 1:
-        raise InputError(f"Expected level above 0 and below 1, found {level}", "Take 0.95")
-    if draws < 2:
-        raise InputError(f"Expected two draws or more, found {draws}", "Take 1000")
+    if not (0 < level < 1 and draws > 1):
+        fact = f"Expected a level below 1 and two draws or more, found {level} and {draws}"
+        raise InputError(fact, "Take 0.95 and 1000")
     targets = list(dict.fromkeys(s.attrs["target"] for s in scores))
     parts = [[s for s in scores if s.attrs["target"] == target] for target in targets]
     tables = [_table(part, control, level, draws, seed) for part in parts]
@@ -999,10 +998,9 @@ def compare(
         table = table.drop(columns="p_null")
     index = ["target", "model", "metric"] if len(targets) > 1 else ["model", "metric"]
     table = table.set_index(index).drop(columns="target", errors="ignore")
-    widths = {s.sizes["class"] for s in scores if s.attrs["task"] != "number"}
-    table.attrs["chance"] = dict(metrics.CHANCE)
-    if len(widths) == 1:
-        table.attrs["chance"]["balanced_accuracy"] = 1 / widths.pop()
+    share = {1 / s.sizes["class"] for s in scores if s.attrs["task"] != "number"}
+    shared = {"balanced_accuracy": share.pop()} if len(share) == 1 else {}
+    table.attrs["chance"] = {**shared, **metrics.CHANCE}
     table.columns.name = targets[0] if len(targets) == 1 else None
     return table.round(3)
 

@@ -49,30 +49,35 @@ def report(*scores: xr.Dataset, path="report.html", control=None, reference=None
     if len(found) > 1:
         fact = f"Expected scores of one target, found {listed(found)}"
         raise InputError(fact, "Write a page about each")
-    figures = [plot_scores(table)]
-    first = scores[0]
-    if first.attrs["task"] == "label" and first.sizes["class"] == 2:
-        figures.append(plot_calibration(*scores))
-    if first.attrs["task"] == "number":
-        figures.append(plot_predictions(*scores))
-    sections = {
-        "Methods": "".join(f"<p>{escape(methods(s))}</p>" for s in scores),
-        "Who entered": "".join(_flow(s) for s in scores),
-        "Scores": _html(table) + "".join(_figure(f, i == 0) for i, f in enumerate(figures)),
-        "Within each site": "".join(_html(within(s, "site")) for s in scores if "site" in s.coords),
-        "Confounds": "".join(map(_explained, scores)),
-        "What was taken for granted": _list(note for s in scores for note in _notes(s)),
-        "Made by": _list([*made_with(*scores).splitlines(), *map(_made_by, scores)]),
-    }
-    title = f"Scores: {first.attrs['target']}"
-    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items() if content)
     try:
-        path.write_text(PAGE.format(title=escape(title), body=body), encoding="utf-8")
+        path.write_text(_page(scores, table), encoding="utf-8")
         path.with_suffix(".md").write_text(as_markdown(table), encoding="utf-8")
     except OSError as error:
         fact = f"Expected a path that can be written, found '{path}': {error.strerror}"
         raise InputError(fact, "Give a file in a folder that is there") from error
     return path
+
+
+def _page(scores, table):
+    figures, first = [plot_scores(table)], scores[0]
+    if first.attrs["task"] == "label" and first.sizes["class"] == 2:
+        figures.append(plot_calibration(*scores))
+    if first.attrs["task"] == "number":
+        figures.append(plot_predictions(*scores))
+    drawn = (f.to_html(full_html=False, include_plotlyjs=f is figures[0]) for f in figures)
+    notes = ["Rows without a label, a confound or a feature are left out as shown above."]
+    notes += [note for s in scores for note in json.loads(s.attrs["notes"])]
+    sections = {
+        "Methods": "".join(f"<p>{escape(methods(s))}</p>" for s in scores),
+        "Who entered": "".join(map(_flow, scores)),
+        "Scores": "".join([_html(table), *drawn]),
+        "Within each site": "".join(_html(within(s, "site")) for s in scores if "site" in s.coords),
+        "Confounds": "".join(map(_explained, scores)),
+        "What was taken for granted": _list(notes),
+        "Made by": _list([*made_with(*scores).splitlines(), *map(_made_by, scores)]),
+    }
+    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items() if content)
+    return PAGE.format(title=escape(f"Scores: {first.attrs['target']}"), body=body)
 
 
 def made_with(*objects) -> str:
@@ -226,18 +231,9 @@ def _html(table):
     return table.to_html(border=0, na_rep="", float_format=lambda v: f"{v:.3f}")
 
 
-def _figure(figure, with_script):
-    return figure.to_html(full_html=False, include_plotlyjs=with_script)
-
-
 def _list(items):
     items = list(dict.fromkeys(items))
     return "<ul>" + "".join(f"<li>{escape(i)}</li>" for i in items) + "</ul>"
-
-
-def _notes(scores):
-    yield "Rows without a label, a confound or a feature are left out as shown above."
-    yield from json.loads(scores.attrs["notes"])
 
 
 def _made_by(scores):
@@ -294,11 +290,7 @@ def plot_scores(table: pd.DataFrame, metric: str | None = None):
 
 def plot_calibration(*scores: xr.Dataset, bins: int = 10):
     """Predicted probability of the positive label against how often it is true."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    line = {"dash": "dot", "color": GREY}
-    figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=line, name="perfect")
+    figure = _diagonal([0, 1])
     for s in map(judged, scores):
         truth = s.truth.values.astype(str) == s.attrs["positive"]
         for output in pooled_output(s):
@@ -313,14 +305,9 @@ def plot_calibration(*scores: xr.Dataset, bins: int = 10):
 
 def plot_predictions(*scores: xr.Dataset):
     """Predicted against true numbers, one dot a subject."""
-    import plotly.graph_objects as go
-
-    figure, scores = go.Figure(), [judged(s) for s in scores]
-    truth = scores[0].truth.values
-    ends = [truth.min(), truth.max()]
-    line = {"dash": "dot", "color": GREY}
-    figure.add_scatter(x=ends, y=ends, mode="lines", line=line, name="perfect")
-    for s in scores:
+    truth = judged(scores[0]).truth.values
+    figure = _diagonal([truth.min(), truth.max()])
+    for s in map(judged, scores):
         for output in pooled_output(s):
             dots = {"size": 6, "opacity": 0.6}
             name = str(output.model.item())
@@ -328,6 +315,13 @@ def plot_predictions(*scores: xr.Dataset):
     target = scores[0].attrs["target"]
     figure.update_xaxes(title=f"true {target}").update_yaxes(title=f"predicted {target}")
     return figure.update_layout(template="simple_white", height=460, title="Predictions")
+
+
+def _diagonal(ends):
+    import plotly.graph_objects as go
+
+    line = {"dash": "dot", "color": GREY}
+    return go.Figure().add_scatter(x=ends, y=ends, mode="lines", line=line, name="perfect")
 
 
 # ---------------------------------------------------------------- tables
@@ -362,10 +356,8 @@ def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
         for value in np.unique(scores[by].values):
             t = np.flatnonzero(scores[by].values == value)
             measured = plan.measure(truth[t], output[t], decision[t])
-            rows.append(
-                {"model": str(model), by: value, "n": len(t)}
-                | {k: v[0] for k, v in measured.items()}
-            )
+            row = {"model": str(model), by: value, "n": len(t)}
+            rows.append(row | {k: v[0] for k, v in measured.items()})
     return pd.DataFrame(rows).set_index(["model", by]).round(3)
 
 
@@ -438,28 +430,18 @@ def operating_point(scores: xr.Dataset, sensitivity: float = 0.9) -> pd.DataFram
         raise InputError("Expected scores of two labels, found others", "Choose a binary target")
     scores = judged(scores)
     positive = scores.truth.values.astype(str) == scores.attrs["positive"]
-    rows = []
-    for one in scores.output.sel({"class": scores.attrs["positive"]}):
-        output = one.values
-        score = np.nanmean(output, 0)
-        called, truth = [], []
-        for row in output:
-            t = np.isfinite(row)
-            at = metrics.threshold_for(positive[~t], score[~t], sensitivity)
-            called.append(row[t] >= at)
-            truth.append(positive[t])
-        called, truth = np.concatenate(called), np.concatenate(truth)
-        with np.errstate(invalid="ignore"):
-            rows.append(
-                {
-                    "model": str(one.model.values),
-                    "sensitivity": called[truth].mean(),
-                    "specificity": (~called[~truth]).mean(),
-                    "precision": truth[called].mean() if called.any() else np.nan,
-                    "npv": (~truth[~called]).mean() if (~called).any() else np.nan,
-                }
-            )
-    return pd.DataFrame(rows).set_index("model").round(3)
+    output = scores.output.sel({"class": scores.attrs["positive"]}).values
+    called = np.full(output.shape, np.nan)  # (model, fold, subject)
+    for one, score, decided in zip(output, np.nanmean(output, 1), called, strict=True):
+        for f, tested in enumerate(np.isfinite(one)):
+            at = metrics.threshold_for(positive[~tested], score[~tested], sensitivity)
+            decided[f, tested] = one[f, tested] >= at
+    yes, no = called[..., positive], called[..., ~positive]
+    tp, fn, fp, tn = (np.nansum(part, (1, 2)) for part in (yes, 1 - yes, no, 1 - no))
+    with np.errstate(invalid="ignore"):
+        rates = {"sensitivity": tp / (tp + fn), "specificity": tn / (tn + fp)}
+        rates |= {"precision": tp / (tp + fp), "npv": tn / (tn + fn)}
+    return pd.DataFrame(rates, pd.Index(scores.model.values.astype(str), name="model")).round(3)
 
 
 def age_gap(scores: xr.Dataset) -> xr.Dataset:
