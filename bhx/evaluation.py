@@ -983,7 +983,7 @@ def compare(
             fact = f"Expected scores as probe returns them, found {type(s).__name__}"
             raise InputError(fact, "Give them one by one: compare(*scores)")
     if not (0 < level < 1 and draws > 1):
-        fact = f"Expected a level below 1 and two draws or more, found {level} and {draws}"
+        fact = f"Expected level in (0, 1) and two draws or more, found {level} and {draws}"
         raise InputError(fact, "Take 0.95 and 1000")
     targets = list(dict.fromkeys(s.attrs["target"] for s in scores))
     parts = [[s for s in scores if s.attrs["target"] == target] for target in targets]
@@ -994,8 +994,6 @@ def compare(
         table.loc[at, "p"] = metrics.adjust_p(table.loc[at, "p"].values, adjust)
     if reference is not None:
         table = _with_reference(table, reference)
-    if table.p_null.isna().all():
-        table = table.drop(columns="p_null")
     index = ["target", "model", "metric"] if len(targets) > 1 else ["model", "metric"]
     table = table.set_index(index).drop(columns="target", errors="ignore")
     share = {1 / s.sizes["class"] for s in scores if s.attrs["task"] != "number"}
@@ -1021,7 +1019,6 @@ def _table(scores, control, level, draws, seed):
                 row = {"target": s.attrs["target"], "model": model, "metric": metric}
                 row |= {"score": float(s.score[i, j].mean()), "low": low[i, j], "high": high[i, j]}
                 row |= {"n": s.attrs["n"], **_against(s, i, *against, metric)}
-                row["p_null"] = np.nan
                 if "null" in s and j == 0:
                     row["p_null"] = metrics.permutation_p(row["score"], s.null[i])
                 rows.append(row)
@@ -1053,12 +1050,8 @@ def _against(scores, i, other, control, metric):
 
 
 def _same_folds(a, b):
-    if a is b:
-        return True
-    if not np.array_equal(a.subject.values, b.subject.values) or a.sizes["fold"] != b.sizes["fold"]:
-        return False
     tested = [np.isfinite(s.output.values[0, :, :, 0]) for s in (a, b)]
-    return np.array_equal(*tested)
+    return np.array_equal(a.subject.values, b.subject.values) and np.array_equal(*tested)
 
 
 def _with_reference(table, cohort):
@@ -1086,9 +1079,7 @@ def resample(scores: xr.Dataset, draws: int = 1000, seed: int = 0) -> xr.DataArr
             t = np.flatnonzero(np.isfinite(output[f, :, 0]))
             measured = plan.measure(truth[t], output[f, t], decision[f, t], weights[:, t])
             folds.append([measured[m] for m in scores.metric.values])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Mean of empty slice")
-            out[i] = np.nanmean(np.array(folds), 0)
+        out[i] = metrics.known_mean(np.array(folds))
     dims = ("model", "metric", "draw")
     return xr.DataArray(out, {"model": scores.model, "metric": scores.metric}, dims)
 

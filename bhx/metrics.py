@@ -78,11 +78,11 @@ def measure_labels(truth, output, decision, weights=None, positive=-1, ordinal=F
     with np.errstate(invalid="ignore", divide="ignore"):
         recall = hit / confusion.sum(1)
         f1 = 2 * hit / (confusion.sum(0) + confusion.sum(1))
-    out = {"balanced_accuracy": _mean(recall)}
+    out = {"balanced_accuracy": known_mean(recall)}
     ranked = range(n_labels) if n_labels > 2 else [positive % n_labels]
-    out["auroc"] = _mean(np.stack([auroc(truth == k, output[:, k], w) for k in ranked]))
-    out["auprc"] = _mean(np.stack([auprc(truth == k, output[:, k], w) for k in ranked]))
-    out |= {"macro_f1": _mean(f1), "accuracy": hit.sum(0)}
+    out["auroc"] = known_mean(np.stack([auroc(truth == k, output[:, k], w) for k in ranked]))
+    out["auprc"] = known_mean(np.stack([auprc(truth == k, output[:, k], w) for k in ranked]))
+    out |= {"macro_f1": known_mean(f1), "accuracy": hit.sum(0)}
     out["positive_f1"] = f1[positive] if n_labels == 2 else np.full(len(w), np.nan)
     if ordinal:
         steps = np.abs(np.subtract.outer(np.arange(n_labels), np.arange(n_labels)))
@@ -278,7 +278,7 @@ def _weights(weights, like):
         return w / w.sum(1, keepdims=True)
 
 
-def _mean(values):
+def known_mean(values):
     """Mean over the first axis of what is defined; NaN where nothing is."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore", divide="ignore"):

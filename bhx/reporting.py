@@ -352,19 +352,14 @@ def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
     plan, truth, rows = plan_of(scores), codes_of(scores), []
     for i, model in enumerate(scores.model.values):
         output = np.nanmean(scores.output.values[i], 0)
-        decision = _majority(scores.decision.values[i], plan)
+        votes = scores.decision.values[i, :, :, None] == np.arange(scores.sizes["class"])
+        decision = votes.sum(0).argmax(1)
         for value in np.unique(scores[by].values):
             t = np.flatnonzero(scores[by].values == value)
             measured = plan.measure(truth[t], output[t], decision[t])
             row = {"model": str(model), by: value, "n": len(t)}
             rows.append(row | {k: v[0] for k, v in measured.items()})
     return pd.DataFrame(rows).set_index(["model", by]).round(3)
-
-
-def _majority(decision, plan):
-    if plan.names is None:
-        return np.full(decision.shape[1], -1)
-    return np.stack([(decision == k).sum(0) for k in range(len(plan.names))]).argmax(0)
 
 
 def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:

@@ -367,8 +367,8 @@ def test_chance_is_told_where_all_models_share_it(features, classes, chance):
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        (lambda s: [s], {"level": 95}, "Expected a level below 1 .*, found 95 and 1000"),
-        (lambda s: [s], {"level": 0}, "Expected a level below 1 .*, found 0 and 1000"),
+        (lambda s: [s], {"level": 95}, r"Expected level in \(0, 1\) .*, found 95 and 1000"),
+        (lambda s: [s], {"level": 0}, r"Expected level in \(0, 1\) .*, found 0 and 1000"),
         (lambda s: [s], {"draws": 0}, "Expected .* two draws or more, found 0.95 and 0"),
         (lambda s: [], {}, "Expected scores to compare, found none"),
         (lambda s: [[s, s]], {}, "Expected scores as probe returns them, found list"),
