@@ -202,10 +202,8 @@ def as_markdown(table: pd.DataFrame) -> str:
     """A table of `bhx.compare` as Markdown."""
     flat = table.reset_index()
     lines = [flat.columns, ["---"] * len(flat.columns), *flat.itertuples(index=False)]
-    title = [f"**{_cell(table.columns.name)}**", ""] if table.columns.name else []
-    return (
-        "\n".join([*title, *("| " + " | ".join(map(_cell, line)) + " |" for line in lines)]) + "\n"
-    )
+    title = f"**{_cell(table.columns.name)}**\n\n" if table.columns.name else ""
+    return title + "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
 
 
 def _cell(value):
@@ -217,7 +215,7 @@ def _flow(scores):
     excluded, kept = json.loads(scores.attrs["excluded"]), judged(scores)
     untested = np.setdiff1d(scores.subject, kept.subject)
     if len(untested):
-        excluded["in no tested part"] = untested
+        excluded["tested in no split"] = untested
     boxes = [f"<div>{scores.attrs['n_rows']} rows given</div>"]
     for reason, ids in excluded.items():
         boxes.append(f'<div class="out" title="{escape(listed(ids, 50))}">')

@@ -183,7 +183,7 @@ def test_page_counts_those_that_no_split_tested(split, tmp_path):
     scores = split["age"]
     page = report(scores, path=tmp_path / "page.html").read_text()
     n = int(np.isfinite(scores.output.values).any((0, 1, 3)).sum())
-    assert f"{90 - n} out: in no tested part" in page
+    assert f"{90 - n} out: tested in no split" in page
     assert f"{n} rows of {n // 2} participants judged" in page
 
 
