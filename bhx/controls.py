@@ -13,9 +13,10 @@ import xarray as xr
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.preprocessing import StandardScaler
 
-from .errors import InputError, listed
+from .errors import InputError, check_choice
 from .schema import check
 
+GUESS = "mean or majority"
 COMPONENTS = 20  # principal components of the controls that take some
 CONFOUNDS = ("age", "sex", "site", "mean_fd", "coverage", "n_volumes")
 
@@ -41,10 +42,7 @@ def connectome(cohort: xr.Dataset, kind: str = "correlation") -> xr.Dataset:
     check(cohort, "cohort")
     if "bold" not in cohort:
         raise InputError("Expected a cohort with 'bold', found 't1' only", "Open one with BOLD")
-    if kind not in CONNECTIVITY:
-        raise InputError(
-            f"Expected kind as one of {listed(CONNECTIVITY)}, found '{kind}'", "Choose one"
-        )
+    check_choice("kind", kind, CONNECTIVITY)
     a, b = np.triu_indices(cohort.sizes["roi"], int(kind != "tangent"))
     values = _per_subject(cohort.bold, _connectivity, len(a), kind=kind)
     roi = cohort.roi.values
@@ -203,25 +201,24 @@ def confound_features(data: xr.Dataset, names=None) -> xr.Dataset:
 def nothing(data: xr.Dataset) -> xr.Dataset:
     """Features of no width: `probe` then guesses the training mean or the training frequencies."""
     out = xr.Dataset({"features": (("subject", "feature"), np.zeros((data.sizes["subject"], 0)))})
-    return out.assign_coords(subject_coords(data)).assign_attrs(name="mean or majority")
+    return out.assign_coords(subject_coords(data)).assign_attrs(name=GUESS)
 
 
 def fuse(*features: xr.Dataset, name: str | None = None) -> xr.Dataset:
     """Several features side by side, for the subjects that all of them have.
 
-    `probe` gives each of them the same weight, whatever its width.
+    A subject without any value of one of them is NaN throughout. `probe` gives each of them the
+    same weight, whatever its width.
     """
-    joined = xr.concat(
-        [
-            f[["features"]].drop_vars(["feature", "roi_a", "roi_b"], errors="ignore")
-            for f in features
-        ],
-        "feature",
-        join="inner",
-        coords="minimal",
-        compat="override",
-    )
-    blocks = [b for f in features for b in blocks_of(f)]
+    if not features:
+        raise InputError("Expected features to put side by side, found none", "Give two or more")
+    blocks = [b for f in features for b in blocks_of(check(f, "features")) if b[0]]
+    own = ["feature", "roi_a", "roi_b"]
+    parts = [f[["features"]].drop_vars(own, errors="ignore") for f in features]
+    joined = xr.concat(parts, "feature", join="inner", coords="minimal", compat="override")
+    for part in (f.features for f in features if f.sizes["feature"]):
+        there = np.isfinite(part).any("feature").reset_coords(drop=True)
+        joined["features"] = joined.features.where(there)
     name = name or " + ".join(name_of(f) for f in features)
     return joined.assign_attrs(name=name, blocks=json.dumps(blocks))
 
@@ -273,9 +270,27 @@ def encoded(labels, names):
 
 def blocks_of(features):
     """(width, what must be fitted in the fold) of the parts that `fuse` put side by side."""
+    width, kind = features.sizes["feature"], features.attrs.get("in_fold", "")
+    blocks, whole = [[width, kind]], kind != "tangent" or _is_triangle(features)
     if "blocks" in features.attrs:
-        return json.loads(features.attrs["blocks"])
-    return [[features.sizes["feature"], features.attrs.get("in_fold", "")]]
+        blocks = json.loads(features.attrs["blocks"])
+        whole = sum(w for w, _ in blocks) == width
+    if not whole:
+        raise InputError(
+            f"Expected all features of '{name_of(features)}' in their order, found a selection",
+            "Select parcels before bhx.connectome, and features before fuse",
+        )
+    return blocks
+
+
+def _is_triangle(features):
+    """Whether the features are the upper triangle, with its diagonal, of roi by roi."""
+    if "roi_a" not in features.coords:
+        return False
+    one, other = features.roi_a.values, features.roi_b.values
+    roi = np.array(list(dict.fromkeys(one)))
+    a, b = np.triu_indices(len(roi))
+    return np.array_equal(one, roi[a]) and np.array_equal(other, roi[b])
 
 
 class Tangent(TransformerMixin, BaseEstimator):

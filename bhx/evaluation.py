@@ -29,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 from . import __version__, metrics
 from .confounds import ComBat, ConfoundRegression
 from .controls import Tangent, blocks_of, connectome, encoded, name_of, subject_coords
-from .errors import InputError, listed
+from .errors import InputError, check_choice, listed
 from .schema import check, plain_labels
 
 PENALTIES = np.logspace(-5, 1, 7)  # a row, for rows of unit norm: fits any number of either
@@ -970,68 +970,78 @@ def compare(
     Returns
     -------
     pandas DataFrame, a row a (target,) model and metric: `score` (mean over folds), `low` and
-    `high` (its interval under a bootstrap of participants, see `metrics.interval`), `n` subjects,
-    `diff` to the control and `p` (corrected resampled t-test over shared folds, adjusted;
-    NaN where the folds are not the same), `p_null` where `probe` was given permutations.
+    `high` (its interval under a bootstrap of participants, see `metrics.interval`; NaN for metrics
+    of decisions under protocol "paper"), `n` subjects that entered, `diff` to the control and `p`
+    (corrected resampled t-test over shared folds, adjusted; NaN where the folds are not the same),
+    `p_null` where `probe` was given permutations. attrs["chance"]: metric -> what guessing scores
+    (balanced accuracy only where all have as many classes).
     """
     if not scores:
         raise InputError("Expected scores to compare, found none", "Call bhx.probe first")
+    for s in scores:
+        if not isinstance(s, xr.Dataset) or "target" not in s.attrs:
+            fact = f"Expected scores as probe returns them, found {type(s).__name__}"
+            raise InputError(fact, "Give them one by one: compare(*scores)")
+    if not (0 < level < 1 and draws > 1):
+        fact = f"Expected level in (0, 1) and two draws or more, found {level} and {draws}"
+        raise InputError(fact, "Take 0.95 and 1000")
     targets = list(dict.fromkeys(s.attrs["target"] for s in scores))
-    parts = []
-    for target in targets:
-        parts.append(
-            _table([s for s in scores if s.attrs["target"] == target], control, level, draws, seed)
-        )
-    table = pd.concat(parts, ignore_index=True)
+    parts = [[s for s in scores if s.attrs["target"] == target] for target in targets]
+    tables = [_table(part, control, level, draws, seed) for part in parts]
+    table = pd.concat(tables, ignore_index=True)
     for metric in table.metric.unique():
         at = table.metric == metric
         table.loc[at, "p"] = metrics.adjust_p(table.loc[at, "p"].values, adjust)
     if reference is not None:
         table = _with_reference(table, reference)
-    if table.p_null.isna().all():
-        table = table.drop(columns="p_null")
     index = ["target", "model", "metric"] if len(targets) > 1 else ["model", "metric"]
     table = table.set_index(index).drop(columns="target", errors="ignore")
-    widths = {s.sizes["class"] for s in scores}
-    table.attrs["chance"] = {"balanced_accuracy": 1 / max(widths), **metrics.CHANCE}
+    share = {1 / s.sizes["class"] for s in scores if s.attrs["task"] != "number"}
+    shared = {"balanced_accuracy": share.pop()} if len(share) == 1 else {}
+    table.attrs["chance"] = {**shared, **metrics.CHANCE}
     table.columns.name = targets[0] if len(targets) == 1 else None
     return table.round(3)
 
 
 def _table(scores, control, level, draws, seed):
     """Rows of one target."""
-    last = (scores[-1], str(scores[-1].model.values[-1]))
-    found = [(s, str(m)) for s in scores for m in s.model.values]
+    found = [(s, i) for s in scores for i in range(s.sizes["model"])]
+    against = found[-1]
     if control is not None:
-        last = next((pair for pair in found if pair[1] == control), None)
-        if last is None:
-            names = listed([model for _, model in found], 20)
-            raise InputError(f"Expected control as one of {names}, found '{control}'", "Choose one")
+        named = [str(s.model.values[i]) for s, i in found]
+        check_choice("control", control, named)
+        against = found[named.index(control)]
     rows = []
     for s in scores:
-        draws_of = resample(s, draws, seed).values
-        mutual = s.attrs.get("mutual", 1.0)
-        low, high = metrics.interval(s.score.mean("fold").values, draws_of, level, mutual)
-        bounded = ~np.isin(s.metric.values, metrics.LOWER_IS_BETTER)
-        high[:, bounded] = high[:, bounded].clip(max=1)
+        low, high = _interval(s, level, draws, seed)
         for i, model in enumerate(s.model.values.astype(str)):
             for j, metric in enumerate(s.metric.values.astype(str)):
-                one = s.score[i, j]
                 row = {"target": s.attrs["target"], "model": model, "metric": metric}
-                row |= {"score": float(one.mean()), "low": low[i, j], "high": high[i, j]}
-                row |= {"n": s.attrs["n"], **_against(s, one, *last, metric)}
-                row["p_null"] = np.nan
+                row |= {"score": float(s.score[i, j].mean()), "low": low[i, j], "high": high[i, j]}
+                row |= {"n": s.attrs["n"], **_against(s, i, *against, metric)}
                 if "null" in s and j == 0:
                     row["p_null"] = metrics.permutation_p(row["score"], s.null[i])
                 rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _against(scores, one, other, control, metric):
+def _interval(scores, level, draws, seed):
+    """(low, high), each (model, metric); none for decisions in the paper's three splits."""
+    estimate, drawn = scores.score.mean("fold").values, resample(scores, draws, seed).values
+    ends = metrics.interval(estimate, drawn, level, scores.attrs.get("mutual", 1.0))
+    names = scores.metric.values
+    ends = np.clip(ends, *np.transpose([metrics.RANGE[name] for name in names]))
+    if scores.attrs["protocol"] == "paper":
+        ends[..., np.isin(names, metrics.DECIDED)] = np.nan
+    return ends
+
+
+def _against(scores, i, other, control, metric):
     """Difference to the control in this metric and its p, where both saw the same folds."""
-    if str(one.model.values) == control or metric not in other.metric.values:
+    if (scores is other and i == control) or metric not in other.metric.values:
         return {"diff": np.nan, "p": np.nan}
-    base = other.score.sel(model=control, metric=metric)
+    one = scores.score[i].sel(metric=metric)
+    base = other.score[control].sel(metric=metric)
     out = {"diff": float(one.mean() - base.mean()), "p": np.nan}
     if _same_folds(scores, other):
         difference = one.values - base.values
@@ -1040,21 +1050,13 @@ def _against(scores, one, other, control, metric):
 
 
 def _same_folds(a, b):
-    if a is b:
-        return True
-    if not np.array_equal(a.subject.values, b.subject.values) or a.sizes["fold"] != b.sizes["fold"]:
-        return False
     tested = [np.isfinite(s.output.values[0, :, :, 0]) for s in (a, b)]
-    return np.array_equal(*tested)
+    return np.array_equal(a.subject.values, b.subject.values) and np.array_equal(*tested)
 
 
 def _with_reference(table, cohort):
     known = {name for protocol in REFERENCE.values() for name in protocol}
-    if cohort not in known:
-        raise InputError(
-            f"Expected reference as one of {listed(sorted(known), 20)}, found '{cohort}'",
-            "Choose one",
-        )
+    check_choice("reference", cohort, sorted(known))
     for protocol, cohorts in REFERENCE.items():
         for model, numbers in cohorts.get(cohort, {}).items():
             table[f"{protocol}: {model}"] = table.metric.map(numbers)
@@ -1077,9 +1079,7 @@ def resample(scores: xr.Dataset, draws: int = 1000, seed: int = 0) -> xr.DataArr
             t = np.flatnonzero(np.isfinite(output[f, :, 0]))
             measured = plan.measure(truth[t], output[f, t], decision[f, t], weights[:, t])
             folds.append([measured[m] for m in scores.metric.values])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Mean of empty slice")
-            out[i] = np.nanmean(np.array(folds), 0)
+        out[i] = metrics.known_mean(np.array(folds))
     dims = ("model", "metric", "draw")
     return xr.DataArray(out, {"model": scores.model, "metric": scores.metric}, dims)
 

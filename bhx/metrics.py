@@ -13,12 +13,14 @@ import numpy as np
 from scipy.stats import false_discovery_control
 from scipy.stats import t as student
 
-from .errors import InputError
+from .errors import InputError, check_choice
 
 NUMBER = ("r", "r2", "mae")
 LABEL = ("balanced_accuracy", "auroc", "auprc", "macro_f1", "accuracy", "positive_f1")
 ORDINAL = ("kappa", "rank_mae", *LABEL)
-LOWER_IS_BETTER = ("mae", "rank_mae")
+DECIDED = ("kappa", "rank_mae", "balanced_accuracy", "macro_f1", "accuracy", "positive_f1")
+RANGE = {"r": (-1, 1), "r2": (-np.inf, 1), "kappa": (-1, 1), **dict.fromkeys(LABEL, (0, 1))}
+RANGE |= dict.fromkeys(("mae", "rank_mae"), (0, np.inf))
 CHANCE = {"r": 0.0, "r2": 0.0, "auroc": 0.5, "kappa": 0.0}  # balanced accuracy: 1 / classes
 
 
@@ -31,18 +33,25 @@ def measure_numbers(truth, output, weights=None) -> dict[str, np.ndarray]:
     """
     y, p = np.asarray(truth, float), np.asarray(output, float)
     w = _weights(weights, y)
-    my, mp = w @ y, w @ p
-    vy, vp = w @ y**2 - my**2, w @ p**2 - mp**2
-    flat_y, flat_p = vy <= 1e-12 * (w @ y**2), vp <= 1e-12 * (w @ p**2)
+    (dy, my, vy), (dp, mp, vp) = _spread(y, w), _spread(p, w)
     with np.errstate(invalid="ignore", divide="ignore"):
-        r = (w @ (y * p) - my * mp) / np.sqrt(vy * vp)
-        r2 = 1 - w @ (y - p) ** 2 / (w @ (y - y.mean()) ** 2)
-    r = np.where(flat_p, 0.0, r)  # a constant prediction orders nobody
+        r = (w @ (dy * dp) - my * mp) / np.sqrt(vy * vp)
+        r2 = 1 - w @ (y - p) ** 2 / (w @ dy**2)
+    r = np.where(vp > 0, r, 0.0)  # a constant prediction orders nobody
     return {
-        "r": np.where(flat_y, np.nan, r),
-        "r2": np.where(flat_y, np.nan, r2),
+        "r": np.where(vy > 0, r, np.nan),
+        "r2": np.where(vy > 0, r2, np.nan),
         "mae": w @ np.abs(y - p),
     }
+
+
+def _spread(values, w):
+    """Distances from the plain mean, and their means and variances (B,), 0 where only rounding."""
+    d = values - values.mean()
+    mean, square = w @ d, w @ d**2
+    variance = square - mean**2
+    rounding = 1e-12 * square + 1e-20 * (w @ values**2)
+    return d, mean, np.where(variance > rounding, variance, 0)
 
 
 def measure_labels(truth, output, decision, weights=None, positive=-1, ordinal=False):
@@ -69,11 +78,11 @@ def measure_labels(truth, output, decision, weights=None, positive=-1, ordinal=F
     with np.errstate(invalid="ignore", divide="ignore"):
         recall = hit / confusion.sum(1)
         f1 = 2 * hit / (confusion.sum(0) + confusion.sum(1))
-    out = {"balanced_accuracy": _mean(recall)}
+    out = {"balanced_accuracy": known_mean(recall)}
     ranked = range(n_labels) if n_labels > 2 else [positive % n_labels]
-    out["auroc"] = _mean(np.stack([auroc(truth == k, output[:, k], w) for k in ranked]))
-    out["auprc"] = _mean(np.stack([auprc(truth == k, output[:, k], w) for k in ranked]))
-    out |= {"macro_f1": _mean(f1), "accuracy": hit.sum(0)}
+    out["auroc"] = known_mean(np.stack([auroc(truth == k, output[:, k], w) for k in ranked]))
+    out["auprc"] = known_mean(np.stack([auprc(truth == k, output[:, k], w) for k in ranked]))
+    out |= {"macro_f1": known_mean(f1), "accuracy": hit.sum(0)}
     out["positive_f1"] = f1[positive] if n_labels == 2 else np.full(len(w), np.nan)
     if ordinal:
         steps = np.abs(np.subtract.outer(np.arange(n_labels), np.arange(n_labels)))
@@ -133,6 +142,9 @@ def interval(estimate, draws, level: float = 0.95, mutual: float = 0.0):
     side of them finds half of its variance. `mutual` is the share of pairs that count both ways, 1
     in folds and 0 in one split. In simulations of 60 to 200 subjects, 95 % intervals of r and AUROC
     held the mean score in 90 to 96 % at chance (not widened 77 to 86 %), 98 to 99 % far off.
+
+    Metrics of decisions (`DECIDED`) by the largest probability move with the training rows more
+    than with the tested ones: over three splits the draws do not hold their mean (10 to 87 %).
     """
     estimate, draws = np.asarray(estimate, float), np.asarray(draws, float)
     tails = [(1 - level) / 2, (1 + level) / 2]
@@ -214,23 +226,24 @@ def adjust_p(p, method: str = "holm") -> np.ndarray:
     "holm" bounds the chance of any false alarm, "fdr" the share of false alarms among the alarms
     (Benjamini and Hochberg).
     """
+    check_choice("method", method, ("holm", "fdr"))
     p = np.asarray(p, float)
     out, known = np.full(p.shape, np.nan), np.isfinite(p)
     tests = p[known]
     if method == "fdr":
         out[known] = false_discovery_control(tests) if len(tests) else tests
-    elif method == "holm":
+    else:
         order = np.argsort(tests, kind="stable")
         steps = np.maximum.accumulate(tests[order] * np.arange(len(tests), 0, -1))
         tests[order] = np.minimum(steps, 1)
         out[known] = tests
-    else:
-        raise InputError(f"Expected method as 'holm' or 'fdr', found '{method}'", "Choose one")
     return out
 
 
 def calibration(truth, probability, bins: int = 10) -> dict[str, np.ndarray | float]:
     """Predicted against observed frequency in bins of equal count, and their mean distance.
+
+    Rows of one probability stay in one bin, whatever its count.
 
     Returns
     -------
@@ -239,7 +252,9 @@ def calibration(truth, probability, bins: int = 10) -> dict[str, np.ndarray | fl
     """
     truth, probability = np.asarray(truth, float), np.asarray(probability, float)
     order = np.argsort(probability, kind="stable")
-    parts = [part for part in np.array_split(order, min(bins, len(order))) if len(part)]
+    ranked = probability[order]
+    last = [part[-1] for part in np.array_split(ranked, min(bins, len(ranked)))]
+    parts = np.split(order, np.unique(np.searchsorted(ranked, last, "right"))[:-1])
     predicted = np.array([probability[part].mean() for part in parts])
     observed = np.array([truth[part].mean() for part in parts])
     count = np.array([len(part) for part in parts])
@@ -249,6 +264,9 @@ def calibration(truth, probability, bins: int = 10) -> dict[str, np.ndarray | fl
 
 def threshold_for(truth, score, sensitivity: float) -> float:
     """The highest threshold (score >= threshold is positive) that finds this share of positives."""
+    if not 0 < sensitivity <= 1:
+        fact = f"Expected sensitivity above 0 and at most 1, found {sensitivity}"
+        raise InputError(fact, "Give a share of the positives: 0.9")
     positives = np.sort(np.asarray(score, float)[np.asarray(truth, bool)])
     missed = int(np.floor((1 - sensitivity) * len(positives) + 1e-9))
     return float(positives[min(missed, len(positives) - 1)])
@@ -260,7 +278,7 @@ def _weights(weights, like):
         return w / w.sum(1, keepdims=True)
 
 
-def _mean(values):
+def known_mean(values):
     """Mean over the first axis of what is defined; NaN where nothing is."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -18,9 +18,9 @@ import xarray as xr
 
 from . import __version__, metrics
 from .cohort import cohort_hash
-from .controls import CONFOUNDS, encoded
+from .controls import CONFOUNDS, GUESS, encoded, subject_coords
 from .errors import InputError, listed
-from .evaluation import codes_of, compare, plan_of, probe
+from .evaluation import codes_of, compare, participants_of, plan_of, probe
 
 BLUE, GREY = "#0072B2", "#7f7f7f"
 NAMED = ("torch", "xarray", "dask", "zarr", "numpy", "scipy", "scikit-learn", "plotly")
@@ -41,27 +41,43 @@ def report(*scores: xr.Dataset, path="report.html", control=None, reference=None
     controls, calibration or bias with age, strata, what confounds explain, versions and hashes.
     """
     path = Path(path)
+    if path.suffix.lower() == ".md":
+        fact = f"Expected a page that ends in .html, found '{path}'"
+        raise InputError(fact, "The table goes beside it and ends in .md")
     table = compare(*scores, control=control, reference=reference)
-    figures = [plot_scores(table)]
-    first = scores[0]
+    found = dict.fromkeys(f"{s.attrs['target']} ({s.attrs['task']})" for s in scores)
+    if len(found) > 1:
+        fact = f"Expected scores of one target, found {listed(found)}"
+        raise InputError(fact, "Write a page about each")
+    try:
+        path.write_text(_page(scores, table), encoding="utf-8")
+        path.with_suffix(".md").write_text(as_markdown(table), encoding="utf-8")
+    except OSError as error:
+        fact = f"Expected a path that can be written, found '{path}': {error.strerror}"
+        raise InputError(fact, "Give a file in a folder that is there") from error
+    return path
+
+
+def _page(scores, table):
+    figures, first = [plot_scores(table)], scores[0]
     if first.attrs["task"] == "label" and first.sizes["class"] == 2:
         figures.append(plot_calibration(*scores))
     if first.attrs["task"] == "number":
         figures.append(plot_predictions(*scores))
+    drawn = (f.to_html(full_html=False, include_plotlyjs=f is figures[0]) for f in figures)
+    notes = ["Rows without a label, a confound or a feature are left out as shown above."]
+    notes += [note for s in scores for note in json.loads(s.attrs["notes"])]
     sections = {
         "Methods": "".join(f"<p>{escape(methods(s))}</p>" for s in scores),
-        "Who entered": "".join(_flow(s) for s in scores),
-        "Scores": _html(table) + "".join(_figure(f, i == 0) for i, f in enumerate(figures)),
-        **_strata_section(scores),
-        **_confound_section(scores),
-        "What was taken for granted": _list(note for s in scores for note in _notes(s)),
+        "Who entered": "".join(map(_flow, scores)),
+        "Scores": "".join([_html(table), *drawn]),
+        "Within each site": "".join(_html(within(s, "site")) for s in scores if "site" in s.coords),
+        "Confounds": "".join(map(_explained, scores)),
+        "What was taken for granted": _list(notes),
         "Made by": _list([*made_with(*scores).splitlines(), *map(_made_by, scores)]),
     }
-    title = f"Scores: {first.attrs['target']}"
-    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items())
-    path.write_text(PAGE.format(title=escape(title), body=body), encoding="utf-8")
-    path.with_suffix(".md").write_text(as_markdown(table), encoding="utf-8")
-    return path
+    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items() if content)
+    return PAGE.format(title=escape(f"Scores: {first.attrs['target']}"), body=body)
 
 
 def made_with(*objects) -> str:
@@ -128,18 +144,19 @@ def methods(scores: xr.Dataset) -> str:
     a = scores.attrs
     confounds, preserve = json.loads(a["confounds"]), json.loads(a["preserve"])
     kinds = {"number": "the number", "label": "the label", "ordinal": "the ordered label"}
-    models = listed(scores.model.values, 20)
-    what = f"We predicted {kinds[a['task']]} '{a['target']}' from {models} by {a['estimator']}"
-    splits = {
-        "paper": "three splits of 6:2:2 stratified by label and site",
-        "brainmarks": f"{scores.sizes['fold']} stratified resplits with one fifth tested",
-    }.get(
-        a["protocol"],
-        f"{scores.sizes['fold']} folds that held out whole values of {a['groups']}"
-        if a["groups"] != "participant"
-        else f"{scores.sizes['fold']} folds over participants",
-    )
-    text = [f"{what} in {splits}; no participant was on both sides of a split."]
+    named = "participant" in scores.coords
+    people, site = "participants" if named else "rows", "site" in scores.coords
+    n = scores.sizes["fold"]
+    splits = f"{n} folds that held out whole values of {a['groups']}"
+    if a["protocol"] == "paper":
+        splits = f"three splits of 6:2:2 stratified by {a['target']}{' and site' if site else ''}"
+    elif a["protocol"]:
+        splits = f"{n} stratified resplits with one fifth tested"
+    elif a["groups"] == "participant":
+        splits = f"{n} folds over {people}"
+    apart = "; no participant was on both sides of a split" if named else ""
+    what = f"We predicted {kinds[a['task']]} '{a['target']}' {_read_by(scores)}"
+    text = [f"{what} in {splits}{apart}."]
     if a["stratify"]:
         text.append(f"Folds were balanced over {a['stratify']}.")
     if "settings" not in a:  # those of bhx.fine_tune have no features
@@ -154,38 +171,57 @@ def methods(scores: xr.Dataset) -> str:
             f"Linear effects of {listed(confounds, 20)}, fitted in the training part, were removed."
         )
     text.append(
-        "Scores are means over folds with 95 % intervals of a bootstrap over participants, models "
-        "not refitted, widened for pairs of subjects that predict each other; models were compared "
-        "by the corrected resampled t-test with Holm's adjustment."
+        f"Scores are means over folds with 95 % intervals of a bootstrap over {people}, models not "
+        "refitted, widened for pairs of subjects that predict each other; models were compared by "
+        "the corrected resampled t-test with Holm's adjustment."
     )
+    if a["protocol"] == "paper" and a["task"] != "number":
+        text.append("Metrics of decisions have no interval: three splits are too few for one.")
     if "null" in scores:
-        text.append(
-            f"The null comes from {scores.sizes['permutation']} exchanges of labels between "
-            "participants within site."
-        )
+        kept = " within site" * site + ", families whole" * ("family" in scores.coords)
+        exchanges = f"{scores.sizes['permutation']} exchanges of labels between {people}{kept}"
+        text.append(f"The null comes from {exchanges}.")
     if a["train_share"] < 1:
-        text.append(f"Only {a['train_share']:.0%} of the training participants were used.")
+        text.append(f"Only {a['train_share']:.0%} of the training {people} were used.")
     return " ".join(text)
+
+
+def _read_by(scores):
+    """Which features were read by which estimator, in words."""
+    by, notes = {}, json.loads(scores.attrs["notes"])
+    for model in scores.model.values.astype(str):
+        own = [n.removeprefix(f"{model}: ") for n in notes if n.startswith(f"{model}: ")]
+        how = own[0] if own else scores.attrs["estimator"]
+        if model == GUESS:
+            how = "the mean or the frequencies of the training part"
+        by.setdefault(" ".join(how.split()), []).append(model)
+    return ", ".join(f"from {listed(models, 20)} by {how}" for how, models in by.items())
 
 
 def as_markdown(table: pd.DataFrame) -> str:
     """A table of `bhx.compare` as Markdown."""
     flat = table.reset_index()
-    lines = [[str(c) for c in flat.columns], ["---"] * len(flat.columns)]
-    lines += [["" if pd.isna(v) else str(v) for v in row] for row in flat.itertuples(index=False)]
-    title = [f"**{table.columns.name}**", ""] if table.columns.name else []
-    return "\n".join([*title, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+    lines = [flat.columns, ["---"] * len(flat.columns), *flat.itertuples(index=False)]
+    title = f"**{_cell(table.columns.name)}**\n\n" if table.columns.name else ""
+    return title + "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
+
+
+def _cell(value):
+    return "" if pd.isna(value) else " ".join(str(value).replace("|", "\\|").split())
 
 
 def _flow(scores):
     """Boxes from all rows to those judged, with what was left out on the way."""
-    excluded = json.loads(scores.attrs["excluded"])
+    excluded, kept = json.loads(scores.attrs["excluded"]), judged(scores)
+    untested = np.setdiff1d(scores.subject, kept.subject)
+    if len(untested):
+        excluded["tested in no split"] = untested
     boxes = [f"<div>{scores.attrs['n_rows']} rows given</div>"]
     for reason, ids in excluded.items():
         boxes.append(f'<div class="out" title="{escape(listed(ids, 50))}">')
         boxes[-1] += f"{len(ids)} out: {escape(reason)}</div>"
-    people = scores.attrs["n_participants"]
-    boxes.append(f"<div><b>{scores.attrs['n']} rows of {people} participants judged</b></div>")
+    n, people = kept.sizes["subject"], len(np.unique(participants_of(kept)))
+    boxes.append(f"<div><b>{n} rows of {people} participants judged</b></div>")
     return '<div class="flow">' + "<span>→</span>".join(boxes) + "</div>"
 
 
@@ -193,18 +229,9 @@ def _html(table):
     return table.to_html(border=0, na_rep="", float_format=lambda v: f"{v:.3f}")
 
 
-def _figure(figure, with_script):
-    return figure.to_html(full_html=False, include_plotlyjs=with_script)
-
-
 def _list(items):
     items = list(dict.fromkeys(items))
     return "<ul>" + "".join(f"<li>{escape(i)}</li>" for i in items) + "</ul>"
-
-
-def _notes(scores):
-    yield "Rows without a label, a confound or a feature are left out as shown above."
-    yield from json.loads(scores.attrs["notes"])
 
 
 def _made_by(scores):
@@ -215,23 +242,18 @@ def _made_by(scores):
     return "; ".join(parts)
 
 
-def _strata_section(scores):
-    if "site" not in scores[0].coords:
-        return {}
-    return {"Within each site": "".join(_html(within(s, "site")) for s in scores)}
-
-
-def _confound_section(scores):
-    first = scores[0]
-    names = [n for n in CONFOUNDS if n in first.coords and n != first.attrs["target"]]
-    names = [n for n in names if len(np.unique(first[n].values)) > 1]
-    if not names or (first.attrs["task"] != "number" and first.sizes["class"] != 2):
-        return {}
-    tables = "".join(_html(explained_by(s, names)) for s in scores)
-    text = (
-        f"<p>Linear share of each prediction that {escape(listed(names, 20))} explain together.</p>"
-    )
-    return {"Confounds": text + tables}
+def _explained(scores):
+    """What the confounds that vary explain of each prediction: a sentence and a table."""
+    names = [n for n in CONFOUNDS if n in scores.coords and n != scores.attrs["target"]]
+    names = [n for n in names if len(np.unique(scores[n].values)) > 1]
+    if not names or (scores.attrs["task"] != "number" and scores.sizes["class"] != 2):
+        return ""
+    try:
+        table = _html(explained_by(scores, names))
+    except InputError as error:
+        table = f"<p>{escape(str(error))}</p>"
+    told = f"Linear share of each prediction that {listed(names, 20)} explain together."
+    return f"<p>{escape(told)}</p>{table}"
 
 
 # ---------------------------------------------------------------- figures
@@ -266,12 +288,8 @@ def plot_scores(table: pd.DataFrame, metric: str | None = None):
 
 def plot_calibration(*scores: xr.Dataset, bins: int = 10):
     """Predicted probability of the positive label against how often it is true."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    line = {"dash": "dot", "color": GREY}
-    figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=line, name="perfect")
-    for s in scores:
+    figure = _diagonal([0, 1])
+    for s in map(judged, scores):
         truth = s.truth.values.astype(str) == s.attrs["positive"]
         for output in pooled_output(s):
             found = metrics.calibration(truth, output.values, bins)
@@ -285,14 +303,9 @@ def plot_calibration(*scores: xr.Dataset, bins: int = 10):
 
 def plot_predictions(*scores: xr.Dataset):
     """Predicted against true numbers, one dot a subject."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    truth = scores[0].truth.values
-    ends = [truth.min(), truth.max()]
-    line = {"dash": "dot", "color": GREY}
-    figure.add_scatter(x=ends, y=ends, mode="lines", line=line, name="perfect")
-    for s in scores:
+    truth = judged(scores[0]).truth.values
+    figure = _diagonal([truth.min(), truth.max()])
+    for s in map(judged, scores):
         for output in pooled_output(s):
             dots = {"size": 6, "opacity": 0.6}
             name = str(output.model.item())
@@ -302,7 +315,19 @@ def plot_predictions(*scores: xr.Dataset):
     return figure.update_layout(template="simple_white", height=460, title="Predictions")
 
 
+def _diagonal(ends):
+    import plotly.graph_objects as go
+
+    line = {"dash": "dot", "color": GREY}
+    return go.Figure().add_scatter(x=ends, y=ends, mode="lines", line=line, name="perfect")
+
+
 # ---------------------------------------------------------------- tables
+
+
+def judged(scores: xr.Dataset) -> xr.Dataset:
+    """The same scores of the subjects that some fold tested; protocols leave some untested."""
+    return scores.isel(subject=np.isfinite(scores.output.values).any((0, 1, 3)))
 
 
 def pooled_output(scores: xr.Dataset) -> xr.DataArray:
@@ -317,33 +342,31 @@ def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
 
     Predictions of all folds are taken together; a stratum of one label has no AUROC.
     """
-    if by not in scores.coords:
-        raise InputError(
-            f"Expected '{by}' as a coordinate on subject, found {listed(scores.coords, 20)}",
-            "Assign it to the features before the probe",
-        )
+    known = subject_coords(scores)
+    if by not in known:
+        fact = f"Expected '{by}' as a coordinate on subject, found {listed(known, 20)}"
+        raise InputError(fact, "Assign it to the features before the probe")
+    scores = judged(scores)
     plan, truth, rows = plan_of(scores), codes_of(scores), []
     for i, model in enumerate(scores.model.values):
         output = np.nanmean(scores.output.values[i], 0)
-        decision = _majority(scores.decision.values[i], plan)
+        votes = scores.decision.values[i, :, :, None] == np.arange(scores.sizes["class"])
+        decision = votes.sum(0).argmax(1)
         for value in np.unique(scores[by].values):
             t = np.flatnonzero(scores[by].values == value)
             measured = plan.measure(truth[t], output[t], decision[t])
-            rows.append(
-                {"model": str(model), by: value, "n": len(t)}
-                | {k: v[0] for k, v in measured.items()}
-            )
+            row = {"model": str(model), by: value, "n": len(t)}
+            rows.append(row | {k: v[0] for k, v in measured.items()})
     return pd.DataFrame(rows).set_index(["model", by]).round(3)
-
-
-def _majority(decision, plan):
-    if plan.names is None:
-        return np.full(decision.shape[1], -1)
-    return np.stack([(decision == k).sum(0) for k in range(len(plan.names))]).argmax(0)
 
 
 def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:
     """How much of a prediction the confounds explain, and what of its skill is left without them.
+
+    Parameters
+    ----------
+    scores : what `bhx.probe` returned
+    confounds : name or names of coordinates on subject
 
     Returns
     -------
@@ -351,27 +374,29 @@ def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:
     prediction and truth, and `partial_r`, the same with the confounds' linear effect taken out of
     both. Subjects without one of the confounds do not enter (`n`).
     """
-    labels = scores.coords.to_dataset()
-    missing = [n for n in confounds if n not in labels.coords]
+    confounds = [confounds] if isinstance(confounds, str) else list(confounds)
+    scores = judged(scores)
+    missing = [n for n in confounds if n not in subject_coords(scores)]
     if missing:
-        raise InputError(
-            f"Expected coordinates on subject, found no {listed(missing)}", "Assign them"
-        )
-    design = encoded(labels, confounds)
+        fact = f"Expected coordinates on subject, found no {listed(missing)}"
+        raise InputError(fact, "Assign them to the features before the probe")
+    design = encoded(scores.coords.to_dataset(), confounds)
     truth = codes_of(scores)
     if scores.attrs["task"] == "label":
         truth = truth == plan_of(scores).positive
     known = np.isfinite(design).all(1)
+    if not known.any():
+        fact = f"Expected subjects with all of {listed(confounds, 20)}, found none"
+        raise InputError(fact, "Leave out what is rarely known")
     design = np.column_stack([np.ones(known.sum()), design[known]])
     rows = []
-    for model in scores.model.values:
-        prediction = pooled_output(scores).sel(model=model).values[known]
-        both = np.column_stack([prediction, truth[known].astype(float)])
+    for output in pooled_output(scores):
+        both = np.column_stack([output.values[known], truth[known].astype(float)])
         rest = both - design @ np.linalg.lstsq(design, both)[0]
         total = both[:, 0].var()
         rows.append(
             {
-                "model": str(model),
+                "model": str(output.model.values),
                 "explained": 1 - rest[:, 0].var() / total if total > 0 else np.nan,
                 "r": _r(both),
                 "partial_r": _r(rest),
@@ -396,29 +421,20 @@ def operating_point(scores: xr.Dataset, sensitivity: float = 0.9) -> pd.DataFram
     """
     if scores.attrs["task"] != "label" or scores.sizes["class"] != 2:
         raise InputError("Expected scores of two labels, found others", "Choose a binary target")
+    scores = judged(scores)
     positive = scores.truth.values.astype(str) == scores.attrs["positive"]
-    rows = []
-    for model in scores.model.values:
-        output = scores.output.sel(model=model, **{"class": scores.attrs["positive"]}).values
-        score = np.nanmean(output, 0)
-        called, truth = [], []
-        for row in output:
-            t = np.isfinite(row)
-            at = metrics.threshold_for(positive[~t], score[~t], sensitivity)
-            called.append(row[t] >= at)
-            truth.append(positive[t])
-        called, truth = np.concatenate(called), np.concatenate(truth)
-        with np.errstate(invalid="ignore"):
-            rows.append(
-                {
-                    "model": str(model),
-                    "sensitivity": called[truth].mean(),
-                    "specificity": (~called[~truth]).mean(),
-                    "precision": truth[called].mean() if called.any() else np.nan,
-                    "npv": (~truth[~called]).mean() if (~called).any() else np.nan,
-                }
-            )
-    return pd.DataFrame(rows).set_index("model").round(3)
+    output = scores.output.sel({"class": scores.attrs["positive"]}).values
+    called = np.full(output.shape, np.nan)  # (model, fold, subject)
+    for one, score, decided in zip(output, np.nanmean(output, 1), called, strict=True):
+        for f, tested in enumerate(np.isfinite(one)):
+            at = metrics.threshold_for(positive[~tested], score[~tested], sensitivity)
+            decided[f, tested] = one[f, tested] >= at
+    yes, no = called[..., positive], called[..., ~positive]
+    tp, fn, fp, tn = (np.nansum(part, (1, 2)) for part in (yes, 1 - yes, no, 1 - no))
+    with np.errstate(invalid="ignore"):
+        rates = {"sensitivity": tp / (tp + fn), "specificity": tn / (tn + fp)}
+        rates |= {"precision": tp / (tp + fp), "npv": tn / (tn + fn)}
+    return pd.DataFrame(rates, pd.Index(scores.model.values.astype(str), name="model")).round(3)
 
 
 def age_gap(scores: xr.Dataset) -> xr.Dataset:
@@ -431,11 +447,12 @@ def age_gap(scores: xr.Dataset) -> xr.Dataset:
 
     Returns
     -------
-    Dataset with `gap` and `corrected` (model, subject) [years], and `bias` and `bias_left`
-    (model,): their correlation with age.
+    Dataset with `gap` and `corrected` (model, subject) [years] of the subjects that were tested,
+    and `bias` and `bias_left` (model,): their correlation with age.
     """
     if scores.attrs["task"] != "number":
         raise InputError("Expected scores of a number (age), found labels", "Probe the age")
+    scores = judged(scores)
     age = scores.truth
     gap = pooled_output(scores) - age
     corrected = gap.copy()
@@ -461,6 +478,8 @@ def learning_curve(features, target: str, shares=(0.2, 0.4, 0.6, 0.8, 1.0), **op
     Dataset `score (share, model, metric, fold)` with the coordinate `n_train` on share: training
     rows, mean over folds.
     """
+    if not len(shares):
+        raise InputError("Expected shares of the training participants, found none", "Give 0.5, 1")
     runs = [probe(features, target, train_share=share, **options) for share in shares]
     tested = [np.isfinite(r.output.values[0, :, :, 0]).sum(1).mean() for r in runs]
     n_train = [round(n / r.attrs["test_share"]) for n, r in zip(tested, runs, strict=True)]

@@ -78,21 +78,32 @@ def test_shapes_are_the_suites(plugin, volumes):
     assert torch.isfinite(registers).all()
 
 
-def test_registers_are_the_hub_tokens_of_embed(plugin):
-    given = samples(2, 60)
+@pytest.mark.parametrize("volumes", [60, 340])  # in one window and in two of unlike length
+def test_registers_are_the_hub_tokens_of_embed(plugin, volumes):
+    given = samples(2, volumes)
     _, wrapper = plugin.bhx_random()
     with torch.no_grad():
         _, registers, _ = wrapper(batch_of(plugin, given))
     bold = np.stack([(s["bold"] * s["std"] + s["mean"]).T.numpy() for s in given])
     names = load_atlas("schaefer400", order="17networks").roi.values
     subject = {"subject": ["a", "b"], "participant": ["a", "b"], "site": ["", ""], "tr": [2.0, 2.0]}
-    subject |= {"n_volumes": [60, 60], "has_bold": [True, True], "has_t1": [False, False]}
+    subject |= {"n_volumes": [volumes] * 2, "has_bold": [True, True], "has_t1": [False, False]}
     cohort = build_cohort(
         bold, None, subject, {"roi": names}, {"atlas": "schaefer400", "source": ""}
     )
     small = bhx.atlas.reparcellate(cohort, "schaefer100")
     hub = bhx.embed(small, random_model("workshop", device="cpu")).hub
     np.testing.assert_allclose(registers, hub, atol=1e-4)
+
+
+def test_scans_of_unlike_patches_are_refused_together(plugin):
+    _, wrapper = plugin.bhx_random()
+    batch = batch_of(plugin, samples(2, 60))
+    batch["tr"] = torch.tensor([2.0, 0.8])
+    with pytest.raises(
+        bhx.errors.InputError, match="Expected scans of equally many patches in a batch"
+    ):
+        wrapper(batch)
 
 
 def test_shares_are_means_over_parcels_that_overlap(plugin):

@@ -1,5 +1,7 @@
 """Plain features: valid volumes only, labels that travel, lazy equal to eager."""
 
+import json
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -10,6 +12,7 @@ from bhx.controls import (
     confound_features,
     connectome,
     cube_means,
+    fuse,
     nothing,
     plain_controls,
     raw_signal,
@@ -91,7 +94,7 @@ def test_silent_parcels_and_subjects_without_bold_are_missing_not_zero(cohort):
 
 
 def test_controls_refuse_what_they_cannot_read(cohort, both):
-    with pytest.raises(InputError, match="Expected kind as one of correlation, partial, tangent"):
+    with pytest.raises(InputError, match="Expected kind to be correlation, partial, tangent"):
         connectome(cohort, "coherence")
     with pytest.raises(InputError, match="Expected a cohort with 'bold', found 't1' only"):
         connectome(both.drop_vars("bold"))
@@ -183,3 +186,45 @@ def test_controls_without_any_scan_of_a_kind(both):
     for nobody in (unscanned, both.drop_vars("bold")):
         with pytest.raises(InputError, match="found no scan"):
             raw_signal(nobody)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_subject_that_lacks_one_fused_part_is_missing_whole(both, lazy):
+    both = both.chunk(subject=5) if lazy else both
+    cubes, function = cube_means(both, 32.0), connectome(both)  # the first has no T1
+    joined = fuse(cubes, function, nothing(both))
+    assert (joined.features.chunks is not None) == lazy
+    assert np.isnan(joined.features[0]).all()
+    np.testing.assert_array_equal(joined.features[1:, -28:], function.features[1:])
+    assert list(json.loads(probe(joined, "age", folds=3).attrs["excluded"])) == [
+        "no T1 cubes + connectome + mean or majority"
+    ]
+    partly = function.copy(deep=True).load()
+    partly.features[3, :5] = np.nan
+    assert np.isfinite(fuse(cubes, partly).features[3]).sum() == joined.sizes["feature"] - 5
+    turned = fuse(cubes, function.isel(subject=slice(None, None, -1)).drop_vars("age"))
+    xr.testing.assert_identical(turned.sel(subject=joined.subject).features, joined.features)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda f: fuse(), "Expected features to put side by side, found none"),
+        (lambda f: fuse(f, [f]), "Expected features as an xarray.Dataset, found list"),
+        (lambda f: fuse(f, f).isel(feature=slice(40)), "Expected all features of 'connectome, tan"),
+        (lambda f: f.isel(feature=slice(10)), "Expected all features of 'connectome, tangent' in"),
+        (lambda f: f.isel(feature=slice(11)), "Expected all features of 'connectome, tangent' in"),
+        (lambda f: fuse(f.isel(feature=slice(10)), f), "Expected all features of 'connectome, tan"),
+        (lambda f: f.isel(feature=np.arange(36)[::-1]), "Expected all features of 'connectome, ta"),
+    ],
+)
+def test_parts_of_what_belongs_together_are_refused(cohort, made, message):
+    with pytest.raises(InputError, match=message):
+        probe(made(connectome(cohort, "tangent")), "age")
+
+
+def test_tangent_connectome_of_some_parcels_is_whole_again(cohort):
+    whole, some = connectome(cohort, "tangent"), ["roi0", "roi1", "roi5"]
+    part = whole.isel(feature=np.isin(whole.roi_a, some) & np.isin(whole.roi_b, some))
+    assert part.sizes["feature"] == 6
+    assert probe(part, "age").score.sel(metric="r").mean() > 0.6

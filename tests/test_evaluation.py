@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 from small_cohorts import make_cohort, noise
 
-from bhx import evaluation
+from bhx import evaluation, reporting
 from bhx.controls import connectome, fuse, nothing
 from bhx.errors import InputError
 from bhx.evaluation import compare, probe
@@ -260,7 +260,7 @@ def test_compare_tests_against_the_control_on_shared_folds_only(features):
     assert np.isfinite(other.loc[("connectome", "r"), "diff"])
     turned = compare(both, control="connectome")
     assert turned.loc[("noise", "r"), "diff"] < 0
-    with pytest.raises(InputError, match="Expected control as one of connectome, noise, found 'x'"):
+    with pytest.raises(InputError, match="Expected control to be connectome, noise, found 'x'"):
         compare(both, control="x")
 
 
@@ -276,7 +276,7 @@ def test_p_values_are_adjusted_over_targets(features):
 def test_reference_numbers_stand_in_their_own_column(features):
     table = compare(probe(features, "age", protocol="paper"), reference="HCP-A")
     assert table.loc[("connectome", "mae"), "paper: BrainHarmonix"] == 6.56
-    with pytest.raises(InputError, match="Expected reference as one of ABIDE, ABIDE-I"):
+    with pytest.raises(InputError, match="Expected reference to be ABIDE, ABIDE-I"):
         compare(probe(features, "age"), reference="UKB")
 
 
@@ -307,6 +307,79 @@ PUBLISHED = {
     "ADNI": {"accuracy": 0.646, "positive_f1": 0.688},
     "HCP-A": {"mae": 6.56, "r": 0.42},
 }
+
+
+@pytest.mark.parametrize(("protocol", "without"), [("paper", True), (None, False)])
+def test_metrics_of_decisions_have_no_interval_in_the_papers_three_splits(
+    features, protocol, without
+):
+    """Where the largest probability falls in three splits says too little of other splits."""
+    table = compare(probe(features, "group", protocol=protocol)).droplevel("model")
+    decided = ["balanced_accuracy", "macro_f1", "accuracy", "positive_f1"]
+    assert np.isfinite(table.score).all()
+    assert (table.loc[decided, ["low", "high"]].isna() == without).all(axis=None)
+    assert np.isfinite(table.loc[["auroc", "auprc"], ["low", "high"]]).all(axis=None)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_models_of_one_name_are_still_tested_against_each_other(features, together):
+    other = noise(features).assign_attrs(name="connectome")
+    given = [[features, other]] if together else [features, other]
+    table = compare(*(probe(f, "age") for f in given))
+    named = compare(probe([features, noise(features)], "age"))
+    for column in ("score", "diff", "p"):
+        np.testing.assert_array_equal(table[column], named[column])
+    assert len(reporting.explained_by(probe([features, other], "age"), ["site"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        ({"target": "age"}, {"r": -1, "r2": -np.inf, "mae": 0}, {"r": 1, "r2": 1}),
+        ({"target": "group"}, {"auroc": 0, "positive_f1": 0}, {"auroc": 1, "accuracy": 1}),
+        ({"target": "third", "task": "ordinal"}, {"kappa": -1, "rank_mae": 0}, {"kappa": 1}),
+    ],
+)
+def test_intervals_end_where_their_metric_does(features, options, least, most):
+    """Few subjects and an interval of nearly all draws reach past both ends."""
+    few = features.isel(subject=slice(24))
+    few = few.assign_coords(third=("subject", (few.age.values // 21).astype(int) % 3))
+    scores = probe([few, noise(few)], folds=6, **options)
+    table = compare(scores, level=0.99999).reset_index().dropna(subset="low")
+    assert (table.low >= table.metric.map(least).fillna(-np.inf)).all()
+    assert (table.high <= table.metric.map(most).fillna(np.inf)).all()
+    assert ((table.low <= table.score) & (table.score <= table.high)).all()
+
+
+@pytest.mark.parametrize(
+    ("classes", "chance"), [((2,), 1 / 2), ((3,), 1 / 3), ((2, 3), None), ((1, 3), 1 / 3)]
+)
+def test_chance_is_told_where_all_models_share_it(features, classes, chance):
+    """Of one class are numbers, which have no balanced accuracy."""
+    third = np.array(list("abc"))[np.arange(90) // 2 % 3]
+    many = features.assign_coords(third=("subject", third))
+    target = {1: "age", 2: "group", 3: "third"}
+    table = compare(*(probe(many, target[n]) for n in classes))
+    assert table.attrs["chance"].get("balanced_accuracy") == chance
+    assert table.attrs["chance"]["auroc"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        (lambda s: [s], {"level": 95}, r"Expected level in \(0, 1\) .*, found 95 and 1000"),
+        (lambda s: [s], {"level": 0}, r"Expected level in \(0, 1\) .*, found 0 and 1000"),
+        (lambda s: [s], {"draws": 0}, "Expected .* two draws or more, found 0.95 and 0"),
+        (lambda s: [], {}, "Expected scores to compare, found none"),
+        (lambda s: [[s, s]], {}, "Expected scores as probe returns them, found list"),
+        (lambda s: [s, s.score], {}, "Expected scores as probe returns them, found DataArray"),
+        (lambda s: [s.drop_attrs()], {}, "Expected scores as probe returns them, found Dataset"),
+    ],
+)
+def test_compare_refuses_what_it_cannot_read(features, given, options, message):
+    scores = probe(nothing(features), "age")
+    with pytest.raises(InputError, match=message):
+        compare(*given(scores), **options)
 
 
 # ----------------------------------------------------------- other options

@@ -65,6 +65,27 @@ def test_number_metrics_equal_references(seed, n):
     assert got["mae"][0] == pytest.approx(oracle.mean_absolute_error(y, p, sample_weight=w))
 
 
+@pytest.mark.parametrize("offset", [1e4, 1e7, -1e9])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_number_metrics_do_not_depend_on_where_zero_is(offset, scale):
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=50)
+    p, weights = y + rng.normal(size=50), metrics.bootstrap_weights(np.arange(50), 20)
+    moved = metrics.measure_numbers(offset + scale * y, offset + scale * p, weights)
+    for name, values in metrics.measure_numbers(y, p, weights).items():
+        wanted = values * (scale if name == "mae" else 1)
+        np.testing.assert_allclose(moved[name], wanted, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, 3.7e6, -1e9])
+def test_numbers_that_differ_by_rounding_only_are_constant(level):
+    jitter = np.nextafter(level, np.where(np.arange(40) % 2, np.inf, -np.inf))
+    y, weights = np.arange(40.0), metrics.bootstrap_weights(np.arange(40), 20)
+    assert (metrics.measure_numbers(y, jitter, weights)["r"] == 0).all()
+    for constant in (jitter, np.full(40, level)):
+        assert np.isnan(metrics.measure_numbers(constant, y, weights)["r"]).all()
+
+
 def test_undefined_scores_are_nan_not_a_number_that_looks_fine():
     one = metrics.measure_labels(np.zeros(5, int), np.full((5, 2), 0.5), np.zeros(5, int))
     assert np.isnan(one["auroc"][0])
@@ -160,7 +181,7 @@ def test_adjusted_p_values_by_hand():
     p = [0.01, 0.04, np.nan, 0.03]
     np.testing.assert_allclose(metrics.adjust_p(p), [0.03, 0.06, np.nan, 0.06])
     np.testing.assert_allclose(metrics.adjust_p(p, "fdr"), [0.03, 0.04, np.nan, 0.04])
-    with pytest.raises(InputError, match="Expected method as 'holm' or 'fdr', found 'none'"):
+    with pytest.raises(InputError, match="Expected method to be holm, fdr, found 'none'"):
         metrics.adjust_p(p, "none")
 
 
@@ -171,6 +192,28 @@ def test_calibration_error_is_small_for_true_probabilities_only():
     assert metrics.calibration(truth, p)["error"] < 0.02
     assert metrics.calibration(truth, p**3)["error"] > 0.15
     assert metrics.calibration(truth, p)["count"].sum() == 20_000
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), decimals=st.integers(0, 3), bins=st.integers(1, 12))
+def test_calibration_never_depends_on_the_order_of_rows(seed, decimals, bins):
+    rng = np.random.default_rng(seed)
+    p = np.round(rng.random(50), decimals)  # the fewer decimals, the more ties
+    truth = rng.random(50) < p
+    sorted_ = metrics.calibration(np.sort(truth), p[np.argsort(truth)], bins)
+    for name, values in metrics.calibration(truth, p, bins).items():
+        np.testing.assert_allclose(sorted_[name], values, atol=1e-12, err_msg=name)
+
+
+def test_calibration_of_one_probability_is_one_bin():
+    found = metrics.calibration(np.r_[np.zeros(50), np.ones(50)], np.full(100, 0.5))
+    assert found["error"] == 0
+    assert found["count"].tolist() == [100]
+
+
+def test_calibration_bins_are_of_equal_count_without_ties():
+    p = np.random.default_rng(0).permutation(95) / 95
+    assert metrics.calibration(p > 0.5, p)["count"].tolist() == [10] * 5 + [9] * 5
 
 
 @settings(max_examples=30, deadline=None)

@@ -7,13 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from small_cohorts import make_cohort, noise
 
 import bhx
 from bhx import reporting
 from bhx.cohort import cohort_hash
-from bhx.controls import connectome
+from bhx.controls import connectome, nothing
 from bhx.errors import InputError
 from bhx.evaluation import compare, probe
 from bhx.reporting import age_gap, explained_by, learning_curve, operating_point, report, within
@@ -82,6 +83,36 @@ def test_age_gap_is_biased_with_age_and_the_correction_removes_it(ages, labels):
         age_gap(labels)
 
 
+@pytest.fixture(scope="module")
+def split(features):
+    """Scores of the three splits, which leave some subjects untested."""
+    return {target: probe(features, target, protocol="paper") for target in ("age", "group")}
+
+
+READ = {
+    "within": ("group", lambda s: within(s, "site")),
+    "explained_by": ("age", lambda s: explained_by(s, ["n_volumes", "site"])),
+    "operating_point": ("group", operating_point),
+    "age_gap": ("age", lambda s: age_gap(s).to_dataframe()[["gap", "corrected"]]),
+    "calibration": ("group", lambda s: points(reporting.plot_calibration(s))),
+    "predictions": ("age", lambda s: points(reporting.plot_predictions(s))),
+}
+
+
+def points(figure):
+    return pd.DataFrame({"x": figure.data[1].x, "y": figure.data[1].y})
+
+
+@pytest.mark.parametrize(("target", "read"), READ.values(), ids=READ)
+def test_subjects_that_no_split_tested_are_not_there(split, target, read):
+    scores = split[target]
+    tested = np.isfinite(scores.output.values).any((0, 1, 3))
+    assert 0 < tested.sum() < 60
+    found = read(scores)
+    assert np.isfinite(found.to_numpy(float)).all()
+    pd.testing.assert_frame_equal(found, read(scores.isel(subject=tested)))
+
+
 def test_learning_curve_improves_and_ends_at_the_full_score(features, ages):
     curve = learning_curve(features, "age", shares=(0.3, 1.0))
     assert curve.n_train.values[0] < 0.4 * curve.n_train.values[1]
@@ -108,6 +139,67 @@ def test_page_is_self_contained_and_says_who_was_left_out(features, tmp_path):
     assert str(table.loc[("connectome", "auroc"), "score"]) in markdown
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing/page.html", "Expected a path that can be written, found '.*page.html'"),
+        ("", "Expected a path that can be written"),
+        ("page.md", "Expected a page that ends in .html, found '.*page.md'"),
+        ("page.MD", "Expected a page that ends in .html, found '.*page.MD'"),
+    ],
+)
+def test_page_is_not_written_where_it_cannot_be(ages, tmp_path, path, message):
+    with pytest.raises(InputError, match=message):
+        report(ages, path=tmp_path / path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_page_is_about_one_target(ages, labels, features, tmp_path):
+    whole = features.assign_coords(age=("subject", features.age.values.astype(int) // 20))
+    coarse = probe(nothing(whole), "age")
+    for given, found in ([ages, labels], r"group \(label\)"), ([coarse, ages], r"age \(number\)"):
+        with pytest.raises(InputError, match=f"Expected scores of one target, found .*{found}"):
+            report(*given, path=tmp_path / "page.html")
+
+
+def test_page_reads_each_scores_own_coordinates(features, tmp_path):
+    moved = features.assign_coords(mean_fd=("subject", np.linspace(0.1, 0.3, 90)))
+    ours, control = probe(moved, "group"), probe(noise(features).drop_vars("site"), "group")
+    for given in ((ours, control), (control, ours)):
+        page = report(*given, path=tmp_path / "page.html").read_text()
+        assert page.count("that age, site, mean_fd explain together") == 1
+        assert page.count("that age explain together") == 1
+        assert "Within each site" in page
+
+
+def test_page_says_so_where_no_subject_has_all_confounds(features, tmp_path):
+    some = np.where(np.arange(90) < 45, np.arange(90), np.nan)
+    apart = features.assign_coords(mean_fd=("subject", some), coverage=("subject", some[::-1]))
+    page = report(probe(apart, "group"), path=tmp_path / "page.html").read_text()
+    assert "Expected subjects with all of age, site, mean_fd, coverage, found" in page
+
+
+def test_page_counts_those_that_no_split_tested(split, tmp_path):
+    scores = split["age"]
+    page = report(scores, path=tmp_path / "page.html").read_text()
+    n = int(np.isfinite(scores.output.values).any((0, 1, 3)).sum())
+    assert f"{90 - n} out: tested in no split" in page
+    assert f"{n} rows of {n // 2} participants judged" in page
+
+
+def test_markdown_keeps_its_columns_whatever_the_names():
+    names = pd.MultiIndex.from_tuples([("a|b", "r"), ("c\nd", "r")], names=["model", "metric"])
+    table = pd.DataFrame({"score": [0.5, np.nan]}, names).rename_axis(columns="x|\ny")
+    assert reporting.as_markdown(table).splitlines() == [
+        "**x\\| y**",
+        "",
+        "| model | metric | score |",
+        "| --- | --- | --- |",
+        "| a\\|b | r | 0.5 |",
+        "| c d | r |  |",
+    ]
+
+
 def test_page_escapes_what_users_name(features, tmp_path):
     evil = features.assign_attrs(name="<script>alert(1)</script>")
     page = report(probe(evil, "age"), path=tmp_path / "x.html").read_text()
@@ -123,6 +215,75 @@ def test_methods_name_every_choice(features):
         assert part in text
     paper = reporting.methods(probe(features, "age", protocol="paper"))
     assert "three splits of 6:2:2" in paper
+    assert "no interval" not in paper
+    assert "have no interval" in reporting.methods(probe(features, "group", protocol="paper"))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: operating_point(s, 90), "Expected sensitivity above 0 and at most 1, found 90"),
+        (lambda s: operating_point(s, 0.0), "Expected sensitivity above 0 and at most 1, found 0"),
+        (lambda s: learning_curve(s, "group", shares=()), "Expected shares of the training"),
+        (lambda s: explained_by(s, "scanner"), "found no scanner"),
+        (lambda s: explained_by(s, ["site", "fold"]), "found no fold"),
+        (lambda s: within(s, "fold"), "Expected 'fold' as a coordinate on subject"),
+        (
+            lambda s: explained_by(apart(s), ["dose", "iq"]),
+            "Expected subjects with all of dose, iq, found none",
+        ),
+    ],
+)
+def test_what_cannot_be_read_off_scores_is_refused(labels, call, message):
+    with pytest.raises(InputError, match=message):
+        call(labels)
+
+
+def apart(scores):
+    """The first half have a dose and the second half an IQ."""
+    half, values = np.arange(90) < 45, np.linspace(0, 1, 90)
+    dose, iq = (("subject", np.where(there, values, np.nan)) for there in (half, ~half))
+    return scores.assign_coords(dose=dose, iq=iq)
+
+
+def test_one_confound_may_be_a_plain_name(ages):
+    pd.testing.assert_frame_equal(explained_by(ages, "site"), explained_by(ages, ["site"]))
+
+
+PAPER, NULL = {"protocol": "paper"}, {"permutations": 2}
+ALONE, KIN = ["participant"], {"family": ("subject", np.arange(90) // 4)}
+
+
+@pytest.mark.parametrize(
+    ("options", "lacks", "adds", "said", "unsaid"),
+    [
+        (PAPER, [], {}, "stratified by age and site;", "label"),
+        (PAPER, ["site"], {}, "stratified by age;", "site"),
+        (NULL, [], {}, "2 exchanges of labels between participants within site.", "famil"),
+        (NULL, ["site"], {}, "2 exchanges of labels between participants.", "site"),
+        (NULL, [], KIN, "between participants within site, families whole.", "rows"),
+        ({}, [], {}, "5 folds over participants; no participant was on both sides", "rows"),
+        ({}, ALONE, {}, "5 folds over rows.", "participant"),
+        ({"groups": "site"}, ALONE, {}, "held out whole values of site.", "participant"),
+    ],
+)
+def test_methods_claim_only_what_was_done(features, options, lacks, adds, said, unsaid):
+    given = features.drop_vars(lacks).assign_coords(adds)
+    text = reporting.methods(probe(given, "age", **options))
+    assert said in text
+    assert unsaid not in text
+
+
+def test_methods_say_what_read_which_features(features):
+    own = noise(features).assign_attrs(name="wave", estimator="MLP")
+    text = reporting.methods(probe([features, own, nothing(features)], "age"))
+    for part in (
+        "from connectome by ridge regression, nested penalty",
+        "from wave by TransformedTargetRegressor(",
+        "from mean or majority by the mean or the frequencies of the training part",
+    ):
+        assert part in text
+    assert "\n" not in text
 
 
 def test_figures_show_the_numbers_of_the_table(ages, labels):

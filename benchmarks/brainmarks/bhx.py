@@ -16,6 +16,7 @@ from brainmarks.models.registry import register_model
 
 from bhx.atlas import load_atlas, reparcellate
 from bhx.encoding import encode_parts, load_model, random_model, read_subject, sequences
+from bhx.errors import InputError, listed
 from bhx.schema import build_cohort
 
 
@@ -65,7 +66,10 @@ class Hub(torch.nn.Module):
         self.register_buffer("share", torch.tensor(shares(model.atlas)))
 
     def forward(self, batch) -> Embeddings:
-        """{"bold": (B, T, 400), "tr": (B,)} -> CLS (B, 1, D), hubs (B, R, D), patches (B, L, D)."""
+        """{"bold": (B, T, 400), "tr": (B,)} -> CLS (B, 1, D), hubs (B, R, D), patches (B, L, D).
+
+        A long scan is read in windows; CLS and hubs are means weighted by the windows' patches.
+        """
         device = self.share.device
         series = batch["bold"].float() @ self.share.T  # (B, T, parcels)
         rows = zip(series.cpu().numpy(), torch.as_tensor(batch["tr"]).tolist(), strict=True)
@@ -75,8 +79,10 @@ class Hub(torch.nn.Module):
         dynamics, structure = encode_parts(self.networks, readings, device)
         tokens, places, owner = sequences(self.config, readings, dynamics, structure)
         hub = self.networks.harmonizer(tokens, places)  # (windows, 1 + R, D)
-        owner = torch.tensor(owner, device=device)
-        hub = torch.stack([hub[owner == i].mean(0) for i in range(len(readings))])
+        counts = [len(k) for reading in readings for k in reading.tokens if len(k)]
+        weight = torch.zeros(len(readings), len(hub), device=device)  # of each one's windows
+        weight[owner, range(len(hub))] = torch.tensor(counts, device=device).float()
+        hub = torch.einsum("bw,wrd->brd", weight / weight.sum(1, keepdim=True), hub)
         return Embeddings(hub[:, :1], hub[:, 1:], self._patches(readings, dynamics))
 
     def _patches(self, readings, dynamics):
@@ -88,6 +94,12 @@ class Hub(torch.nn.Module):
                 for w, k, part in zip(reading.windows, reading.tokens, parts, strict=True)
             ]
             out.append(torch.cat(full))
+        found = sorted({len(one) // len(self.share) for one in out})
+        if len(found) > 1:
+            raise InputError(
+                f"Expected scans of equally many patches in a batch, found {listed(found)}",
+                "Batch scans of one TR and length",
+            )
         return torch.stack(out)
 
 
