@@ -17,13 +17,16 @@ from bhx.schema import InputError, check, listed
 MAPS = {"roi": "hub_to_roi", "t1": "hub_to_t1", "modality": "modality_share"}
 
 
-def pool(latents: xr.Dataset, how: str = "mean", *, weights=None) -> xr.Dataset:
-    """One feature vector a subject, from the hub tokens; lazy when the latents are.
+def pool(latents: xr.Dataset, how: str = "mean", *, of: str = "hub", weights=None) -> xr.Dataset:
+    """One feature vector a subject, from the hub tokens or an encoder's; lazy when the latents are.
 
     Parameters
     ----------
-    latents : Dataset with `hub` (subject, token, feature)
+    latents : Dataset with `hub` (subject, token, feature); with embed(..., keep=) also `dynamics`
+        and `structure`
     how : "mean" over tokens, "concatenate" (token-major), or "weighted"
+    of : "hub", "dynamics" (a token is a parcel, its mean over patches) or "structure" (a token is
+        a cube)
     weights : DataArray over `token` (and `subject`), not negative; for "weighted" only: the mean
         over tokens under these weights, say a modality's share or a trained pooling's attention
 
@@ -31,7 +34,8 @@ def pool(latents: xr.Dataset, how: str = "mean", *, weights=None) -> xr.Dataset:
     -------
     Dataset with `features` (subject, feature), the subjects' coordinates, and attrs["name"]
     """
-    hub = check(latents, "latents")["hub"]
+    check_choice("of", of, ("hub", "dynamics", "structure"))
+    hub = _as_tokens(check(latents, "latents"), of)
     if (weights is not None) != (how == "weighted"):
         fact = f"Expected weights with how='weighted' and only then, found how='{how}'"
         raise InputError(fact, "Give both or neither: pool(latents, 'weighted', weights=...)")
@@ -45,8 +49,23 @@ def pool(latents: xr.Dataset, how: str = "mean", *, weights=None) -> xr.Dataset:
     keep = [name for name, c in hub.coords.items() if "token" not in c.dims]
     features = features.drop_vars([name for name in features.coords if name not in keep])
     out = features.transpose("subject", "feature").astype("float32").to_dataset(name="features")
-    out.attrs = latents.attrs | {"name": f"hub tokens, {how}"}
+    out.attrs = latents.attrs | {"name": f"{of} tokens, {how}"}
     return check(out, "features")
+
+
+def _as_tokens(latents, of):
+    """(subject, token, feature) of what `pool` reads."""
+    if of not in latents:
+        raise InputError(
+            f"Expected latents with '{of}', found {listed(latents.data_vars, 20)}",
+            f"Keep them: embed(..., keep=('{of}',))",
+        )
+    if of == "hub":
+        return latents.hub
+    tokens = latents[of].mean("patch") if of == "dynamics" else latents[of]
+    places = [d for d in tokens.dims if d not in ("subject", "feature")]
+    tokens = tokens.stack(token=places).reset_index("token", drop=True)
+    return tokens.drop_vars([n for n, c in tokens.coords.items() if "token" in c.dims])
 
 
 def project(data: xr.Dataset, *, n: int = 2, method: str = "pca", fit_on=None, seed: int = 0):

@@ -56,6 +56,26 @@ def test_pool_keeps_subjects_and_stays_lazy(how, width):
     xr.testing.assert_allclose(eager, lazy.compute())
 
 
+def test_pool_of_an_encoder_takes_parcels_and_cubes_as_tokens():
+    rng = np.random.default_rng(0)
+    bold, t1 = rng.standard_normal((24, 8, 3, 5)), rng.standard_normal((24, 2, 2, 1, 5))
+    bold[0] = np.nan  # without BOLD
+    data = (
+        toy()
+        .drop_vars("hub_to_t1")
+        .assign(
+            dynamics=(("subject", "roi", "patch", "feature"), bold),
+            structure=(("subject", "cx", "cy", "cz", "feature"), t1),
+        )
+    )
+    found = space.pool(data, "concatenate", of="dynamics")
+    np.testing.assert_allclose(found.features, bold.mean(2).reshape(24, -1), rtol=1e-6)
+    assert found.features.isnull().all("feature").sum() == 1
+    found = space.pool(data, of="structure")
+    np.testing.assert_allclose(found.features, t1.mean((1, 2, 3)), rtol=1e-5)
+    assert found.attrs["name"] == "structure tokens, mean"
+
+
 def test_concatenate_is_token_major():
     data = toy()
     features = space.pool(data, "concatenate").features

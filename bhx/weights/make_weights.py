@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 import bhx
+from bhx.controls import fuse
 from bhx.encoding import random_model
 from bhx.recipes import STAGES
 from bhx.yardsticks import held_out_errors
@@ -67,10 +68,11 @@ def planted_factors(model):
     cohort = bhx.open_cohort("synthetic").load()
     features = []
     for name, one in (("trained", model), ("random weights", random_model(device="cpu"))):
-        latents = bhx.embed(cohort, one).load()
-        for how in ("mean", "concatenate"):
-            pooled = bhx.pool(latents, how=how)
-            features.append(pooled.assign_attrs(name=f"hub, {how}, {name}"))
+        latents = bhx.embed(cohort, one, keep=("dynamics", "structure")).load()
+        pooled = {f"hub, {how}": bhx.pool(latents, how) for how in ("mean", "concatenate")}
+        encoders = [bhx.pool(latents, "concatenate", of=of) for of in ("dynamics", "structure")]
+        pooled |= {"dynamics": encoders[0], "structure": encoders[1], "both": fuse(*encoders)}
+        features += [f.assign_attrs(name=f"{of}, {name}") for of, f in pooled.items()]
     features.append(bhx.connectome(cohort))
     rows = {}
     for factor in FACTORS:
