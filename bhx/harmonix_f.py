@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .errors import InputError
-from .layers import Block, initialise, run, sincos
+from .layers import Block, attend_alike, initialise, run, sincos
 
 GRID_SECONDS = 0.735  # step of the base kernel: the TR of UK Biobank
 # Autocorrelation of resting BOLD at a distance of d seconds: a slow part and white noise, which
@@ -174,8 +174,10 @@ class DynamicsEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self._resized = {}  # k -> (version of the weight, kernel), outside training
         initialise(self)
-        # tokens as wide as the scaled input
-        nn.init.normal_(self.patch_embed.proj.weight, std=config.kernel**-0.5)
+        for block in self.blocks:
+            attend_alike(block.attn)
+        # tokens half as wide as the scaled input, and as their positions
+        nn.init.normal_(self.patch_embed.proj.weight, std=0.5 * config.kernel**-0.5)
         nn.init.zeros_(self.patch_embed.proj.bias)
 
     def forward(self, patches, keep=None):

@@ -122,3 +122,20 @@ def initialise(module: nn.Module) -> None:
             nn.init.xavier_uniform_(part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
+
+
+def attend_alike(attention: Attention, score: float = 20.0) -> None:
+    """Start an attention at "read tokens like your own": queries equal keys, up to a rotation, and
+    what is read is handed on unchanged. A token scores `score` with itself before the softmax.
+
+    Tokens of parcels that go up and down together then read each other from the first step, so
+    coupling is in the tokens before anything is learnt. Such starts resemble what attention looks
+    like after long training (Trockman & Kolter, ICML 2023, arXiv 2305.09828).
+    """
+    width = attention.proj.weight.shape[0]
+    with torch.no_grad():
+        query, key, value = attention.qkv.weight.split(width)
+        nn.init.orthogonal_(query, (score / (width / attention.heads) ** 0.5) ** 0.5)
+        key.copy_(query)
+        nn.init.orthogonal_(value)
+        attention.proj.weight.copy_(value.T)

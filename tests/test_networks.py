@@ -42,7 +42,14 @@ from bhx.harmonix_s import (
     volume,
 )
 from bhx.harmonizer import Harmonizer, HarmonizerConfig, line_positions
-from bhx.layers import attention_weights, packed_attention, sincos
+from bhx.layers import (
+    Attention,
+    attend_alike,
+    attention_weights,
+    initialise,
+    packed_attention,
+    sincos,
+)
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "golden.npz")
 TRS = (0.735, 0.8, 1.5, 2.0, 3.0)
@@ -377,6 +384,36 @@ def test_cached_kernels_go_where_the_weights_go():
     assert double.dtype == torch.float64
     torch.testing.assert_close(single.double(), double, atol=1e-5, rtol=0)
     assert not torch.allclose(double, other)
+
+
+# Dynamics: where attention starts ----------------------------------------------------------------
+
+
+def test_attention_starts_at_tokens_alike():
+    """A token of unit variance scores 20 with itself; what is read is handed on unchanged."""
+    torch.manual_seed(0)
+    attention = Attention(48, 4)
+    initialise(attention)
+    attend_alike(attention)
+    x = torch.nn.functional.layer_norm(random(7, 48), (48,))
+    q, k, v = attention.split(x)
+    scores = torch.einsum("qhd,qhd->qh", q, k) * 12**-0.5
+    torch.testing.assert_close(scores.mean(1), torch.full((7,), 20.0), atol=1e-2, rtol=0)
+    torch.testing.assert_close(attention.proj(v.flatten(1)), x, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_an_untrained_encoder_reads_the_parcels_that_go_together():
+    """Parcel 0 goes with parcel 1 in one scan and with parcel 2 in another; the rest is noise."""
+    encoder, read = dynamics_encoder(), {}
+    for partner in (1, 2):
+        patches = random(6, 3, 48)
+        patches[partner] = patches[0] + 0.3 * random(3, 48)
+        x = (encoder.embed(patches) + encoder.pos_embed(3)).flatten(0, 1)
+        weights = encoder.blocks[0].weights(x, (18,), slice(0, 3))[0].mean(0)  # (3, 18)
+        read[partner] = weights.unflatten(1, (6, 3)).diagonal(dim1=0, dim2=2).mean(1)
+    assert read[1][1] > 3 * read[2][1]
+    assert read[2][2] > 3 * read[1][2]
 
 
 # Dynamics: one moment at many TRs ----------------------------------------------------------------
