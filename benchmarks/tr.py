@@ -8,7 +8,7 @@ tape     the paper's rule: round(35.28 s / TR) volumes a patch, kernel resized
 resample linear interpolation to TR 2 s, then one patch length
 zeros    each patch of volumes filled with zeros up to 48, one kernel
 
-    python benchmarks/tr.py [--train 100] [--test 60] [--steps 200] [--ways exact] [--out tr.csv]
+    python benchmarks/tr.py [--train 100] [--test 120] [--steps 200] [--ways exact] [--out tr.csv]
     python benchmarks/tr.py --inputs   # what reaches the network, without one; seconds
 
 With --steps 0 the encoders have random weights.
@@ -39,12 +39,13 @@ from bhx.synthetic import SITES
 FACTORS = (1, 2, 3, 4)
 PATCH, GRID, COMMON = 35.28, 0.735, 2.0  # s
 SLOWEST = 3.0  # s, of a training row
+TRAIT = "trait_function"  # what is probed: planted in the coupling of sensory parcels
 
 
 def main():
     """Train the four alike, read the test scans at each factor, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("train", 100), ("test", 60), ("steps", 200), ("seed", 0)):
+    for name, value in (("train", 100), ("test", 120), ("steps", 200), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
     parser.add_argument("--inputs", action="store_true")
@@ -64,7 +65,7 @@ def main():
         model = trained(change(rows), patching, args)
         seen = {f: tokens_of(change(decimated(test, f)), model) for f in FACTORS}
         for f in FACTORS:
-            table.append({"way": name, "TR x": f, **measured(seen[1], seen[f], test.age.values)})
+            table.append({"way": name, "TR x": f, **measured(seen[1], seen[f], test[TRAIT].values)})
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
     table = pd.DataFrame(table).set_index(["way", "TR x"]).round(3)
     print(f"{rows.sizes['subject']} training rows, {args.test} test scans, {args.steps} steps")
@@ -226,8 +227,8 @@ def tokens_of(cohort, model):
     return bhx.embed(cohort, model, keep=("dynamics",), progress=False).dynamics.load()
 
 
-def measured(first, other, age):
-    """Identification rate, cosine of the same parcel's token, and r with age of a fixed probe."""
+def measured(first, other, trait):
+    """Identification rate, cosine of the same parcel's token, and r of a fixed probe."""
     patches = min(first.sizes["patch"], other.sizes["patch"])
     a, b = first.isel(patch=slice(patches)), other.isel(patch=slice(patches))
     typical = a.mean("subject")
@@ -237,7 +238,7 @@ def measured(first, other, age):
     return {
         "token cosine": np.nanmean(cosine),
         "identified": found.attrs["rate"],
-        "age r": probed(features_of(first), features_of(other), age),
+        "trait r": probed(features_of(first), features_of(other), trait),
     }
 
 
@@ -250,14 +251,14 @@ def features_of(tokens):
     )
 
 
-def probed(first, other, age):
-    """r with age of predictions at this TR by a ridge fitted at the full rate, over five folds."""
-    guess = np.empty(len(age))
+def probed(first, other, trait):
+    """r of predictions at this TR by a ridge fitted at the full rate, over five folds."""
+    guess = np.empty(len(trait))
     x, z = first.features.values, other.features.values
     for train, test in KFold(5, shuffle=True, random_state=0).split(x):
         model = make_pipeline(preparation([(x.shape[1], "")]), Ridge(0.1 * len(train)))
-        guess[test] = model.fit(x[train], age[train]).predict(z[test])
-    return np.corrcoef(guess, age)[0, 1]
+        guess[test] = model.fit(x[train], trait[train]).predict(z[test])
+    return np.corrcoef(guess, trait)[0, 1]
 
 
 if __name__ == "__main__":
