@@ -170,8 +170,10 @@ class ConfoundRegression(TransformerMixin, BaseEstimator):
 
     Notes
     -----
-    The features keep their training mean. Source: Snoek, Miletic and Scholte, NeuroImage 2019,
-    who show why this belongs inside the fold.
+    The features keep their training mean; one that the confounds explain wholly has nothing else
+    left. As many independent confounds as training rows less one explain anything, and are
+    refused. Source: Snoek, Miletic and Scholte, NeuroImage 2019, who show why this belongs inside
+    the fold.
     """
 
     def __init__(self, confounds: int = 1):
@@ -180,15 +182,25 @@ class ConfoundRegression(TransformerMixin, BaseEstimator):
     def fit(self, x, y=None):
         """Fit on rows `[features | confounds]`; `y` is not looked at."""
         features, design = self._parts(validate_data(self, x, dtype=float))
-        self.mean_ = design.mean(0)
-        self.effects_ = np.linalg.lstsq(design - self.mean_, features - features.mean(0))[0]
+        self.mean_, self.level_ = design.mean(0), features.mean(0)
+        design, moved = design - self.mean_, features - self.level_
+        self.effects_, _, rank, _ = np.linalg.lstsq(design, moved)
+        if rank >= len(design) - 1:
+            raise InputError(
+                f"Expected fewer confounds than training rows, found {design.shape[1]} columns for "
+                f"{len(design)} rows",
+                "Leave some out; words become one column a word: were numbers stored as words",
+            )
+        rounding = 1e-16 * (moved**2).sum(0) + 1e-28 * (features**2).sum(0)
+        self.spent_ = ((moved - design @ self.effects_) ** 2).sum(0) <= rounding
         return self
 
     def transform(self, x):
         """Features (row, feature) without the confounds' linear effect."""
         check_is_fitted(self)
         features, design = self._parts(validate_data(self, x, dtype=float, reset=False))
-        return features - (design - self.mean_) @ self.effects_
+        rest = features - (design - self.mean_) @ self.effects_
+        return np.where(self.spent_, self.level_, rest)
 
     def _parts(self, x):
         if not 0 < self.confounds < x.shape[1]:

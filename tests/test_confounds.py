@@ -107,6 +107,25 @@ def test_regression_removes_the_linear_effect_and_nothing_of_the_test_rows():
         ConfoundRegression(5).fit(x)
 
 
+def test_regression_leaves_nothing_of_a_feature_that_is_a_confound():
+    """What rounding leaves of it is no signal, whatever its units."""
+    rng = np.random.default_rng(0)
+    confound = np.column_stack([rng.normal(40, 12, 60), rng.integers(0, 2, 60)])
+    mixed = confound @ [[1e6, 1e-6, 2, 0], [3, 1, 0, 1]]
+    both = np.hstack([mixed, rng.normal(1e5, 1, (60, 1)), confound])
+    fitted = ConfoundRegression(2).fit(both[:40])
+    out = fitted.transform(both)
+    np.testing.assert_array_equal(out[:, :4], np.broadcast_to(out[0, :4], (60, 4)))
+    assert out[:, 4].std() > 0.8
+
+
+def test_regression_refuses_as_many_confounds_as_rows():
+    both = np.random.default_rng(0).normal(size=(20, 24))
+    ConfoundRegression(18).fit(both)
+    with pytest.raises(InputError, match="fewer confounds than training rows, found 19 columns"):
+        ConfoundRegression(19).fit(both)
+
+
 @pytest.mark.parametrize("estimator", [ComBat(), ConfoundRegression(1)])
 def test_scikit_learn_contract(estimator, published):
     x = np.hstack([published["x"], published["site"]])
