@@ -39,7 +39,9 @@ class ComBat(TransformerMixin, BaseEstimator):
     Notes
     -----
     Johnson, Li and Rabinovic, Biostatistics 2007 (model and empirical Bayes); Fortin et al.,
-    NeuroImage 2018 (covariates, imaging). A site with one training row gets the pooled scale.
+    NeuroImage 2018 (covariates, imaging). A site with one training row gets the pooled scale. A
+    feature that does not vary within the training sites says nothing but the site: every row gets
+    the average site's value of it.
     """
 
     def __init__(self, covariates: int = 0, unseen: str = "keep", tol=1e-4, max_iter=1000):
@@ -79,7 +81,8 @@ class ComBat(TransformerMixin, BaseEstimator):
             rows = site == s
             shift, scale = self._effects(s, z[rows])
             out[rows] = (z[rows] - shift) / np.sqrt(scale)
-        return np.where(self.moves_, out * self.deviation_ + self._mean(covariates), features)
+        rest = np.where(self.flat_, features, self._mean(covariates))
+        return np.where(self.moves_, out * self.deviation_ + self._mean(covariates), rest)
 
     def _parts(self, x):
         width = x.shape[1] - 1 - self.covariates
@@ -93,18 +96,19 @@ class ComBat(TransformerMixin, BaseEstimator):
 
     def _fit_pooled(self, features, covariates, onehot):
         """Least squares on sites and covariates: grand mean, covariate effects, deviation."""
-        design = np.hstack([onehot, covariates])
-        if np.linalg.matrix_rank(design) < design.shape[1]:
+        design, n_sites = np.hstack([onehot, covariates]), onehot.shape[1]
+        varied = np.linalg.matrix_rank(np.insert(covariates, 0, 1, axis=1)) - 1
+        if np.linalg.matrix_rank(design) < n_sites + varied:
             raise InputError(
                 "Expected covariates that vary within sites, found one that the sites determine",
                 "Leave that covariate out: its effect cannot be told from the site's",
             )
         effects = np.linalg.lstsq(design, features, rcond=None)[0]
-        n_sites = onehot.shape[1]
         self.grand_mean_ = onehot.mean(0) @ effects[:n_sites]
         self.effects_ = effects[n_sites:]
         self.deviation_ = np.sqrt(((features - design @ effects) ** 2).mean(0))
-        self.moves_ = self.deviation_ > 1e-12 * (1 + np.abs(self.grand_mean_))
+        self.flat_ = np.ptp(features, 0) == 0  # nothing that a site could have shifted
+        self.moves_ = self.deviation_ > 1e-12 * np.abs(features).max(0)
 
     def _mean(self, covariates):
         return self.grand_mean_ + covariates @ self.effects_
@@ -211,6 +215,23 @@ class ConfoundRegression(TransformerMixin, BaseEstimator):
         return x[:, : -self.confounds], x[:, -self.confounds :]
 
 
+def is_missing(values) -> np.ndarray:
+    """Which labels are none: NaN, None, and the words that tables have for them ("n/a", "NA")."""
+    if np.issubdtype(values.dtype, np.number):
+        return ~np.isfinite(values.astype(float))
+    empty = ("", "nan", "none", "n/a", "<na>", "na", "nat")
+    return np.array([str(v).strip().lower() in empty for v in values], bool)
+
+
+def check_names(option: str, names, at_least: int = 0) -> None:
+    """Refuse one word, or nothing, where names of coordinates are wanted."""
+    if isinstance(names, str) or not np.iterable(names) or len(names) < at_least:
+        raise InputError(
+            f"Expected {option} as a list of coordinates, found {names!r}",
+            f"Write {option}=['name of a coordinate']",
+        )
+
+
 def match_subjects(
     data: xr.Dataset, target: str, on: tuple[str, ...], exact: tuple[str, ...] = (), caliper=0.25
 ) -> xr.Dataset:
@@ -227,19 +248,28 @@ def match_subjects(
     Returns
     -------
     The rows of `data` that found a partner, in their order; as many pairs as the caliper allows,
-    with the least total distance.
+    with the least total distance. A subject without a label finds none.
     """
+    check_names("on", on, at_least=1)
+    check_names("exact", exact)
     for name in (target, *on, *exact):
         if name not in data.coords or data[name].dims != ("subject",):
             raise InputError(
                 f"Expected '{name}' as a coordinate on subject, found {listed(data.coords, 20)}",
                 "Assign it first",
             )
+    words = [name for name in on if data[name].dtype.kind not in "biuf"]
+    if words:
+        raise InputError(
+            f"Expected numbers to match on, found {listed(words)}", "Put words in exact"
+        )
+    data = data.isel(subject=~is_missing(data[target].values))
     labels = np.unique(data[target].values)
     if len(labels) != 2:
         raise InputError(f"Expected two labels in '{target}', found {listed(labels)}", "Select two")
     values = np.stack([data[name].values.astype(float) for name in on], 1)
-    values = values / np.nanstd(values, 0)
+    spread = np.nanstd(values, 0)
+    values = values / np.where(spread > 0, spread, 1)
     a, b = (np.flatnonzero(data[target].values == label) for label in labels)
     apart = np.abs(values[a][:, None] - values[b][None])  # (one, other, coordinate)
     allowed = (apart <= caliper).all(-1)  # never where a value is NaN

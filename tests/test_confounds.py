@@ -80,6 +80,28 @@ def test_site_with_one_row_and_constant_features_pass(published):
     np.testing.assert_array_equal(out[:, -1], 3.0)
 
 
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_combat_leaves_no_feature_that_is_the_site(size, published):
+    site, covariates = published["site"], published["covariates"]
+    told = size * np.hstack([site == 1, site, site == 2])
+    out = ComBat(2).fit_transform(np.hstack([told, published["x"], covariates, site]))
+    np.testing.assert_allclose(out[:, :3] - told.mean(0), 0, atol=1e-9 * size)
+    alone = ComBat().fit_transform(np.hstack([told, site]))
+    np.testing.assert_allclose(alone - told.mean(0), 0, atol=1e-9 * size)
+
+
+@pytest.mark.parametrize("absent", [0, 1, 2])
+def test_combat_takes_words_that_the_training_part_lacks(absent, published):
+    """Rows that lack a word are fitted alike, whether it has a column or not."""
+    site, x = published["site"], published["x"]
+    word = np.arange(36) % 3
+    columns = np.eye(3)[word][:, 1:]  # one column a word but the first
+    there = word != absent
+    both = np.hstack([x, columns, site])[there]
+    single = np.column_stack([x, word == np.delete(range(3), absent)[1], site])[there]
+    np.testing.assert_allclose(ComBat(2).fit_transform(both), ComBat(1).fit_transform(single))
+
+
 def test_combat_refuses_covariates_that_are_the_site(published):
     site = published["site"]
     with pytest.raises(InputError, match="found one that the sites determine"):
@@ -170,3 +192,20 @@ def test_matched_pairs_are_alike_where_the_groups_were_not():
         match_subjects(data, "diagnosis", on=("iq",))
     with pytest.raises(InputError, match="Expected two labels in 'site'"):
         match_subjects(data, "site", on=("mean_fd",))
+    with pytest.raises(InputError, match="Expected numbers to match on, found site"):
+        match_subjects(data, "diagnosis", on=("mean_fd", "site"))
+    for on in ((), "mean_fd", None):
+        with pytest.raises(InputError, match="Expected on as a list of coordinates, found"):
+            match_subjects(data, "diagnosis", on=on)
+
+
+@pytest.mark.parametrize("missing", ["", "n/a", "NA", "<NA>", "nan"])
+def test_matching_leaves_out_missing_labels_and_takes_what_is_the_same_for_all(missing):
+    data = xr.Dataset(
+        coords={
+            "subject": list("abcde"),
+            "diagnosis": ("subject", ["patient", "control", missing, "control", "patient"]),
+            "tr": ("subject", np.full(5, 2.0)),
+        }
+    )
+    assert list(match_subjects(data, "diagnosis", on=("tr",)).subject.values) == list("abde")
