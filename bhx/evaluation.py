@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
@@ -27,9 +28,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from . import __version__, metrics
-from .confounds import ComBat, ConfoundRegression
+from .confounds import ComBat, ConfoundRegression, check_names, is_missing
 from .controls import Tangent, blocks_of, connectome, encoded, name_of, subject_coords
-from .errors import InputError, listed
+from .errors import InputError, check_choice, listed
 from .schema import check, plain_labels
 
 PENALTIES = np.logspace(-5, 1, 7)  # a row, for rows of unit norm: fits any number of either
@@ -99,7 +100,8 @@ def probe(
     Parameters
     ----------
     features : Features Dataset (`bhx.pool(latents)`, `bhx.connectome(cohort)`), or a list of them:
-        then all are judged on the subjects that every one of them has, in the same folds
+        then all are judged on the subjects that every one of them has, in the same folds; labels
+        come from all of them, and those in use must agree
     target : name of a coordinate on subject
     groups : None, or the name of a coordinate whose values are held out whole ("site" is
         leave-site-out; sites of fewer than 5 subjects are held out together)
@@ -107,7 +109,8 @@ def probe(
     confounds : coordinates whose linear effect is taken out of the features
     harmonise : coordinate ("site") whose shift and scale ComBat takes out of the features; a site
         that the training part lacks is left as it is
-    preserve : coordinates whose effect ComBat keeps (never the target)
+    preserve : coordinates whose effect ComBat keeps. Neither they, `confounds` nor `harmonise`
+        may tell the target: be in its order, or have a value of their own for each label
     task : "number", "label" or "ordinal"; None decides between the first two by the target
         (floats, and integers with more than ten values, are numbers)
     classes : labels to use, in order; subjects with others are left out and counted
@@ -115,8 +118,9 @@ def probe(
     estimator : any scikit-learn estimator instead of ridge or logistic regression; it gets the
         scaled features. Features with attrs["estimator"] "MLP" bring their own (`raw_signal`), and
         attrs["components"] says how many principal components of a fold's training rows to keep
-    protocol : None for `folds` x `repeats`; "paper" for BrainHarmonix' 6:2:2 split stratified by
-        site with three seeds; "brainmarks" for 100 stratified resplits and its logistic grid
+    protocol : None for `folds` x `repeats`; or one that makes its own splits: "paper" for
+        BrainHarmonix' 6:2:2 split stratified by site with three seeds, "brainmarks" for 100
+        stratified resplits and its logistic grid
     folds, repeats, seed : number of folds, of repeated splits, and the seed of the first
     train_share : share of the training participants to use, for learning curves
     permutations : how often to repeat all with labels exchanged between participants of one site
@@ -136,26 +140,33 @@ def probe(
     frequency. The protocols decide by the largest probability, as their authors do.
     """
     many = list(features) if isinstance(features, (list, tuple)) else [features]
-    needed = [n for n in (groups, stratify, harmonise, *confounds, *preserve) if n]
-    if protocol == "paper" and "site" in many[0].coords:
-        needed.append("site")
-    _check_options(protocol, preserve, confounds, target, train_share)
-    rows = _common_rows(many, target, needed, classes)
+    for option, names in (("confounds", confounds), ("preserve", preserve)):
+        check_names(option, names)
+    single = {"groups": groups, "stratify": stratify, "harmonise": harmonise}
+    whole = {"folds": folds, "repeats": repeats, "permutations": permutations, "seed": seed}
+    _check_options({"target": target, **single}, whole, train_share)
+    _check_protocol(protocol, task, {**single, **whole})
+    aside = list(dict.fromkeys([*filter(None, [harmonise]), *confounds, *preserve]))
+    needed = [n for n in (groups, stratify, *aside) if n]
+    rows = _common_rows(many, target, needed, classes, protocol)
     truth, names = _truth(rows.labels[target].values, target, task, classes)
+    _check_leak(rows.labels, aside, target, truth, names)
     task = task or ("number" if names is None else "label")
     splits = _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol)
     splits.thin(train_share, seed)
     plan = _Plan(task, names, _positive(names, positive), estimator, protocol, seed)
-    aside = _Aside.of(rows.labels, confounds, harmonise, preserve)
+    beside = _Aside.of(rows.labels, confounds, harmonise, preserve)
     if harmonise and groups == harmonise:
         splits.notes.append(f"ComBat has not seen the {harmonise} it tests: features left as are")
-    scores = [_probe_one(f, rows, truth, splits, plan, aside, permutations) for f in many]
+    if "participant" not in rows.labels.coords:
+        splits.notes.append("no participant is named: every row is taken for one of its own")
+    scores = [_probe_one(f, rows, truth, splits, plan, beside, permutations) for f in many]
     out = xr.concat(scores, "model", data_vars="minimal", coords="minimal", compat="override")
     return out.assign_attrs(
         target=target,
         task=task,
         n=len(truth),
-        n_rows=many[0].sizes["subject"],
+        n_rows=rows.given,
         n_participants=len(np.unique(rows.units)),
         groups=groups or "participant",
         stratify=stratify or "",
@@ -182,20 +193,40 @@ def provenance_of(features) -> dict:
     return {k: str(features.attrs[k]) for k in keep if k in features.attrs}
 
 
-def _check_options(protocol, preserve, confounds, target, train_share):
-    if protocol not in (None, "paper", "brainmarks"):
+def _check_options(names, whole, train_share):
+    for option, name in names.items():
+        if not isinstance(name, str) and (name is not None or option == "target"):
+            raise InputError(
+                f"Expected {option} as the name of a coordinate, found {name!r}", "Give one name"
+            )
+    for option, number in whole.items():
+        least = int(option in ("folds", "repeats"))
+        if type(number) is bool or not isinstance(number, Integral) or number < least:
+            raise InputError(
+                f"Expected {option} as a whole number of at least {least}, found {number!r}",
+                "Change it",
+            )
+    if not isinstance(train_share, Real) or not 0 < train_share <= 1:
         raise InputError(
-            f"Expected protocol as 'paper' or 'brainmarks', found '{protocol}'",
-            "Choose one or None",
+            f"Expected train_share above 0 and at most 1, found {train_share!r}", "Use 1"
         )
-    if target in preserve or target in confounds:
+
+
+def _check_protocol(protocol, task, options):
+    """A protocol makes its own splits and is of one task; nothing given beside it is ignored."""
+    if protocol is None:
+        return
+    check_choice("protocol", protocol, list(RESPLITS))
+    usual = {"groups": None, "stratify": None, "folds": 5, "repeats": 1}
+    if beside := [o for o, value in usual.items() if options[o] != value]:
         raise InputError(
-            f"Expected '{target}' as the target only, found it among confounds or preserve",
-            "A target that helps to prepare the features leaks into the test fold",
+            f"Expected protocol '{protocol}' alone, found {listed(beside)} beside it",
+            "It makes its own splits: leave them out, or the protocol",
         )
-    if not 0 < train_share <= 1:
+    if protocol == "brainmarks" and task in ("number", "ordinal"):
         raise InputError(
-            f"Expected train_share above 0 and at most 1, found {train_share}", "Use 1"
+            f"Expected labels for protocol 'brainmarks', found task '{task}'",
+            "Its logistic regression knows neither numbers nor order: use task='label'",
         )
 
 
@@ -208,20 +239,16 @@ class _Rows:
     labels: xr.Dataset  # their coordinates
     units: np.ndarray  # their participants
     excluded: dict  # reason -> ids
+    given: int = 0  # rows before any was left out
 
 
-def _common_rows(many, target, names, classes):
+def _common_rows(many, target, names, classes, protocol=None):
     """The subjects who have every label and every feature, and why the others do not enter."""
-    many = [plain_labels(features) for features in many]  # of a store opened with xarray alone
-    first = check(many[0], "features")
-    for name in (target, *names):
-        if name not in first.coords or first[name].dims != ("subject",):
-            known = [c for c in first.coords if first[c].dims == ("subject",)]
-            raise InputError(
-                f"Expected '{name}' as a coordinate on subject, found {listed(known, 20)}",
-                f"Assign it: features.assign_coords({name}=('subject', values))",
-            )
-    ids, excluded = first.subject.values, {}
+    if not many:
+        raise InputError("Expected features, found an empty list", "Give at least one Dataset")
+    many = [plain_labels(check(features, "features")) for features in many]  # also of a bare store
+    ids, excluded = pd.unique(np.concatenate([f.subject.values for f in many])), {}
+    given = len(ids)
 
     def leave_out(reason, out):
         nonlocal ids
@@ -230,35 +257,81 @@ def _common_rows(many, target, names, classes):
         ids = ids[~out]
 
     for features in many:
-        leave_out(
-            f"not in {name_of(features)}", ~np.isin(ids, check(features, "features").subject.values)
-        )
+        leave_out(f"not in {name_of(features)}", ~np.isin(ids, features.subject.values))
+    labels = _merged_labels(many, ids, (target, *names))
+    if protocol == "paper" and "site" in labels.coords:
+        names = [*names, "site"]
     for features in many:
         if features.sizes["feature"]:
-            values = features.features.sel(subject=ids).values
-            leave_out(f"no {name_of(features)}", ~np.isfinite(values).any(1))
+            values = _checked_values(features).sel(subject=ids).values
+            leave_out(f"no {name_of(features)}", np.isnan(values).all(1))
     for name in dict.fromkeys((target, *names)):
-        leave_out(f"no {name}", _is_missing(first[name].sel(subject=ids).values))
+        leave_out(f"no {name}", is_missing(labels[name].sel(subject=ids).values))
     if classes is not None:
-        known = np.isin(
-            first[target].sel(subject=ids).values.astype(str), [str(c) for c in classes]
-        )
+        known = np.isin(_words(labels[target].sel(subject=ids).values), _words(classes))
         leave_out(f"another {target}", ~known)
     if len(ids) == 0:
         raise InputError(
             f"Expected subjects with '{target}' and features, found none",
             "Left out: " + "; ".join(f"{len(v)} {k}" for k, v in excluded.items()),
         )
-    labels = first.coords.to_dataset().sel(subject=ids)
+    labels = labels.sel(subject=ids)
     units = labels.participant.values if "participant" in labels.coords else ids
-    return _Rows(ids, labels, units.astype(str), excluded)
+    return _Rows(ids, labels, units.astype(str), excluded, given)
 
 
-def _is_missing(values):
-    if np.issubdtype(values.dtype, np.number):
-        return ~np.isfinite(values.astype(float))
-    empty = ("", "nan", "none", "n/a")
-    return np.array([v is None or str(v).strip().lower() in empty for v in values])
+def _merged_labels(many, ids, names):
+    """Every coordinate that some Dataset has of these subjects; those in use must agree."""
+    labels, used = xr.Dataset(coords={"subject": ids}), {*names, "participant", "family", "site"}
+    for features in many:
+        found = subject_coords(features.coords.to_dataset().sel(subject=ids))
+        for name in used & set(found) & set(labels.coords):
+            pair = [c[name].values for c in (labels, found)]
+            if all(v.dtype.kind in "iuf" for v in pair):
+                same = np.isclose(*pair, equal_nan=True)
+            else:
+                same = np.equal(*(v.astype(str) for v in pair))
+            if not same.all():
+                raise InputError(
+                    f"Expected one '{name}' of each subject, found others in {name_of(features)}: "
+                    f"{listed(ids[~same])}",
+                    "Make the labels alike: features.assign_coords(...)",
+                )
+        labels = labels.assign_coords({n: c for n, c in found.items() if n not in labels.coords})
+    for name in names:
+        if name not in labels.coords:
+            raise InputError(
+                f"Expected '{name}' as a coordinate on subject, found {listed(labels.coords, 20)}",
+                f"Assign it: features.assign_coords({name}=('subject', values))",
+            )
+    return labels
+
+
+def _checked_values(features):
+    """The features of a Dataset that are numbers, finite or NaN, as many as its parts say."""
+    values, name = features.features.compute(), name_of(features)
+    parts = blocks_of(features)
+    if values.dtype.kind not in "biuf":
+        raise InputError(f"Expected numbers in {name}, found {values.dtype}", "Convert them")
+    if np.isinf(values.values).any():
+        raise InputError(
+            f"Expected finite numbers in {name}, or NaN, found infinite ones",
+            "Put NaN: those are filled with the training mean",
+        )
+    whole = sum(width for width, _ in parts) == values.sizes["feature"]
+    if not whole or any(np.sqrt(8 * w + 1) % 1 for w, kind in parts if kind == "tangent"):
+        raise InputError(
+            f"Expected all columns of {name}, found {values.sizes['feature']} that are not what "
+            f"its parts say: {parts}",
+            "Select features before bhx.fuse, and parcels before bhx.connectome",
+        )
+    return values
+
+
+def _words(labels):
+    """Labels as text, 1.0 as "1"."""
+    plain = np.asarray(labels).tolist()
+    return np.array([str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in plain])
 
 
 def _truth(values, target, task, classes):
@@ -267,17 +340,16 @@ def _truth(values, target, task, classes):
     if task is None:
         few = np.issubdtype(values.dtype, np.integer) and len(np.unique(values)) <= 10
         task = "number" if numeric and not few and classes is None else "label"
-    if task not in TASKS:
-        raise InputError(f"Expected task as one of {listed(TASKS)}, found '{task}'", "Choose one")
+    check_choice("task", task, TASKS)
     if task == "number":
         _check_numbers(values, target, numeric)
         return values.astype(float), None
     found, codes = np.unique(values if numeric else values.astype(str), return_inverse=True)
-    found = found.astype(str)
+    found = _words(found)
     _check_names(found, target, task, numeric, classes)
     if classes is None:
         return codes, found
-    names = np.array([str(c) for c in classes])
+    names = _words(classes)
     return np.array([list(names).index(n) for n in found])[codes], names
 
 
@@ -319,14 +391,33 @@ def _check_names(found, target, task, numeric, classes):
         )
 
 
+def _check_leak(labels, aside, target, truth, names):
+    """Refuse to prepare features by the target under another name, test subjects' too."""
+    for name in aside:
+        values = pd.Series(labels[name].values)
+        number = values.dtype.kind in "iuf"
+        if number and names is None:
+            kinds = ("pearson", "spearman")
+            tells = max(abs(values.corr(pd.Series(truth), kind)) for kind in kinds) > 0.9999
+        else:
+            pairs = len(set(zip(values, truth, strict=True)))
+            tells = pairs == values.nunique() and (not number or pairs == len(set(truth)))
+        if tells:
+            raise InputError(
+                f"Expected confounds, harmonise and preserve that are not the target, found "
+                f"'{name}', which tells '{target}' of everyone",
+                "A target that helps to prepare the features leaks into the test fold",
+            )
+
+
 def _positive(names, positive):
     if names is None or positive is None:
         return -1 if names is None else len(names) - 1
-    if str(positive) not in names:
+    if (positive := _words([positive])[0]) not in names:
         raise InputError(
             f"Expected positive as one of {listed(names)}, found '{positive}'", "Choose one"
         )
-    return list(names).index(str(positive))
+    return list(names).index(positive)
 
 
 # -- who trains and who is tested

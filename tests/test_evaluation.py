@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from small_cohorts import make_cohort, noise
@@ -108,6 +109,73 @@ def test_everyone_left_out_is_counted_with_a_reason(features):
     assert scores.attrs["n"] == 87 == scores.sizes["subject"]
 
 
+def test_labels_come_from_all_features_whatever_their_order(features):
+    bare = noise(features).drop_vars(["participant", "site"]).isel(subject=slice(None, None, -1))
+    for many in ([features, bare], [bare, features]):
+        for options in ({}, {"protocol": "paper"}):
+            scores = probe(many, "age", **options)
+            for row in np.isfinite(scores.output[0, :, :, 0].values):
+                people = scores.participant.values
+                assert not set(people[row]) & set(people[~row])
+            assert "no participant" not in scores.attrs["notes"]
+    few = bare.isel(subject=slice(80))
+    for many in ([features, few], [few, features]):
+        scores = probe(many, "age")
+        assert scores.attrs["n_rows"] == 90 == scores.attrs["n"] + 10
+        assert len(json.loads(scores.attrs["excluded"])["not in noise"]) == 10
+    assert "no participant is named" in probe(bare, "age").attrs["notes"]
+
+
+@pytest.mark.parametrize("name", ["age", "site", "participant"])
+def test_labels_that_disagree_are_refused(features, name):
+    other = noise(features)
+    other = other.assign_coords({name: ("subject", features[name].values[::-1])})
+    with pytest.raises(InputError, match=f"Expected one '{name}' of each subject, found"):
+        probe([features, other], "age")
+
+
+def test_missing_labels_of_pandas_are_missing(features):
+    n = features.sizes["subject"]
+    words = np.where(np.arange(n) % 9 == 0, None, features.group.values)
+    for values in (pd.array(words, dtype="string"), [w or "NA" for w in words]):
+        scores = probe(features.assign_coords(dx=("subject", values)), "dx")
+        assert list(scores["class"].values) == ["older", "younger"]
+        assert len(json.loads(scores.attrs["excluded"])["no dx"]) == 10
+
+
+def test_whole_floats_are_labels_as_whole_numbers_are(features):
+    code = (features.age.values > 50).astype(float)
+    some = features.assign_coords(code=("subject", code))
+    for options in ({"classes": (0, 1)}, {"task": "label", "positive": 1}):
+        scores = probe(some, "code", **options)
+        assert list(scores["class"].values) == ["0", "1"]
+        assert scores.attrs["n"] == 90
+
+
+def bad_features(features):
+    values = features.features.copy()
+    values[3, 2] = np.inf
+    words = features.features.astype(str)
+    tangent = connectome(make_cohort(), "tangent")
+    return [
+        ([], "Expected features, found an empty list"),
+        (features.features.values, "Expected features as an xarray.Dataset, found ndarray"),
+        (features.assign(features=values), "Expected finite numbers in connectome, or NaN"),
+        (features.assign(features=words), "Expected numbers in connectome, found <U"),
+        (
+            fuse(features, noise(features)).isel(feature=slice(30)),
+            "Expected all columns of .*, found 30",
+        ),
+        (tangent.isel(feature=slice(30)), "Expected all columns of connectome, tangent, found 30"),
+    ]
+
+
+def test_bad_features_are_refused(features):
+    for bad, message in bad_features(features):
+        with pytest.raises(InputError, match=message):
+            probe(bad, "age")
+
+
 def test_models_of_one_probe_share_subjects_and_folds(features):
     scores = probe([features, noise(features)], "group")
     tested = np.isfinite(scores.output[..., 0].values)
@@ -139,15 +207,44 @@ def test_boolean_three_label_and_integer_targets(features):
 BAD = [
     ({"target": "iq"}, "Expected 'iq' as a coordinate on subject, found .*age"),
     ({"target": "age", "groups": "scanner"}, "Expected 'scanner' as a coordinate"),
+    ({"target": ["age"]}, "Expected target as the name of a coordinate, found .'age'."),
+    ({"target": "age", "groups": ["site"]}, "Expected groups as the name of a coordinate"),
+    ({"target": "age", "harmonise": ["site"]}, "Expected harmonise as the name of a coordinate"),
+    ({"target": "age", "confounds": "group"}, "Expected confounds as a list .*, found 'group'"),
+    ({"target": "age", "confounds": None}, "Expected confounds as a list .*, found None"),
+    ({"target": "age", "preserve": "sex"}, "Expected preserve as a list .*, found 'sex'"),
+    ({"target": "age", "seed": -1}, "Expected seed as a whole number of at least 0, found -1"),
+    ({"target": "age", "seed": None}, "Expected seed as a whole number of at least 0, found None"),
+    ({"target": "age", "folds": 2.5}, "Expected folds as a whole number of at least 1, found 2.5"),
+    ({"target": "age", "folds": "5"}, "Expected folds as a whole number of at least 1, found '5'"),
+    ({"target": "age", "repeats": 0}, "Expected repeats as a whole number of at least 1, found 0"),
+    ({"target": "age", "permutations": -1}, "Expected permutations as a whole number"),
+    ({"target": "age", "train_share": "0.5"}, "Expected train_share above 0 .*, found '0.5'"),
     ({"target": "age", "folds": 46}, "Expected from 2 to 45 folds .participants., found 46"),
     ({"target": "age", "folds": 1}, "Expected from 2 to 45 folds"),
     ({"target": "group", "task": "number"}, "Expected numbers in 'group', found older, younger"),
-    ({"target": "age", "task": "regression"}, "Expected task as one of number, label, ordinal"),
+    ({"target": "age", "task": "regression"}, "Expected task to be number, label, ordinal, found"),
     ({"target": "third", "task": "ordinal"}, "Expected an order for the words of 'third'"),
     ({"target": "third", "classes": ("low", "top")}, "Expected subjects of every class low, top"),
-    ({"target": "age", "protocol": "kfold"}, "Expected protocol as 'paper' or 'brainmarks'"),
+    ({"target": "age", "protocol": "kfold"}, "Expected protocol to be paper, brainmarks, found"),
     ({"target": "age", "protocol": "brainmarks"}, "Expected labels for protocol 'brainmarks'"),
-    ({"target": "age", "confounds": ["age"]}, "Expected 'age' as the target only, found it among"),
+    ({"target": "age", "protocol": "paper", "groups": "site"}, "alone, found groups beside"),
+    ({"target": "age", "protocol": "paper", "folds": 10}, "alone, found folds beside it"),
+    (
+        {"target": "group", "protocol": "brainmarks", "stratify": "site", "repeats": 2},
+        "Expected protocol 'brainmarks' alone, found stratify, repeats beside it",
+    ),
+    (
+        {"target": "third", "task": "ordinal", "protocol": "brainmarks"},
+        "Expected labels for protocol 'brainmarks', found task 'ordinal'",
+    ),
+    ({"target": "age", "confounds": ["age"]}, "found 'age', which tells 'age' of everyone"),
+    ({"target": "age", "confounds": ["born"]}, "found 'born', which tells 'age' of everyone"),
+    ({"target": "age", "preserve": ["log_age"]}, "found 'log_age', which tells 'age'"),
+    ({"target": "age", "confounds": ["participant"]}, "found 'participant', which tells 'age'"),
+    ({"target": "site", "harmonise": "site"}, "found 'site', which tells 'site' of everyone"),
+    ({"target": "group", "preserve": ["coded"]}, "found 'coded', which tells 'group'"),
+    ({"target": "group", "harmonise": "subtype"}, "found 'subtype', which tells 'group'"),
     ({"target": "age", "train_share": 0}, "Expected train_share above 0 and at most 1, found 0"),
     ({"target": "group", "positive": "ASD"}, "Expected positive as one of older, younger"),
     ({"target": "mixed"}, "Expected distinct labels in 'mixed', found 'ASD', 'asd' that differ"),
@@ -172,6 +269,10 @@ def test_bad_input_is_refused_with_both_facts(features, options, message):
         flat=("subject", np.ones(n)),
         third=("subject", np.array(["low", "mid", "high"])[np.arange(n) % 3]),
         empty=("subject", np.full(n, np.nan)),
+        born=("subject", np.round(2020.5 - features.age.values, 2)),
+        log_age=("subject", np.log(features.age.values)),
+        coded=("subject", np.where(features.group == "older", 2, 1)),
+        subtype=("subject", np.char.add(features.group.values, ["", " I"] * (n // 2))),
         by_site=("subject", np.where(features.site == "A", "patient", "control")),
         alone=("subject", [f"scanner {i}" for i in range(n)]),  # groups of one member each
     )
@@ -361,8 +462,10 @@ def test_combat_in_the_fold_removes_site_but_not_age(features):
     site = np.unique(features.site, return_inverse=True)[1]
     shifted = features.copy(deep=True)
     shifted.features[:] = features.features + 3 * rng.normal(size=(3, 28))[site]
+    scanner = np.where(rng.random(90) < 0.05, "A", features.site)  # nearly the site, not quite
+    shifted = shifted.assign_coords(scanner=("subject", scanner))
     seen = probe(shifted, "site").score.sel(metric="auroc").mean()
-    gone = probe(shifted, "site", harmonise="site").score.sel(metric="auroc").mean()
+    gone = probe(shifted, "scanner", harmonise="site").score.sel(metric="auroc").mean()
     assert seen > 0.99
     assert gone < 0.65
     plain = probe(shifted, "age").score.sel(metric="r").mean()
