@@ -95,7 +95,8 @@ def probe(
 
     Ridge regression for numbers, logistic regression for labels. Whatever is fitted (filling,
     ComBat, confounds, scaler, penalty) is fitted in the training part of each fold, the penalty
-    by an inner cross-validation, and one participant is never on both sides of a split.
+    by an inner cross-validation, and one participant, or family where there is a coordinate
+    `family`, is never on both sides of a split.
 
     Parameters
     ----------
@@ -104,8 +105,9 @@ def probe(
         come from all of them, and those in use must agree
     target : name of a coordinate on subject
     groups : None, or the name of a coordinate whose values are held out whole ("site" is
-        leave-site-out; sites of fewer than 5 subjects are held out together)
-    stratify : name of a coordinate to balance over the folds, beside the target
+        leave-site-out; a few sites of fewer than 5 subjects are held out together)
+    stratify : name of a coordinate to balance over the folds, beside the target; numbers of which
+        fewer than `folds` are alike by their fifths
     confounds : coordinates whose linear effect is taken out of the features
     harmonise : coordinate ("site") whose shift and scale ComBat takes out of the features; a site
         that the training part lacks is left as it is
@@ -122,7 +124,8 @@ def probe(
         BrainHarmonix' 6:2:2 split stratified by site with three seeds, "brainmarks" for 100
         stratified resplits and its logistic grid
     folds, repeats, seed : number of folds, of repeated splits, and the seed of the first
-    train_share : share of the training participants to use, for learning curves
+    train_share : share of the training participants to use, of every label alike, for learning
+        curves
     permutations : how often to repeat all with labels exchanged between participants of one site
         (families, where there is a coordinate `family`, exchanged whole)
 
@@ -153,7 +156,8 @@ def probe(
     _check_leak(rows.labels, aside, target, truth, names)
     task = task or ("number" if names is None else "label")
     splits = _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol)
-    splits.thin(train_share, seed)
+    splits.thin(train_share, seed, rows.units, truth if names is not None else 0 * truth)
+    _check_folds(truth, names, splits)
     plan = _Plan(task, names, _positive(names, positive), estimator, protocol, seed)
     beside = _Aside.of(rows.labels, confounds, harmonise, preserve)
     if harmonise and groups == harmonise:
@@ -429,7 +433,7 @@ class _Splits:
     names: list
     units: np.ndarray  # what is never split, a row
     notes: list
-    hold: list | None = None  # the paper's validation rows of each fold
+    hold: list | None = None  # the paper's validation rows of each fold, beside train and test
 
     @property
     def test_share(self):
@@ -444,109 +448,137 @@ class _Splits:
         """
         tested, trained = (np.zeros((len(self.train_test), len(self.units))) for _ in range(2))
         for i, (train, test) in enumerate(self.train_test):
-            tested[i, test] = 1
-            trained[i, np.setdiff1d(train, self.hold[i] if self.hold else [])] = 1
+            tested[i, test] = trained[i, train] = 1
         across = tested @ trained.T
         return float(
             (across * across.T).sum() / ((tested @ tested.T) * (trained @ trained.T)).sum()
         )
 
-    def thin(self, share, seed):
-        """Keep a share of each fold's training units."""
-        if share == 1:
-            return
+    def thin(self, share, seed, people, labels):
+        """Keep a share of each fold's training participants, of every label alike."""
         rng = np.random.default_rng(seed)
-        for i, (train, test) in enumerate(self.train_test):
-            units = np.unique(self.units[train])
-            kept = rng.permutation(units)[: max(2, round(share * len(units)))]
-            self.train_test[i] = (train[np.isin(self.units[train], kept)], test)
+
+        def fewer(rows):
+            names, first = np.unique(people[rows], return_index=True)
+            alike = [names[labels[rows[first]] == k] for k in np.unique(labels[rows])]
+            kept = [rng.permutation(a)[: max(2, round(share * len(a)))] for a in alike]
+            return rows[np.isin(people[rows], np.concatenate(kept))]
+
+        if share < 1:
+            self.train_test = [(fewer(train), test) for train, test in self.train_test]
+            self.hold = self.hold and [fewer(hold) for hold in self.hold]
 
 
 def _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol):
-    """Outer folds: participants never split, groups held out whole, strata balanced."""
+    """Outer folds: participants and families never split, groups whole, strata balanced."""
     notes, units = [], rows.units
+    if "family" in rows.labels.coords:
+        family = rows.labels.family.values
+        units = _tied(np.where(is_missing(family), units, family), units)
     if protocol:
-        return _resplits(rows, truth, names, seed, protocol)
+        return _resplits(rows, truth, names, units, seed, protocol)
     if groups:
-        units, merged = _held_out_groups(rows, groups)
+        values = rows.labels[groups].values.astype(str)
+        units, merged = _held_out_groups(values, units, folds, groups)
         folds = min(folds, len(np.unique(units)))
         notes += [*merged, f"{folds} folds that hold out whole values of {groups}"]
         if folds < 2:
-            raise InputError(
-                f"Expected at least two values of '{groups}' to hold out, found {folds}",
-                "Leave groups=None for folds over participants",
-            )
+            fact = f"Expected at least two values of '{groups}' to hold out, found "
+            fact += "; ".join(merged) or f"'{values[0]}' only"
+            raise InputError(fact, "Leave groups=None for folds over participants")
     n_units = len(np.unique(units))
     if not 2 <= folds <= n_units:
         raise InputError(
             f"Expected from 2 to {n_units} folds (participants), found {folds}",
             "Choose a number in that range",
         )
+    one = folds == n_units  # nothing to shuffle or to balance
+    if one and (repeats > 1 or (groups and stratify)):
+        notes.append("held out one by one: the same in every repeat, balanced over nothing")
+        repeats = 1
     strata = _strata(rows, truth, names, stratify, folds, notes)
     splits = _Splits([], [], units, notes)
     for repeat in range(repeats):
-        kind = GroupKFold if groups else StratifiedGroupKFold
+        kind = GroupKFold if groups and (one or not stratify) else StratifiedGroupKFold
         splitter = kind(folds, shuffle=True, random_state=seed + repeat)
         for train, test in splitter.split(units, strata, units):
-            one = groups and folds == n_units
-            name = str(units[test][0]) if one else str(len(splits.names))
-            splits.names.append(f"{name}/{repeat}" if one and repeats > 1 else name)
+            splits.names.append(str(units[test][0] if groups and one else len(splits.names)))
             splits.train_test.append((train, test))
-            _check_classes(truth, names, train, test, name, notes)
     return splits
 
 
-def _resplits(rows, truth, names, seed, protocol):
+def _resplits(rows, truth, names, units, seed, protocol):
     """One fifth tested, one fifth held for choosing; three seeds (paper) or a hundred."""
-    notes = []
     if protocol == "brainmarks" and names is None:
         raise InputError(
             "Expected labels for protocol 'brainmarks', found numbers", "Bin them, or use 'paper'"
         )
+    if (found := len(np.unique(units))) < 5:
+        raise InputError(f"Expected 5 participants for '{protocol}', found {found}", "Add some")
     site = "site" if protocol == "paper" and "site" in rows.labels.coords else None
-    strata = _strata(rows, truth, names, site, 5, notes)
-    splits = _Splits([], [], rows.units, notes, [] if protocol == "paper" else None)
+    splits = _Splits([], [], units, [], [] if protocol == "paper" else None)
+    strata = _strata(rows, truth, names, site, 5, splits.notes)
     for repeat in range(RESPLITS[protocol]):
         splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed + repeat)
-        (train, test), (_, hold), *_ = splitter.split(rows.units, strata, rows.units)
-        splits.train_test.append((train, test))
-        splits.names.append(str(repeat))
+        (train, test), (_, hold), *_ = splitter.split(units, strata, units)
         if splits.hold is not None:
             splits.hold.append(hold)
-        fit = train if splits.hold is None else np.setdiff1d(train, hold)
-        _check_classes(truth, names, fit, test, str(repeat), notes)
+            train = np.setdiff1d(train, hold)
+        splits.train_test.append((train, test))
+        splits.names.append(str(repeat))
     return splits
 
 
-def _held_out_groups(rows, groups):
-    """One name a subject for what is held out together; participants tie their sites together."""
-    values = rows.labels[groups].values.astype(str)
+def _held_out_groups(values, units, folds, groups):
+    """One name a row for what is held out together; participants tie their sites together.
+
+    Small groups are joined unless they are together more than a fold's share of the rows: then
+    folds of several groups are what holds them out.
+    """
     names, counts = np.unique(values, return_counts=True)
-    few = names[counts < FEWEST]
-    notes = []
-    if len(few):
+    small, notes = counts < FEWEST, []
+    if 0 < counts[small].sum() <= len(values) / min(folds, len(names)):
+        few = names[small]
         notes.append(f"{groups} {listed(few, 20)}: fewer than {FEWEST} subjects, held out together")
         values = np.where(np.isin(values, few), "+".join(few), values)
-    _, site = np.unique(values, return_inverse=True)
-    _, unit = np.unique(rows.units, return_inverse=True)
-    n = site.max() + unit.max() + 2
-    edges = coo_array((np.ones(len(site)), (site, unit + site.max() + 1)), (n, n))
-    component = connected_components(edges, directed=False)[1][site]
-    joined = np.array(["+".join(np.unique(values[component == c])) for c in component])
+    joined = _tied(values, units)
     if len(np.unique(joined)) < len(np.unique(values)):
         notes.append(f"values of {groups} that share participants held out together")
     return joined, notes
 
 
+def _tied(values, units):
+    """The value of each row, or "A+B" where units tie several together."""
+    (_, value), (_, unit) = (np.unique(v, return_inverse=True) for v in (values, units))
+    n = value.max() + unit.max() + 2
+    edges = coo_array((np.ones(len(value)), (value, unit + value.max() + 1)), (n, n))
+    component = connected_components(edges, directed=False)[1][value]
+    join = pd.Series(values).groupby(component).transform(lambda v: "+".join(np.unique(v)))
+    return join.values.astype(str)
+
+
 def _strata(rows, truth, names, stratify, folds, notes):
-    """Codes to balance over the folds: label or fifth of the target, times `stratify`."""
-    if names is None:
-        cells = pd.Series(pd.qcut(truth, 5, labels=False, duplicates="drop")).astype(str)
-    else:
-        cells = pd.Series(names[truth])
+    """Codes to balance over the folds: label or fifth of the target, times `stratify`.
+
+    Numbers of which too few are alike are balanced by fifths, words of that kind not at all.
+    """
+
+    def fifths(numbers):
+        return pd.Series(pd.qcut(numbers, 5, labels=False, duplicates="drop")).astype(str)
+
+    def rare(cells):
+        return cells.map(cells.value_counts()) < folds
+
+    cells = target = fifths(truth) if names is None else pd.Series(names[truth])
     if stratify:
-        cells = cells + "|" + pd.Series(rows.labels[stratify].values).astype(str)
-    small = cells.map(cells.value_counts()) < folds
+        values = rows.labels[stratify].values
+        cells = target + "|" + pd.Series(values).astype(str)
+        if rare(cells).all() and values.dtype.kind in "iuf":
+            cells = target + "|" + fifths(values)
+        if rare(cells).all():
+            notes.append(f"too few subjects are alike in {stratify}: not balanced over it")
+            cells = target.copy()
+    small = rare(cells)
     if small.any() and not small.all():
         notes.append(f"{cells[small].nunique()} strata of fewer than {folds} subjects joined")
     common = cells.mode()[0]
@@ -554,18 +586,27 @@ def _strata(rows, truth, names, stratify, folds, notes):
     return cells.values
 
 
-def _check_classes(truth, names, train, test, fold, notes):
-    if names is None:
-        return
-    absent = np.setdiff1d(np.arange(len(names)), truth[train])
-    if len(absent):
-        raise InputError(
-            f"Expected every label in the training part of fold {fold}, found no "
-            f"'{listed(names[absent])}'",
-            "Take fewer folds, groups=None, or leave that label out",
-        )
-    if len(np.unique(truth[test])) < 2:
-        notes.append(f"fold {fold} tests '{names[truth[test][0]]}' only: its AUROC is undefined")
+def _check_folds(truth, names, splits):
+    """Refuse a training part without some label, and note a test part that tells too little."""
+    for fold, (train, test) in zip(splits.names, splits.train_test, strict=True):
+        tested = np.unique(truth[test])
+        if names is None:
+            if len(tested) < 3:
+                splits.notes.append(
+                    f"fold {fold} tests {len(tested)} distinct: its r is no measure"
+                )
+            continue
+        absent = np.setdiff1d(np.arange(len(names)), truth[train])
+        if len(absent):
+            raise InputError(
+                f"Expected every label in the training part of fold {fold}, found no "
+                f"'{listed(names[absent])}'",
+                "Take fewer folds, groups=None, train_share=1, or leave that label out",
+            )
+        if len(tested) < 2:
+            splits.notes.append(
+                f"fold {fold} tests '{names[tested[0]]}' only: its AUROC is undefined"
+            )
 
 
 # -- one model
@@ -710,12 +751,11 @@ def _prepared(x, width, truth, splits, steps, plan):
         return fitted.fit_transform(x[train]), fitted.transform(x[test])
 
     for i, (train, test) in enumerate(splits.train_test):
-        if splits.hold is not None:
-            fit = np.setdiff1d(train, splits.hold[i])
-            inner = [(fit, splits.hold[i])] if nested else []
-            train = fit
-        else:
-            inner = inner_splits(train, truth, splits.units, plan) if nested else []
+        inner = []
+        if nested and splits.hold:
+            inner = [(train, splits.hold[i])]
+        elif nested:
+            inner = inner_splits(train, truth, splits.units, plan)
         inner = [(fit, hold, *prepare(fit, hold)) for fit, hold in inner]
         yield _Fold(train, test, *prepare(train, test), inner)
 

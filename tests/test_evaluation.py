@@ -152,6 +152,17 @@ def test_whole_floats_are_labels_as_whole_numbers_are(features):
         assert scores.attrs["n"] == 90
 
 
+@pytest.mark.parametrize("protocol", ["paper", "brainmarks"])
+def test_protocols_refuse_too_few_participants(features, protocol):
+    for rows in (slice(6), [0, 2, 4]):
+        few = features.isel(subject=rows)
+        few = few.assign_coords(
+            half=("subject", ["a", "b", "a", "b", "a", "b"][: few.subject.size])
+        )
+        with pytest.raises(InputError, match=f"Expected 5 participants for '{protocol}', found 3"):
+            probe(few, "half", protocol=protocol)
+
+
 def bad_features(features):
     values = features.features.copy()
     values[3, 2] = np.inf
@@ -252,10 +263,13 @@ BAD = [
     ({"target": "flat"}, "Expected 'flat' to vary, found 1.0 only"),
     ({"target": "empty"}, "Expected subjects with 'empty' and features, found none"),
     ({"target": "age", "groups": "single"}, "Expected at least two values of 'single'"),
-    ({"target": "age", "groups": "alone"}, "Expected at least two values of 'alone'"),
     (
         {"target": "by_site", "groups": "site"},
         "Expected every label in the training part of fold A",
+    ),
+    (
+        {"target": "rare", "groups": "site", "train_share": 0.2, "seed": 1},
+        "Expected every label in the training part of fold .*, found no 'rare'",
     ),
 ]
 
@@ -274,7 +288,7 @@ def test_bad_input_is_refused_with_both_facts(features, options, message):
         coded=("subject", np.where(features.group == "older", 2, 1)),
         subtype=("subject", np.char.add(features.group.values, ["", " I"] * (n // 2))),
         by_site=("subject", np.where(features.site == "A", "patient", "control")),
-        alone=("subject", [f"scanner {i}" for i in range(n)]),  # groups of one member each
+        rare=("subject", np.where(np.isin(np.arange(n), [1, 31, 63]), "rare", features.group)),
     )
     with pytest.raises(InputError, match=message):
         probe(bad, **options)
@@ -295,6 +309,87 @@ def test_small_sites_are_held_out_together_and_said_so(features):
     scores = probe(features.assign_coords(site=("subject", site)), "age", groups="site")
     assert "small+tiny" in scores.fold.values
     assert "fewer than 5 subjects, held out together" in scores.attrs["notes"]
+
+
+@pytest.mark.parametrize("groups", ["participant", "alone", "pair"])
+def test_many_small_groups_are_held_out_several_a_fold(features, groups):
+    some = features.assign_coords(
+        alone=("subject", [f"scanner {i}" for i in range(90)]),
+        pair=("subject", [f"pair {i // 4}" if i < 80 else "rest" for i in range(90)]),
+    )
+    scores = probe(some, "age", groups=groups)
+    tested = np.isfinite(scores.output[0, :, :, 0].values)
+    assert len(tested) == 5
+    assert tested.sum(1).max() < 40
+    for row in tested:
+        assert (
+            not set(some[groups].values[row]) & set(some[groups].values[~row]) or groups == "alone"
+        )
+        assert not set(some.participant.values[row]) & set(some.participant.values[~row])
+
+
+def test_sites_that_share_all_participants_cannot_be_held_out_and_it_says_why(features):
+    scanner = np.array(["A", "B"])[np.arange(90) % 2]
+    with pytest.raises(InputError, match="found values of scanner that share participants"):
+        probe(features.assign_coords(scanner=("subject", scanner)), "age", groups="scanner")
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": "site"}, {"protocol": "paper"}])
+def test_families_are_never_split(features, options):
+    family = np.array([f"f{i // 3 % 8}" for i in range(90)])  # across participants
+    family[:12] = "n/a"
+    tied = np.array([f"{i // 6 % 4}" for i in range(90)])
+    tied[:12] = features.participant.values[:12]
+    if options.get("groups"):
+        tied = family = np.where(features.site == "A", "a", "b")
+    scores = probe(features.assign_coords(family=("subject", family)), "age", **options)
+    for row in np.isfinite(scores.output[0, :, :, 0].values):
+        assert not set(tied[row]) & set(tied[~row])
+    assert scores.attrs["n_participants"] == 45
+
+
+def test_groups_are_balanced_over_strata(features):
+    """Twelve families of one sex each: of every fold half of them."""
+    clinic = np.array([f"c{i // 2 % 12:02}" for i in range(90)])
+    sex = np.where(np.arange(90) // 2 % 12 < 6, "F", "M")
+    some = features.assign_coords(clinic=("subject", clinic), sex=("subject", sex))
+    scores = probe(some, "age", groups="clinic", stratify="sex", folds=3)
+    tested = np.isfinite(scores.output[0, :, :, 0].values)
+    share = [(sex[row] == "F").mean() for row in tested]
+    np.testing.assert_allclose(share, 0.5, atol=0.15)
+    one = probe(some, "age", groups="site", stratify="sex", folds=3)
+    assert "balanced over nothing" in one.attrs["notes"]
+
+
+def test_strata_of_numbers_are_fifths_and_rare_ones_are_said(features):
+    late = np.random.default_rng(0).permutation(np.repeat(np.arange(45.0), 2))
+    some = features.assign_coords(
+        late=("subject", late), word=("subject", [f"w{i}" for i in range(90)])
+    )
+    scores = probe(some, "group", stratify="late", folds=3)
+    tested = np.isfinite(scores.output[0, :, :, 0].values)
+    fifth = late // 9
+    counts = np.array([np.bincount(fifth[row].astype(int), minlength=5) for row in tested])
+    assert counts.std(0).mean() < 1.7
+    plain, word = probe(some, "group"), probe(some, "group", stratify="word")
+    np.testing.assert_array_equal(plain.output, word.output)
+    assert "too few subjects are alike in word: not balanced over it" in word.attrs["notes"]
+
+
+@pytest.mark.parametrize("options", [{"groups": "site"}, {"folds": 45}])
+def test_folds_one_by_one_are_not_repeated(features, options):
+    once, thrice = (probe(features, "age", repeats=r, **options) for r in (1, 3))
+    np.testing.assert_array_equal(once.score, thrice.score)
+    assert "the same in every repeat" in thrice.attrs["notes"]
+
+
+def test_folds_that_measure_no_correlation_are_said(features):
+    pairs = probe(features.isel(subject=slice(10)), "age", folds=5)
+    assert pairs.attrs["notes"].count("its r is no measure") == 5
+    flat = features.assign_coords(
+        age=("subject", np.where(features.site == "A", 40.0, features.age))
+    )
+    assert "fold A tests 1 distinct" in probe(flat, "age", groups="site").attrs["notes"]
 
 
 def test_more_folds_than_groups_is_one_fold_a_group_and_said_so(features):
@@ -517,7 +612,7 @@ def test_paper_protocol_is_three_splits_of_6_2_2_balanced_over_sites(features):
     tested = np.isfinite(scores.output[0, :, :, 0].values)
     assert tested.shape[0] == 3
     np.testing.assert_allclose(tested.mean(1), 0.2, atol=0.05)
-    assert scores.attrs["test_share"] == pytest.approx(0.25, abs=0.08)
+    assert scores.attrs["test_share"] == pytest.approx(1 / 3, abs=0.08)  # validation trains nothing
     for row in tested:
         assert not set(scores.participant.values[row]) & set(scores.participant.values[~row])
         assert set(scores.site.values[row]) == {"A", "B", "C"}
@@ -587,6 +682,24 @@ def test_less_training_data_same_test_subjects(features):
     np.testing.assert_array_equal(*tested)
     assert half.attrs["test_share"] == pytest.approx(2 * all_.attrs["test_share"], rel=0.1)
     assert half.score.sel(metric="mae").mean() > all_.score.sel(metric="mae").mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": "site"}, {"protocol": "paper"}])
+def test_less_training_data_has_as_many_of_each_label(features, options, monkeypatch):
+    """Participants are left out, not sites, and validation rows with them."""
+    seen = []
+    fold = evaluation._Fold
+    monkeypatch.setattr(evaluation, "_Fold", lambda *a: seen.append(fold(*a)) or seen[-1])
+    third = np.array(["low", "mid", "high"])[np.digitize(features.age.values, [40, 72])]
+    some = features.assign_coords(third=("subject", third))
+    n = probe(some, "third", **options).sizes["fold"]
+    probe(some, "third", train_share=0.4, **options)
+    for a, b in zip(seen[:n], seen[n:], strict=True):
+        kept, given = (np.unique(third[f.train], return_counts=True) for f in (b, a))
+        assert set(kept[0]) == {"low", "mid", "high"}
+        assert (abs(kept[1] - 0.4 * given[1]) <= 4).all()
+        if options.get("protocol"):
+            assert len(b.inner[0][1]) < 0.7 * len(a.inner[0][1])
 
 
 def test_attention_pooling_finds_the_token_that_knows():
