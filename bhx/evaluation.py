@@ -18,7 +18,7 @@ import sklearn
 import xarray as xr
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone, is_classifier
 from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.impute import SimpleImputer
@@ -155,6 +155,7 @@ def probe(
     truth, names = _truth(rows.labels[target].values, target, task, classes)
     _check_leak(rows.labels, aside, target, truth, names)
     task = task or ("number" if names is None else "label")
+    _check_estimator(estimator, task)
     splits = _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol)
     splits.thin(train_share, seed, rows.units, truth if names is not None else 0 * truth)
     _check_folds(truth, names, splits)
@@ -340,7 +341,7 @@ def _words(labels):
 
 def _truth(values, target, task, classes):
     """The target as floats (names None), or as codes of sorted names."""
-    numeric = np.issubdtype(values.dtype, np.number) and values.dtype != bool
+    numeric, asked = values.dtype.kind in "iuf", task
     if task is None:
         few = np.issubdtype(values.dtype, np.integer) and len(np.unique(values)) <= 10
         task = "number" if numeric and not few and classes is None else "label"
@@ -348,6 +349,8 @@ def _truth(values, target, task, classes):
     if task == "number":
         _check_numbers(values, target, numeric)
         return values.astype(float), None
+    if asked is None and classes is None and not numeric:
+        _check_words(values, target)
     found, codes = np.unique(values if numeric else values.astype(str), return_inverse=True)
     found = _words(found)
     _check_names(found, target, task, numeric, classes)
@@ -355,6 +358,19 @@ def _truth(values, target, task, classes):
         return codes, found
     names = _words(classes)
     return np.array([list(names).index(n) for n in found])[codes], names
+
+
+def _check_words(values, target):
+    """Refuse numbers and dates that are stored as words: each would be a label."""
+    words = np.unique(values.astype(str))
+    numbers = pd.to_numeric(words, errors="coerce")
+    dates = pd.to_datetime(words, errors="coerce", format="ISO8601")
+    for kind, read in (("numbers", numbers), ("dates", dates)):
+        if len(words) > 10 and pd.notna(read).all():
+            raise InputError(
+                f"Expected numbers or labels in '{target}', found {kind} as words: {listed(words)}",
+                "Convert them to numbers with assign_coords, or pass task='label'",
+            )
 
 
 def _check_numbers(values, target, numeric):
@@ -393,6 +409,21 @@ def _check_names(found, target, task, numeric, classes):
             f"Expected an order for the words of '{target}', found none",
             f"Give it from low to high: classes={tuple(str(f) for f in found)}",
         )
+
+
+def _check_estimator(estimator, task):
+    """Refuse what is no estimator, or not one of this task."""
+    if estimator is None:
+        return
+    if isinstance(estimator, type) or not hasattr(estimator, "get_params"):
+        wanted, help = "an estimator of scikit-learn", "Give an instance, such as Ridge(1.0)"
+    elif task == "number" and is_classifier(estimator):
+        wanted, help = "a regressor for a number", "Take another, or task='label'"
+    elif task != "number" and not hasattr(estimator, "predict_proba"):
+        wanted, help = "a classifier with predict_proba", "Wrap it in CalibratedClassifierCV"
+    else:
+        return
+    raise InputError(f"Expected {wanted}, found {estimator!r}", help)
 
 
 def _check_leak(labels, aside, target, truth, names):
@@ -658,15 +689,8 @@ class _Plan:
         if self.estimator is not None:
             return clone(self.estimator), False
         if self.protocol == "brainmarks":
-            cv = StratifiedShuffleSplit(5, test_size=0.25, random_state=self.seed)
-            grid = LogisticRegressionCV(
-                Cs=10,
-                cv=cv,
-                scoring="balanced_accuracy",
-                max_iter=1000,
-                use_legacy_attributes=False,
-            )
-            return grid, False
+            scoring = {"scoring": "balanced_accuracy", "use_legacy_attributes": False}
+            return LogisticRegressionCV(Cs=10, l1_ratios=(0,), max_iter=1000, **scoring), False
         return {"number": Ridge, "label": LogisticRegression, "ordinal": OrdinalLogistic}[
             self.task
         ](), True
@@ -680,12 +704,14 @@ class _Plan:
 
 @dataclass
 class _Fold:
-    """Rows of one fold and their prepared features; `inner` the same for choosing a penalty."""
+    """Rows of one fold, their prepared features, and whose the training rows are; `inner` the
+    same rows and features for choosing a penalty."""
 
     train: np.ndarray
     test: np.ndarray
     a: np.ndarray
     b: np.ndarray
+    units: np.ndarray
     inner: list = field(default_factory=list)
 
 
@@ -757,7 +783,7 @@ def _prepared(x, width, truth, splits, steps, plan):
         elif nested:
             inner = inner_splits(train, truth, splits.units, plan)
         inner = [(fit, hold, *prepare(fit, hold)) for fit, hold in inner]
-        yield _Fold(train, test, *prepare(train, test), inner)
+        yield _Fold(train, test, *prepare(train, test), splits.units[train], inner)
 
 
 def inner_splits(train, truth, units, plan, folds=3):
@@ -782,7 +808,7 @@ def inner_splits(train, truth, units, plan, folds=3):
 def _predict(folds, truth, splits, plan):
     """Outputs (fold, subject, class) and decisions (fold, subject); untested is NaN and -1."""
     width = 1 if plan.names is None else len(plan.names)
-    output = np.full((len(splits.train_test), len(truth), width), np.nan, np.float32)
+    output = np.full((len(splits.train_test), len(truth), width), np.nan)
     decision = np.full(output.shape[:2], -1)
     for i, fold in enumerate(folds):
         output[i, fold.test], decision[i, fold.test] = _fit_fold(fold, truth, plan)
@@ -792,16 +818,21 @@ def _predict(folds, truth, splits, plan):
 def _fit_fold(fold, truth, plan):
     """Choose the penalty on the inner folds, fit, predict."""
     model, nested = plan.model(fold.a.shape[1])
-    if nested and fold.inner:
+    inner = fold.inner
+    if plan.names is not None:  # exchanged labels may be missing where the true ones are not
+        inner = [part for part in inner if set(truth[part[0]]) == set(truth[fold.train])]
+    if nested and inner:
         losses = [
             sum(
                 _loss(_fitted(model, penalty, a, truth[fit]), b, truth[hold], plan)
-                for fit, hold, a, b in fold.inner
+                for fit, hold, a, b in inner
             )
             for penalty in PENALTIES
         ]
         model = _fitted(model, PENALTIES[int(np.argmin(losses))], fold.a, truth[fold.train])
     else:
+        if isinstance(model, LogisticRegressionCV) and plan.estimator is None:
+            model.set_params(cv=_resplit_people(fold.units, truth[fold.train], plan.seed))
         model = model.fit(fold.a, truth[fold.train])
     if plan.names is None:
         return np.reshape(model.predict(fold.b), (-1, 1)), -1
@@ -809,7 +840,23 @@ def _fit_fold(fold, truth, plan):
     if plan.protocol:
         return output, output.argmax(1)
     prior = np.bincount(truth[fold.train], minlength=len(plan.names)) / len(fold.train)
-    return output, (output / prior).argmax(1)  # Bayes' rule for balanced accuracy
+    return output, (output / prior.clip(1e-300)).argmax(1)  # Bayes' rule for balanced accuracy
+
+
+def _resplit_people(units, truth, seed):
+    """Brainmarks' five inner resplits, a quarter held out, of whole participants."""
+    person = pd.factorize(units)[0]
+    label = truth[np.unique(person, return_index=True)[1]]
+    counts = np.unique(label, return_counts=True)[1]
+    few = 4 * (len(counts) - 1)
+    if counts.min() < 2 or len(label) <= few:
+        raise InputError(
+            f"Expected at least 2 training participants of each label and more than {few} in all, "
+            f"found {listed(counts)}",
+            "Protocol 'brainmarks' splits them again: add participants, or leave a label out",
+        )
+    cuts = StratifiedShuffleSplit(5, test_size=0.25, random_state=seed).split(label, label)
+    return [tuple(np.flatnonzero(np.isin(person, part)) for part in cut) for cut in cuts]
 
 
 def _fitted(model, penalty, x, y):
@@ -836,17 +883,33 @@ def _probabilities(model, x, plan):
 
 
 def _null(folds, rows, truth, splits, plan, permutations):
-    """The first metric's mean over folds, with labels exchanged within site."""
+    """The first metric's mean over folds, with labels exchanged within site.
+
+    An exchange that leaves a training part without some label is drawn again: that of the truth
+    has them all, too.
+    """
     rng = np.random.default_rng(plan.seed)
     site = rows.labels["site"].values if "site" in rows.labels.coords else np.zeros(len(truth))
     family = rows.labels["family"].values if "family" in rows.labels.coords else None
-    out = np.empty(permutations)
-    for i in range(permutations):
+    out, drawn = [], 0
+    while len(out) < permutations:
+        if drawn == 100 * permutations:
+            raise InputError(
+                f"Expected {permutations} exchanges that leave every label in each training part, "
+                f"found {len(out)} in {drawn}",
+                "Take more folds, or leave a rare label out",
+            )
+        drawn += 1
         moved = truth[metrics.permuted_rows(rows.units, site, rng, family)]
+        if plan.names is not None and any(
+            len(set(moved[f.train])) < len(plan.names) for f in folds
+        ):
+            continue
         output, decision = _predict(folds, moved, splits, plan)
-        table = _scores(moved, splits, output, decision, plan)
-        out[i] = np.nanmean(table[0])
-    return out
+        out.append(np.nanmean(_scores(moved, splits, output, decision, plan)[0]))
+    if drawn > permutations:
+        splits.notes.append(f"{drawn - permutations} exchanges without some label drawn again")
+    return np.array(out)
 
 
 def _scores(truth, splits, output, decision, plan, names=None):
@@ -989,7 +1052,8 @@ class AttentionPooling(BaseEstimator):
 
     For `probe(pool(latents, "concatenate"), ..., estimator=AttentionPooling(tokens))`. It starts as
     the mean over tokens. Trained by AdamW on four fifths of the training rows and stopped by the
-    loss on the last fifth.
+    loss on the last fifth: rows, as it knows no participants, so that sessions of one may stand on
+    both sides of that cut, though never of a fold.
 
     Parameters
     ----------
@@ -1012,6 +1076,8 @@ class AttentionPooling(BaseEstimator):
         from torch.nn.functional import cross_entropy, mse_loss
 
         x = torch.tensor(self._tokens(x), dtype=torch.float32)
+        if len(x) < 5:
+            raise InputError(f"Expected at least 5 training rows, found {len(x)}", "Add subjects")
         labels = np.issubdtype(np.asarray(y).dtype, np.integer)
         if labels:
             self.classes_, codes = np.unique(y, return_inverse=True)

@@ -579,6 +579,101 @@ def test_permuted_labels_give_the_null_and_a_small_p_only_where_there_is_an_effe
     assert table.loc[("noise", "r"), "p_null"] > 0.1
 
 
+def test_exchanged_labels_that_leave_a_fold_without_one_are_drawn_again(features):
+    n = np.arange(90) // 2
+    rare = np.array(["a", "b"])[(n > 4).astype(int)]
+    third = np.where(n < 2, "c", features.group.values)
+    some = features.assign_coords(rare=("subject", rare), third=("subject", third)).drop_vars(
+        "site"
+    )
+    seen = probe(some, "rare", permutations=15)
+    assert np.isfinite(seen.null).all()
+    few = probe(noise(some), "third", permutations=3, folds=2)
+    assert np.isfinite(few.null).all()
+    assert "exchanges without some label drawn again" in few.attrs["notes"]
+
+
+def test_a_label_that_no_model_knows_is_never_decided(features):
+    fold = evaluation._Fold(
+        np.arange(60), np.arange(60, 90), np.ones((60, 1)), np.ones((30, 1)), None
+    )
+    plan = evaluation._Plan("label", np.array(["a", "b", "c"]), 2, None, None, 0)
+    output, decision = evaluation._fit_fold(fold, np.arange(90) % 2, plan)
+    assert (output[:, 2] == 0).all()
+    assert set(decision) <= {0, 1}
+
+
+def test_large_numbers_keep_their_digits(features):
+    far = features.assign_coords(far=("subject", 1e9 + features.age.values))
+    near, apart = probe(features, "age"), probe(far, "far")
+    np.testing.assert_allclose(apart.output - 1e9, near.output, atol=1e-4)
+    assert near.output.dtype == float
+
+
+def test_brainmarks_chooses_its_penalty_on_whole_participants():
+    person = np.repeat([f"p{i}" for i in range(20)], 2)[::-1]
+    truth = np.repeat(np.arange(20) % 2, 2)
+    cuts = evaluation._resplit_people(person, truth, 0)
+    assert len(cuts) == 5
+    for fit, hold in cuts:
+        assert not set(person[fit]) & set(person[hold])
+        assert len(fit) == 30 == 40 - len(hold)
+    from sklearn.model_selection import StratifiedShuffleSplit
+
+    plain = StratifiedShuffleSplit(5, test_size=0.25, random_state=0).split(truth, truth)
+    alone = evaluation._resplit_people(np.arange(40).astype(str), truth, 0)
+    for (fit, hold), (a, b) in zip(alone, plain, strict=True):
+        np.testing.assert_array_equal(fit, np.sort(a))
+        np.testing.assert_array_equal(hold, np.sort(b))
+    with pytest.raises(InputError, match="Expected at least 2 training participants of each"):
+        evaluation._resplit_people(person[:6], truth[:6], 0)
+
+
+def test_words_that_are_numbers_or_dates_are_refused(features):
+    days = np.datetime64("2020-01-01") + (features.age.values * 10).astype(int)
+    age = features.age.values
+    for kind, values in (
+        ("numbers", age.astype(str)),
+        ("numbers", age.astype(object)),
+        ("dates", days),
+        ("dates", days.astype(str)),
+    ):
+        some = features.assign_coords(target=("subject", values))
+        with pytest.raises(InputError, match=f"labels in 'target', found {kind} as words: "):
+            probe(some, "target")
+    few = features.assign_coords(code=("subject", (age > 50).astype(int).astype(str)))
+    assert list(probe(few, "code")["class"].values) == ["0", "1"]
+
+
+def bad_estimators():
+    from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+    from sklearn.svm import LinearSVC
+
+    proba, fits = (
+        "Expected a classifier with predict_proba, found",
+        "Expected an estimator of scikit",
+    )
+    return [
+        ("group", LinearSVC(), proba),
+        ("group", RidgeClassifier(), proba),
+        ("group", Ridge(), proba),
+        (
+            "age",
+            LogisticRegression(),
+            "Expected a regressor for a number, found LogisticRegression",
+        ),
+        ("age", "ridge", fits),
+        ("age", Ridge, fits),
+        ("age", evaluation.AttentionPooling(4), "Expected at least 5 training rows, found 4"),
+    ]
+
+
+@pytest.mark.parametrize(("target", "estimator", "message"), bad_estimators())
+def test_estimators_that_do_not_fit_are_refused(features, target, estimator, message):
+    with pytest.raises(InputError, match=message):
+        probe(features.isel(subject=slice(8)), target, estimator=estimator, folds=2)
+
+
 def test_ordinal_labels_use_their_order(features):
     third = np.array(["low", "mid", "high"])[np.digitize(features.age.values, [40, 60])]
     some = features.assign_coords(third=("subject", third))
