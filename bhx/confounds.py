@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .errors import InputError, listed
+from .errors import InputError, check_choice, listed
 
 UNSEEN = ("keep", "estimate", "error")
 
@@ -50,10 +50,7 @@ class ComBat(TransformerMixin, BaseEstimator):
 
     def fit(self, x, y=None):
         """Fit on rows `[features | covariates | site]`; `y` is not looked at."""
-        if self.unseen not in UNSEEN:
-            raise InputError(
-                f"Expected unseen as one of {listed(UNSEEN)}, found '{self.unseen}'", "Choose one"
-            )
+        check_choice("unseen", self.unseen, UNSEEN)
         features, covariates, site = self._parts(validate_data(self, x, dtype=float))
         self.sites_, at = np.unique(site, return_inverse=True)
         onehot = np.eye(len(self.sites_))[at]
@@ -87,10 +84,9 @@ class ComBat(TransformerMixin, BaseEstimator):
     def _parts(self, x):
         width = x.shape[1] - 1 - self.covariates
         if width < 1:
+            fact = f"Expected [features | {self.covariates} covariates | site], found {x.shape[1]}"
             raise InputError(
-                f"Expected [features | {self.covariates} covariates | site], found {x.shape[1]} "
-                "columns",
-                "Put the covariates and the site behind the features",
+                f"{fact} columns", "Put the covariates and the site behind the features"
             )
         return x[:, :width], x[:, width:-1], x[:, -1]
 
@@ -99,10 +95,8 @@ class ComBat(TransformerMixin, BaseEstimator):
         design, n_sites = np.hstack([onehot, covariates]), onehot.shape[1]
         varied = np.linalg.matrix_rank(np.insert(covariates, 0, 1, axis=1)) - 1
         if np.linalg.matrix_rank(design) < n_sites + varied:
-            raise InputError(
-                "Expected covariates that vary within sites, found one that the sites determine",
-                "Leave that covariate out: its effect cannot be told from the site's",
-            )
+            fact = "Expected covariates that vary within sites, found one that the sites determine"
+            raise InputError(fact, "Leave it out: its effect cannot be told from the site's")
         effects = np.linalg.lstsq(design, features, rcond=None)[0]
         self.grand_mean_ = onehot.mean(0) @ effects[:n_sites]
         self.effects_ = effects[n_sites:]
@@ -136,10 +130,8 @@ class ComBat(TransformerMixin, BaseEstimator):
         if len(known):
             return self.shift_[known[0]], self.scale_[known[0]]
         if self.unseen == "error":
-            raise InputError(
-                f"Expected the sites {listed(self.sites_)} of the training rows, found {site:g}",
-                "Choose unseen='keep' or 'estimate', or fit on all sites",
-            )
+            fact = f"Expected the sites {listed(self.sites_)} of the training rows, found {site:g}"
+            raise InputError(fact, "Choose unseen='keep' or 'estimate', or fit on all sites")
         if self.unseen == "keep":
             return np.zeros(z.shape[1]), np.ones(z.shape[1])
         prior = (0.0, self.shift_.var() + 1e-12, *_inverse_gamma(self.scale_.ravel()))
@@ -190,10 +182,10 @@ class ConfoundRegression(TransformerMixin, BaseEstimator):
         design, moved = design - self.mean_, features - self.level_
         self.effects_, _, rank, _ = np.linalg.lstsq(design, moved)
         if rank >= len(design) - 1:
+            found = f"{design.shape[1]} columns for {len(design)} rows"
+            fact = f"Expected fewer confounds than training rows, found {found}"
             raise InputError(
-                f"Expected fewer confounds than training rows, found {design.shape[1]} columns for "
-                f"{len(design)} rows",
-                "Leave some out; words become one column a word: were numbers stored as words",
+                fact, "Leave some out; a word is a column: are numbers stored as words"
             )
         rounding = 1e-16 * (moved**2).sum(0) + 1e-28 * (features**2).sum(0)
         self.spent_ = ((moved - design @ self.effects_) ** 2).sum(0) <= rounding
@@ -208,10 +200,8 @@ class ConfoundRegression(TransformerMixin, BaseEstimator):
 
     def _parts(self, x):
         if not 0 < self.confounds < x.shape[1]:
-            raise InputError(
-                f"Expected [features | {self.confounds} confounds], found {x.shape[1]} columns",
-                "Put the confounds behind the features",
-            )
+            fact = f"Expected [features | {self.confounds} confounds], found {x.shape[1]} columns"
+            raise InputError(fact, "Put the confounds behind the features")
         return x[:, : -self.confounds], x[:, -self.confounds :]
 
 
@@ -226,10 +216,17 @@ def is_missing(values) -> np.ndarray:
 def check_names(option: str, names, at_least: int = 0) -> None:
     """Refuse one word, or nothing, where names of coordinates are wanted."""
     if isinstance(names, str) or not np.iterable(names) or len(names) < at_least:
-        raise InputError(
-            f"Expected {option} as a list of coordinates, found {names!r}",
-            f"Write {option}=['name of a coordinate']",
-        )
+        fact = f"Expected {option} as a list of coordinates, found {names!r}"
+        raise InputError(fact, f"Write {option}=['name of a coordinate']")
+
+
+def check_coords(data: xr.Dataset, names) -> None:
+    """Refuse names that are no coordinates on subject."""
+    known = [c for c in data.coords if data[c].dims == ("subject",)]
+    for name in names:
+        if name not in known:
+            fact = f"Expected '{name}' as a coordinate on subject, found {listed(known, 20)}"
+            raise InputError(fact, f"Assign it: assign_coords({name}=('subject', values))")
 
 
 def match_subjects(
@@ -252,12 +249,7 @@ def match_subjects(
     """
     check_names("on", on, at_least=1)
     check_names("exact", exact)
-    for name in (target, *on, *exact):
-        if name not in data.coords or data[name].dims != ("subject",):
-            raise InputError(
-                f"Expected '{name}' as a coordinate on subject, found {listed(data.coords, 20)}",
-                "Assign it first",
-            )
+    check_coords(data, (target, *on, *exact))
     words = [name for name in on if data[name].dtype.kind not in "biuf"]
     if words:
         raise InputError(
@@ -279,8 +271,6 @@ def match_subjects(
     left, right = linear_sum_assignment(cost)
     good = allowed[left, right]
     if not good.any():
-        raise InputError(
-            f"Expected pairs within {caliper} standard deviations of {listed(on)}, found none",
-            "Widen the caliper or match on less",
-        )
+        fact = f"Expected pairs within {caliper} standard deviations of {listed(on)}, found none"
+        raise InputError(fact, "Widen the caliper or match on less")
     return data.isel(subject=np.sort(np.r_[a[left[good]], b[right[good]]]))

@@ -18,6 +18,7 @@ import sklearn
 import xarray as xr
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone, is_classifier
 from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier, DummyRegressor
@@ -28,7 +29,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from . import __version__, metrics
-from .confounds import ComBat, ConfoundRegression, check_names, is_missing
+from .confounds import ComBat, ConfoundRegression, check_coords, check_names, is_missing
 from .controls import Tangent, blocks_of, connectome, encoded, name_of, subject_coords
 from .errors import InputError, check_choice, listed
 from .schema import check, plain_labels
@@ -143,12 +144,9 @@ def probe(
     frequency. The protocols decide by the largest probability, as their authors do.
     """
     many = list(features) if isinstance(features, (list, tuple)) else [features]
-    for option, names in (("confounds", confounds), ("preserve", preserve)):
-        check_names(option, names)
-    single = {"groups": groups, "stratify": stratify, "harmonise": harmonise}
+    names = {"target": target, "groups": groups, "stratify": stratify, "harmonise": harmonise}
     whole = {"folds": folds, "repeats": repeats, "permutations": permutations, "seed": seed}
-    _check_options({"target": target, **single}, whole, train_share)
-    _check_protocol(protocol, task, {**single, **whole})
+    _check_options(names, whole, train_share, confounds=confounds, preserve=preserve)
     aside = list(dict.fromkeys([*filter(None, [harmonise]), *confounds, *preserve]))
     needed = [n for n in (groups, stratify, *aside) if n]
     rows = _common_rows(many, target, needed, classes, protocol)
@@ -156,6 +154,8 @@ def probe(
     _check_leak(rows.labels, aside, target, truth, names)
     task = task or ("number" if names is None else "label")
     _check_estimator(estimator, task)
+    if protocol:
+        _check_protocol(protocol, task, [groups, stratify, folds, repeats] != [None, None, 5, 1])
     splits = _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol)
     splits.thin(train_share, seed, rows.units, truth if names is not None else 0 * truth)
     _check_folds(truth, names, splits)
@@ -198,41 +198,32 @@ def provenance_of(features) -> dict:
     return {k: str(features.attrs[k]) for k in keep if k in features.attrs}
 
 
-def _check_options(names, whole, train_share):
-    for option, name in names.items():
-        if not isinstance(name, str) and (name is not None or option == "target"):
-            raise InputError(
-                f"Expected {option} as the name of a coordinate, found {name!r}", "Give one name"
-            )
-    for option, number in whole.items():
+def _check_options(names, whole, train_share, **lists):
+    for option, found in lists.items():
+        check_names(option, found)
+    for option, found in names.items():
+        if not isinstance(found, str) and (found is not None or option == "target"):
+            fact = f"Expected {option} as the name of a coordinate, found {found!r}"
+            raise InputError(fact, "Give one name")
+    for option, found in whole.items():
         least = int(option in ("folds", "repeats"))
-        if type(number) is bool or not isinstance(number, Integral) or number < least:
-            raise InputError(
-                f"Expected {option} as a whole number of at least {least}, found {number!r}",
-                "Change it",
-            )
+        if not isinstance(found, Integral) or found < least:
+            fact = f"Expected {option} as a whole number of at least {least}, found {found!r}"
+            raise InputError(fact, "Change it")
     if not isinstance(train_share, Real) or not 0 < train_share <= 1:
-        raise InputError(
-            f"Expected train_share above 0 and at most 1, found {train_share!r}", "Use 1"
-        )
+        fact = f"Expected train_share above 0 and at most 1, found {train_share!r}"
+        raise InputError(fact, "Use 1")
 
 
-def _check_protocol(protocol, task, options):
+def _check_protocol(protocol, task, more):
     """A protocol makes its own splits and is of one task; nothing given beside it is ignored."""
-    if protocol is None:
-        return
     check_choice("protocol", protocol, list(RESPLITS))
-    usual = {"groups": None, "stratify": None, "folds": 5, "repeats": 1}
-    if beside := [o for o, value in usual.items() if options[o] != value]:
-        raise InputError(
-            f"Expected protocol '{protocol}' alone, found {listed(beside)} beside it",
-            "It makes its own splits: leave them out, or the protocol",
-        )
-    if protocol == "brainmarks" and task in ("number", "ordinal"):
-        raise InputError(
-            f"Expected labels for protocol 'brainmarks', found task '{task}'",
-            "Its logistic regression knows neither numbers nor order: use task='label'",
-        )
+    if more:
+        fact = f"Expected protocol '{protocol}' alone, found groups, stratify, folds or repeats too"
+        raise InputError(fact, "It makes its own splits: leave them out, or the protocol")
+    if protocol == "brainmarks" and task != "label":
+        fact = f"Expected labels for protocol 'brainmarks', found task '{task}'"
+        raise InputError(fact, "It knows neither numbers nor order: bin them and use task='label'")
 
 
 # -- who enters
@@ -244,6 +235,7 @@ class _Rows:
     labels: xr.Dataset  # their coordinates
     units: np.ndarray  # their participants
     excluded: dict  # reason -> ids
+    families: np.ndarray | None = None  # who has none is a family of one
     given: int = 0  # rows before any was left out
 
 
@@ -252,7 +244,8 @@ def _common_rows(many, target, names, classes, protocol=None):
     if not many:
         raise InputError("Expected features, found an empty list", "Give at least one Dataset")
     many = [plain_labels(check(features, "features")) for features in many]  # also of a bare store
-    ids, excluded = pd.unique(np.concatenate([f.subject.values for f in many])), {}
+    ids, excluded = np.concatenate([f.subject.values for f in many]), {}
+    ids = ids[np.sort(np.unique(ids, return_index=True)[1])]
     given = len(ids)
 
     def leave_out(reason, out):
@@ -276,13 +269,14 @@ def _common_rows(many, target, names, classes, protocol=None):
         known = np.isin(_words(labels[target].sel(subject=ids).values), _words(classes))
         leave_out(f"another {target}", ~known)
     if len(ids) == 0:
-        raise InputError(
-            f"Expected subjects with '{target}' and features, found none",
-            "Left out: " + "; ".join(f"{len(v)} {k}" for k, v in excluded.items()),
-        )
-    labels = labels.sel(subject=ids)
-    units = labels.participant.values if "participant" in labels.coords else ids
-    return _Rows(ids, labels, units.astype(str), excluded, given)
+        out = "; ".join(f"{len(v)} {k}" for k, v in excluded.items())
+        fact = f"Expected subjects with '{target}' and features, found none"
+        raise InputError(fact, f"Left out: {out}")
+    labels, families = labels.sel(subject=ids), None
+    units = (labels.participant if "participant" in labels.coords else labels.subject).values
+    if "family" in labels.coords:
+        families = np.where(is_missing(labels.family.values), units, labels.family.values)
+    return _Rows(ids, labels, units.astype(str), excluded, families, given)
 
 
 def _merged_labels(many, ids, names):
@@ -291,45 +285,35 @@ def _merged_labels(many, ids, names):
     for features in many:
         found = subject_coords(features.coords.to_dataset().sel(subject=ids))
         for name in used & set(found) & set(labels.coords):
-            pair = [c[name].values for c in (labels, found)]
-            if all(v.dtype.kind in "iuf" for v in pair):
-                same = np.isclose(*pair, equal_nan=True)
+            a, b = labels[name].values, found[name].values
+            if a.dtype.kind in "iuf" and b.dtype.kind in "iuf":
+                same = np.isclose(a, b, equal_nan=True)
             else:
-                same = np.equal(*(v.astype(str) for v in pair))
+                same = a.astype(str) == b.astype(str)
             if not same.all():
-                raise InputError(
-                    f"Expected one '{name}' of each subject, found others in {name_of(features)}: "
-                    f"{listed(ids[~same])}",
-                    "Make the labels alike: features.assign_coords(...)",
-                )
-        labels = labels.assign_coords({n: c for n, c in found.items() if n not in labels.coords})
-    for name in names:
-        if name not in labels.coords:
-            raise InputError(
-                f"Expected '{name}' as a coordinate on subject, found {listed(labels.coords, 20)}",
-                f"Assign it: features.assign_coords({name}=('subject', values))",
-            )
+                at = f"{name_of(features)} for {listed(ids[~same])}"
+                fact = f"Expected one '{name}' of each subject, found another in {at}"
+                raise InputError(fact, "Make the labels alike: features.assign_coords(...)")
+        labels = labels.assign_coords(
+            {n: found[n].variable for n in found if n not in labels.coords}
+        )
+    check_coords(labels, names)
     return labels
 
 
 def _checked_values(features):
     """The features of a Dataset that are numbers, finite or NaN, as many as its parts say."""
-    values, name = features.features.compute(), name_of(features)
-    parts = blocks_of(features)
+    values, name, parts = features.features.compute(), name_of(features), blocks_of(features)
     if values.dtype.kind not in "biuf":
         raise InputError(f"Expected numbers in {name}, found {values.dtype}", "Convert them")
     if np.isinf(values.values).any():
-        raise InputError(
-            f"Expected finite numbers in {name}, or NaN, found infinite ones",
-            "Put NaN: those are filled with the training mean",
-        )
-    whole = sum(width for width, _ in parts) == values.sizes["feature"]
-    if not whole or any(np.sqrt(8 * w + 1) % 1 for w, kind in parts if kind == "tangent"):
-        raise InputError(
-            f"Expected all columns of {name}, found {values.sizes['feature']} that are not what "
-            f"its parts say: {parts}",
-            "Select features before bhx.fuse, and parcels before bhx.connectome",
-        )
+        fact = f"Expected finite numbers in {name}, or NaN, found infinite ones"
+        raise InputError(fact, "Put NaN: those are filled with the training mean")
+    width = values.sizes["feature"]
+    triangles = all(np.sqrt(8 * w + 1) % 1 == 0 for w, kind in parts if kind == "tangent")
+    if sum(w for w, _ in parts) != width or not triangles:
+        fact = f"Expected all columns of {name}, found {width} that are not its parts {parts}"
+        raise InputError(fact, "Select features before bhx.fuse, parcels before bhx.connectome")
     return values
 
 
@@ -367,48 +351,35 @@ def _check_words(values, target):
     dates = pd.to_datetime(words, errors="coerce", format="ISO8601")
     for kind, read in (("numbers", numbers), ("dates", dates)):
         if len(words) > 10 and pd.notna(read).all():
-            raise InputError(
-                f"Expected numbers or labels in '{target}', found {kind} as words: {listed(words)}",
-                "Convert them to numbers with assign_coords, or pass task='label'",
-            )
+            fact = f"Expected numbers or labels in '{target}', found {kind} as words: {words[0]}..."
+            raise InputError(fact, "Convert them with assign_coords, or pass task='label'")
 
 
 def _check_numbers(values, target, numeric):
+    found = np.unique(values.astype(values.dtype if numeric else str))
     if not numeric:
-        raise InputError(
-            f"Expected numbers in '{target}', found {listed(np.unique(values.astype(str)))}",
-            "Convert them, or pass task='label'",
-        )
-    if len(np.unique(values)) < 2:
-        raise InputError(
-            f"Expected '{target}' to vary, found {values[0]} only", "Choose another target"
-        )
+        fact = f"Expected numbers in '{target}', found {listed(found)}"
+        raise InputError(fact, "Convert them, or pass task='label'")
+    if len(found) < 2:
+        fact = f"Expected '{target}' to vary, found {found[0]} only"
+        raise InputError(fact, "Choose another target")
 
 
 def _check_names(found, target, task, numeric, classes):
     folded = pd.Series(found).str.strip().str.casefold()
     if folded.duplicated().any():
-        alike = [repr(str(a)) for a in found[folded.duplicated(keep=False)]]
-        raise InputError(
-            f"Expected distinct labels in '{target}', found {listed(alike)} that differ only by "
-            "case or spaces",
-            "Spell them alike first",
-        )
+        alike = listed([repr(str(a)) for a in found[folded.duplicated(keep=False)]])
+        fact = f"Expected distinct labels in '{target}', found {alike} that differ only by case or "
+        raise InputError(fact + "spaces", "Spell them alike first")
     if classes is not None and len(found) < len(classes):
-        raise InputError(
-            f"Expected subjects of every class {listed(classes)}, found {listed(found)}",
-            f"Compare with the values of '{target}'",
-        )
+        fact = f"Expected subjects of every class {listed(classes)}, found {listed(found)}"
+        raise InputError(fact, f"Compare with the values of '{target}'")
     if len(found) < 2:
-        raise InputError(
-            f"Expected at least two labels in '{target}', found '{found[0]}' only",
-            "Choose another target or other subjects",
-        )
+        fact = f"Expected at least two labels in '{target}', found '{found[0]}' only"
+        raise InputError(fact, "Choose another target or other subjects")
     if task == "ordinal" and classes is None and not numeric:
-        raise InputError(
-            f"Expected an order for the words of '{target}', found none",
-            f"Give it from low to high: classes={tuple(str(f) for f in found)}",
-        )
+        fact = f"Expected an order for the words of '{target}', found none"
+        raise InputError(fact, f"Give it from low to high: classes={tuple(map(str, found))}")
 
 
 def _check_estimator(estimator, task):
@@ -438,20 +409,18 @@ def _check_leak(labels, aside, target, truth, names):
             pairs = len(set(zip(values, truth, strict=True)))
             tells = pairs == values.nunique() and (not number or pairs == len(set(truth)))
         if tells:
-            raise InputError(
-                f"Expected confounds, harmonise and preserve that are not the target, found "
-                f"'{name}', which tells '{target}' of everyone",
-                "A target that helps to prepare the features leaks into the test fold",
+            fact = (
+                f"Expected confounds, harmonise and preserve without the target, found '{name}', "
             )
+            fact += f"which tells '{target}' of everyone"
+            raise InputError(fact, "What helps to prepare the features leaks into the test fold")
 
 
 def _positive(names, positive):
     if names is None or positive is None:
         return -1 if names is None else len(names) - 1
-    if (positive := _words([positive])[0]) not in names:
-        raise InputError(
-            f"Expected positive as one of {listed(names)}, found '{positive}'", "Choose one"
-        )
+    positive = _words([positive])[0]
+    check_choice("positive", positive, list(names))
     return list(names).index(positive)
 
 
@@ -481,9 +450,8 @@ class _Splits:
         for i, (train, test) in enumerate(self.train_test):
             tested[i, test] = trained[i, train] = 1
         across = tested @ trained.T
-        return float(
-            (across * across.T).sum() / ((tested @ tested.T) * (trained @ trained.T)).sum()
-        )
+        pairs = (tested @ tested.T) * (trained @ trained.T)
+        return float((across * across.T).sum() / pairs.sum())
 
     def thin(self, share, seed, people, labels):
         """Keep a share of each fold's training participants, of every label alike."""
@@ -503,9 +471,8 @@ class _Splits:
 def _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol):
     """Outer folds: participants and families never split, groups whole, strata balanced."""
     notes, units = [], rows.units
-    if "family" in rows.labels.coords:
-        family = rows.labels.family.values
-        units = _tied(np.where(is_missing(family), units, family), units)
+    if rows.families is not None:
+        units = _tied(rows.families, units)
     if protocol:
         return _resplits(rows, truth, names, units, seed, protocol)
     if groups:
@@ -519,10 +486,8 @@ def _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol
             raise InputError(fact, "Leave groups=None for folds over participants")
     n_units = len(np.unique(units))
     if not 2 <= folds <= n_units:
-        raise InputError(
-            f"Expected from 2 to {n_units} folds (participants), found {folds}",
-            "Choose a number in that range",
-        )
+        fact = f"Expected from 2 to {n_units} folds (participants), found {folds}"
+        raise InputError(fact, "Choose a number in that range")
     one = folds == n_units  # nothing to shuffle or to balance
     if one and (repeats > 1 or (groups and stratify)):
         notes.append("held out one by one: the same in every repeat, balanced over nothing")
@@ -540,10 +505,6 @@ def _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol
 
 def _resplits(rows, truth, names, units, seed, protocol):
     """One fifth tested, one fifth held for choosing; three seeds (paper) or a hundred."""
-    if protocol == "brainmarks" and names is None:
-        raise InputError(
-            "Expected labels for protocol 'brainmarks', found numbers", "Bin them, or use 'paper'"
-        )
     if (found := len(np.unique(units))) < 5:
         raise InputError(f"Expected 5 participants for '{protocol}', found {found}", "Add some")
     site = "site" if protocol == "paper" and "site" in rows.labels.coords else None
@@ -622,22 +583,16 @@ def _check_folds(truth, names, splits):
     for fold, (train, test) in zip(splits.names, splits.train_test, strict=True):
         tested = np.unique(truth[test])
         if names is None:
-            if len(tested) < 3:
-                splits.notes.append(
-                    f"fold {fold} tests {len(tested)} distinct: its r is no measure"
-                )
-            continue
-        absent = np.setdiff1d(np.arange(len(names)), truth[train])
-        if len(absent):
-            raise InputError(
-                f"Expected every label in the training part of fold {fold}, found no "
-                f"'{listed(names[absent])}'",
-                "Take fewer folds, groups=None, train_share=1, or leave that label out",
-            )
-        if len(tested) < 2:
-            splits.notes.append(
-                f"fold {fold} tests '{names[tested[0]]}' only: its AUROC is undefined"
-            )
+            told, at_least = f"{len(tested)} distinct: its r is no measure", 3
+        else:
+            told, at_least = f"'{names[tested[0]]}' only: its AUROC is undefined", 2
+            absent = names[np.setdiff1d(np.arange(len(names)), truth[train])]
+            if len(absent):
+                fact = f"Expected every label in the training part of fold {fold}, found no "
+                help = "Take fewer folds, groups=None, train_share=1, or leave that label out"
+                raise InputError(fact + f"'{listed(absent)}'", help)
+        if len(tested) < at_least:
+            splits.notes.append(f"fold {fold} tests {told}")
 
 
 # -- one model
@@ -675,11 +630,8 @@ class _Plan:
 
     @property
     def default_name(self):
-        return {
-            "number": "ridge regression",
-            "label": "logistic regression",
-            "ordinal": "cumulative logistic regression",
-        }[self.task] + ", nested penalty"
+        kind = {"number": "ridge", "label": "logistic", "ordinal": "cumulative logistic"}[self.task]
+        return f"{kind} regression, nested penalty"
 
     def model(self, width):
         """(estimator, whether its penalty is to be chosen)."""
@@ -691,9 +643,8 @@ class _Plan:
         if self.protocol == "brainmarks":
             scoring = {"scoring": "balanced_accuracy", "use_legacy_attributes": False}
             return LogisticRegressionCV(Cs=10, l1_ratios=(0,), max_iter=1000, **scoring), False
-        return {"number": Ridge, "label": LogisticRegression, "ordinal": OrdinalLogistic}[
-            self.task
-        ](), True
+        kinds = {"number": Ridge, "label": LogisticRegression, "ordinal": OrdinalLogistic}
+        return kinds[self.task](), True
 
     def measure(self, truth, output, decision, weights=None):
         if self.task == "number":
@@ -718,10 +669,8 @@ class _Fold:
 def _probe_one(features, rows, truth, splits, plan, aside, permutations):
     x = features.features.sel(subject=rows.keep).values.astype(float)
     if x.shape[1] and not (np.nanstd(x, 0) > 0).any():
-        raise InputError(
-            f"Expected features that vary over subjects, found constants in {name_of(features)}",
-            "Were they pooled over subjects by mistake",
-        )
+        fact = f"Expected features that vary over subjects, found constants in {name_of(features)}"
+        raise InputError(fact, "Were they pooled over subjects by mistake")
     keep = features.attrs.get("components")
     if features.attrs.get("estimator") == "MLP":
         plan = replace(plan, estimator=perceptron(plan.task, plan.seed))
@@ -777,11 +726,8 @@ def _prepared(x, width, truth, splits, steps, plan):
         return fitted.fit_transform(x[train]), fitted.transform(x[test])
 
     for i, (train, test) in enumerate(splits.train_test):
-        inner = []
-        if nested and splits.hold:
-            inner = [(train, splits.hold[i])]
-        elif nested:
-            inner = inner_splits(train, truth, splits.units, plan)
+        inner = [(train, splits.hold[i])] if splits.hold else None
+        inner = (inner or inner_splits(train, truth, splits.units, plan)) if nested else []
         inner = [(fit, hold, *prepare(fit, hold)) for fit, hold in inner]
         yield _Fold(train, test, *prepare(train, test), splits.units[train], inner)
 
@@ -822,14 +768,12 @@ def _fit_fold(fold, truth, plan):
     if plan.names is not None:  # exchanged labels may be missing where the true ones are not
         inner = [part for part in inner if set(truth[part[0]]) == set(truth[fold.train])]
     if nested and inner:
-        losses = [
-            sum(
-                _loss(_fitted(model, penalty, a, truth[fit]), b, truth[hold], plan)
-                for fit, hold, a, b in inner
-            )
-            for penalty in PENALTIES
-        ]
-        model = _fitted(model, PENALTIES[int(np.argmin(losses))], fold.a, truth[fold.train])
+
+        def loss(penalty):
+            made = ((_fitted(model, penalty, a, truth[f]), b, truth[h]) for f, h, a, b in inner)
+            return sum(_loss(*one, plan) for one in made)
+
+        model = _fitted(model, min(PENALTIES, key=loss), fold.a, truth[fold.train])
     else:
         if isinstance(model, LogisticRegressionCV) and plan.estimator is None:
             model.set_params(cv=_resplit_people(fold.units, truth[fold.train], plan.seed))
@@ -850,11 +794,10 @@ def _resplit_people(units, truth, seed):
     counts = np.unique(label, return_counts=True)[1]
     few = 4 * (len(counts) - 1)
     if counts.min() < 2 or len(label) <= few:
-        raise InputError(
-            f"Expected at least 2 training participants of each label and more than {few} in all, "
-            f"found {listed(counts)}",
-            "Protocol 'brainmarks' splits them again: add participants, or leave a label out",
+        fact = (
+            f"Expected at least 2 training participants of each label and {few + 1} in all, found "
         )
+        raise InputError(fact + listed(counts), "Protocol 'brainmarks' splits them again: add some")
     cuts = StratifiedShuffleSplit(5, test_size=0.25, random_state=seed).split(label, label)
     return [tuple(np.flatnonzero(np.isin(person, part)) for part in cut) for cut in cuts]
 
@@ -890,23 +833,18 @@ def _null(folds, rows, truth, splits, plan, permutations):
     """
     rng = np.random.default_rng(plan.seed)
     site = rows.labels["site"].values if "site" in rows.labels.coords else np.zeros(len(truth))
-    family = rows.labels["family"].values if "family" in rows.labels.coords else None
     out, drawn = [], 0
     while len(out) < permutations:
         if drawn == 100 * permutations:
-            raise InputError(
-                f"Expected {permutations} exchanges that leave every label in each training part, "
-                f"found {len(out)} in {drawn}",
-                "Take more folds, or leave a rare label out",
+            fact = (
+                f"Expected {permutations} exchanges with every label in each training part, found "
             )
+            raise InputError(fact + f"{len(out)} in {drawn}", "Leave a rare label out")
         drawn += 1
-        moved = truth[metrics.permuted_rows(rows.units, site, rng, family)]
-        if plan.names is not None and any(
-            len(set(moved[f.train])) < len(plan.names) for f in folds
-        ):
-            continue
-        output, decision = _predict(folds, moved, splits, plan)
-        out.append(np.nanmean(_scores(moved, splits, output, decision, plan)[0]))
+        moved = truth[metrics.permuted_rows(rows.units, site, rng, rows.families)]
+        if plan.names is None or all(len(set(moved[f.train])) == len(plan.names) for f in folds):
+            output, decision = _predict(folds, moved, splits, plan)
+            out.append(np.nanmean(_scores(moved, splits, output, decision, plan)[0]))
     if drawn > permutations:
         splits.notes.append(f"{drawn - permutations} exchanges without some label drawn again")
     return np.array(out)
@@ -1027,12 +965,8 @@ class OrdinalLogistic(ClassifierMixin, BaseEstimator):
     def fit(self, x, y):
         """Fit on rows (row, feature) and codes in order."""
         self.classes_ = np.unique(y)
-        self.above_ = [
-            LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter).fit(
-                x, y > code
-            )
-            for code in self.classes_[:-1]
-        ]
+        one = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter)
+        self.above_ = [clone(one).fit(x, y > code) for code in self.classes_[:-1]]
         return self
 
     def predict_proba(self, x):
@@ -1108,15 +1042,11 @@ class AttentionPooling(BaseEstimator):
 
     def attention(self, x):
         """Share of each token in the reading of each row, (row, token)."""
-        raw = self._tokens(x) @ self.query_ / np.sqrt(len(self.query_))
-        share = np.exp(raw - raw.max(1, keepdims=True))
-        return share / share.sum(1, keepdims=True)
+        return softmax(self._tokens(x) @ self.query_ / np.sqrt(len(self.query_)), 1)
 
     def predict_proba(self, x):
         """(row, class)."""
-        raw = self._read(x)
-        share = np.exp(raw - raw.max(1, keepdims=True))
-        return share / share.sum(1, keepdims=True)
+        return softmax(self._read(x), 1)
 
     def predict(self, x):
         """Numbers, or the most probable labels."""
@@ -1130,10 +1060,8 @@ class AttentionPooling(BaseEstimator):
 
     def _tokens(self, x):
         if x.shape[1] % self.tokens:
-            raise InputError(
-                f"Expected features of {self.tokens} tokens, found {x.shape[1]} columns",
-                "Pool with how='concatenate' and give the number of hub tokens",
-            )
+            fact = f"Expected features of {self.tokens} tokens, found {x.shape[1]} columns"
+            raise InputError(fact, "Pool with how='concatenate' and give the number of hub tokens")
         return np.reshape(x, (len(x), self.tokens, -1))
 
 

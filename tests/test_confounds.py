@@ -106,7 +106,7 @@ def test_combat_refuses_covariates_that_are_the_site(published):
     site = published["site"]
     with pytest.raises(InputError, match="found one that the sites determine"):
         ComBat(covariates=1).fit(np.hstack([published["x"], site == 1, site]))
-    with pytest.raises(InputError, match="Expected unseen as one of keep, estimate, error"):
+    with pytest.raises(InputError, match="Expected unseen to be keep, estimate, error, found"):
         ComBat(unseen="drop").fit(np.hstack([published["x"], site]))
     with pytest.raises(InputError, match=r"Expected \[features \| 3 covariates"):
         ComBat(covariates=3).fit(np.zeros((5, 3)))

@@ -118,6 +118,9 @@ def test_labels_come_from_all_features_whatever_their_order(features):
                 people = scores.participant.values
                 assert not set(people[row]) & set(people[~row])
             assert "no participant" not in scores.attrs["notes"]
+    more = bare.assign_coords(tr=("subject", np.full(90, 0.8)))  # another, and not in use
+    assert set(probe([features, more], "age").tr.values) == {2.0}
+    assert probe([more, features], "age").subject.dtype == features.subject.dtype
     few = bare.isel(subject=slice(80))
     for many in ([features, few], [few, features]):
         scores = probe(many, "age")
@@ -239,14 +242,20 @@ BAD = [
     ({"target": "third", "classes": ("low", "top")}, "Expected subjects of every class low, top"),
     ({"target": "age", "protocol": "kfold"}, "Expected protocol to be paper, brainmarks, found"),
     ({"target": "age", "protocol": "brainmarks"}, "Expected labels for protocol 'brainmarks'"),
-    ({"target": "age", "protocol": "paper", "groups": "site"}, "alone, found groups beside"),
-    ({"target": "age", "protocol": "paper", "folds": 10}, "alone, found folds beside it"),
     (
-        {"target": "group", "protocol": "brainmarks", "stratify": "site", "repeats": 2},
-        "Expected protocol 'brainmarks' alone, found stratify, repeats beside it",
+        {"target": "age", "protocol": "paper", "groups": "site"},
+        "alone, found groups, stratify, folds or repeats too",
     ),
     (
-        {"target": "third", "task": "ordinal", "protocol": "brainmarks"},
+        {"target": "age", "protocol": "paper", "folds": 10},
+        "alone, found groups, stratify, folds or",
+    ),
+    (
+        {"target": "group", "protocol": "brainmarks", "stratify": "site", "repeats": 2},
+        "Expected protocol 'brainmarks' alone, found groups, stratify, folds or repeats too",
+    ),
+    (
+        {"target": "coded", "task": "ordinal", "protocol": "brainmarks"},
         "Expected labels for protocol 'brainmarks', found task 'ordinal'",
     ),
     ({"target": "age", "confounds": ["age"]}, "found 'age', which tells 'age' of everyone"),
@@ -257,7 +266,7 @@ BAD = [
     ({"target": "group", "preserve": ["coded"]}, "found 'coded', which tells 'group'"),
     ({"target": "group", "harmonise": "subtype"}, "found 'subtype', which tells 'group'"),
     ({"target": "age", "train_share": 0}, "Expected train_share above 0 and at most 1, found 0"),
-    ({"target": "group", "positive": "ASD"}, "Expected positive as one of older, younger"),
+    ({"target": "group", "positive": "ASD"}, "Expected positive to be older, younger, found"),
     ({"target": "mixed"}, "Expected distinct labels in 'mixed', found 'ASD', 'asd' that differ"),
     ({"target": "single"}, "Expected at least two labels in 'single', found 'x' only"),
     ({"target": "flat"}, "Expected 'flat' to vary, found 1.0 only"),
