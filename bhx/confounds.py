@@ -7,6 +7,8 @@ and matched subsamples. As scikit-learn knows one matrix only, the confounds are
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import xarray as xr
 from scipy.optimize import linear_sum_assignment
@@ -215,7 +217,7 @@ def is_missing(values) -> np.ndarray:
 
 def check_names(option: str, names, at_least: int = 0) -> None:
     """Refuse one word, or nothing, where names of coordinates are wanted."""
-    if isinstance(names, str) or not np.iterable(names) or len(names) < at_least:
+    if isinstance(names, str) or not isinstance(names, Collection) or len(names) < at_least:
         fact = f"Expected {option} as a list of coordinates, found {names!r}"
         raise InputError(fact, f"Write {option}=['name of a coordinate']")
 

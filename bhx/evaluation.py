@@ -147,8 +147,8 @@ def probe(
     names = {"target": target, "groups": groups, "stratify": stratify, "harmonise": harmonise}
     whole = {"folds": folds, "repeats": repeats, "permutations": permutations, "seed": seed}
     _check_options(names, whole, train_share, confounds=confounds, preserve=preserve)
-    aside = list(dict.fromkeys([*filter(None, [harmonise]), *confounds, *preserve]))
-    needed = [n for n in (groups, stratify, *aside) if n]
+    aside = [n for n in (harmonise, *confounds, *preserve) if n]
+    needed = [*filter(None, (groups, stratify)), *aside]
     rows = _common_rows(many, target, needed, classes, protocol)
     truth, names = _truth(rows.labels[target].values, target, task, classes)
     _check_leak(rows.labels, aside, target, truth, names)
@@ -231,8 +231,7 @@ def _check_protocol(protocol, task, more):
 
 @dataclass
 class _Rows:
-    keep: np.ndarray  # ids of the subjects that enter
-    labels: xr.Dataset  # their coordinates
+    labels: xr.Dataset  # the coordinates of those who enter
     units: np.ndarray  # their participants
     excluded: dict  # reason -> ids
     families: np.ndarray | None = None  # who has none is a family of one
@@ -276,7 +275,7 @@ def _common_rows(many, target, names, classes, protocol=None):
     units = (labels.participant if "participant" in labels.coords else labels.subject).values
     if "family" in labels.coords:
         families = np.where(is_missing(labels.family.values), units, labels.family.values)
-    return _Rows(ids, labels, units.astype(str), excluded, families, given)
+    return _Rows(labels, units.astype(str), excluded, families, given)
 
 
 def _merged_labels(many, ids, names):
@@ -349,6 +348,7 @@ def _check_words(values, target):
     words = np.unique(values.astype(str))
     numbers = pd.to_numeric(words, errors="coerce")
     dates = pd.to_datetime(words, errors="coerce", format="ISO8601")
+    dates = words if values.dtype.kind in "mM" else dates
     for kind, read in (("numbers", numbers), ("dates", dates)):
         if len(words) > 10 and pd.notna(read).all():
             fact = f"Expected numbers or labels in '{target}', found {kind} as words: {words[0]}..."
@@ -403,8 +403,8 @@ def _check_leak(labels, aside, target, truth, names):
         values = pd.Series(labels[name].values)
         number = values.dtype.kind in "iuf"
         if number and names is None:
-            kinds = ("pearson", "spearman")
-            tells = max(abs(values.corr(pd.Series(truth), kind)) for kind in kinds) > 0.9999
+            pair = pd.DataFrame({"a": values, "b": truth})
+            tells = any(abs(found.a.corr(found.b)) > 0.9999 for found in (pair, pair.rank()))
         else:
             pairs = len(set(zip(values, truth, strict=True)))
             tells = pairs == values.nunique() and (not number or pairs == len(set(truth)))
@@ -610,11 +610,11 @@ class _Aside:
     @classmethod
     def of(cls, labels, confounds, harmonise, preserve):
         kept, regressed = encoded(labels, preserve), encoded(labels, confounds)
-        site = np.zeros((len(kept), 0))
+        columns = [regressed]
         if harmonise:
-            site = np.unique(labels[harmonise].values, return_inverse=True)[1][:, None]
-        columns = np.hstack([kept, site, regressed] if harmonise else [site, regressed])
-        return cls(columns, kept.shape[1], bool(harmonise), regressed.shape[1])
+            site = np.unique(labels[harmonise].values, return_inverse=True)[1]
+            columns = [kept, site[:, None], regressed]
+        return cls(np.hstack(columns), kept.shape[1], bool(harmonise), regressed.shape[1])
 
 
 @dataclass
@@ -667,7 +667,7 @@ class _Fold:
 
 
 def _probe_one(features, rows, truth, splits, plan, aside, permutations):
-    x = features.features.sel(subject=rows.keep).values.astype(float)
+    x = features.features.sel(subject=rows.labels.subject.values).values.astype(float)
     if x.shape[1] and not (np.nanstd(x, 0) > 0).any():
         fact = f"Expected features that vary over subjects, found constants in {name_of(features)}"
         raise InputError(fact, "Were they pooled over subjects by mistake")
@@ -844,26 +844,23 @@ def _null(folds, rows, truth, splits, plan, permutations):
         moved = truth[metrics.permuted_rows(rows.units, site, rng, rows.families)]
         if plan.names is None or all(len(set(moved[f.train])) == len(plan.names) for f in folds):
             output, decision = _predict(folds, moved, splits, plan)
-            out.append(np.nanmean(_scores(moved, splits, output, decision, plan)[0]))
+            out.append(np.nanmean(_scores(moved, splits, output, decision, plan)[1][0]))
     if drawn > permutations:
         splits.notes.append(f"{drawn - permutations} exchanges without some label drawn again")
     return np.array(out)
 
 
-def _scores(truth, splits, output, decision, plan, names=None):
-    """(metric, fold); `names` is filled with the metrics'."""
-    table = []
-    for i, (_, t) in enumerate(splits.train_test):
-        measured = plan.measure(truth[t], output[i, t], decision[i, t])
-        table.append([values[0] for values in measured.values()])
-    if names is not None:
-        names.extend(measured)
-    return np.array(table).T
+def _scores(truth, splits, output, decision, plan):
+    """Names of the metrics, and (metric, fold)."""
+    tested = [test for _, test in splits.train_test]
+    found = [
+        plan.measure(truth[t], o[t], d[t]) for t, o, d in zip(tested, output, decision, strict=True)
+    ]
+    return list(found[0]), np.array([[v[0] for v in one.values()] for one in found]).T
 
 
 def _tidy(name, rows, truth, splits, output, decision, plan):
-    names = []
-    scores = _scores(truth, splits, output, decision, plan, names)
+    names, scores = _scores(truth, splits, output, decision, plan)
     known = np.isfinite(output).any((0, 2))
     mean = np.full(output.shape[1:], np.nan)
     mean[known] = np.nanmean(output[:, known], 0)
@@ -897,7 +894,7 @@ def rescored(scores, name: str, output, decision) -> xr.Dataset:
     tested = np.isfinite(scores.output.values[0, :, :, 0])
     cuts = [(np.flatnonzero(~t), np.flatnonzero(t)) for t in tested]
     splits = _Splits(cuts, list(scores.fold.values), participants_of(scores), [])
-    rows = _Rows(scores.subject.values, scores, splits.units, {})
+    rows = _Rows(scores, splits.units, {})
     out = _tidy(name, rows, codes_of(scores), splits, output, decision, plan_of(scores))
     return out.assign_attrs({**scores.attrs, **out.attrs})
 

@@ -9,7 +9,7 @@ import xarray as xr
 from small_cohorts import make_cohort, noise
 
 from bhx import evaluation
-from bhx.controls import connectome, fuse, nothing
+from bhx.controls import confound_features, connectome, fuse, nothing
 from bhx.errors import InputError
 from bhx.evaluation import compare, probe
 from bhx.schema import check
@@ -226,6 +226,7 @@ BAD = [
     ({"target": "age", "harmonise": ["site"]}, "Expected harmonise as the name of a coordinate"),
     ({"target": "age", "confounds": "group"}, "Expected confounds as a list .*, found 'group'"),
     ({"target": "age", "confounds": None}, "Expected confounds as a list .*, found None"),
+    ({"target": "age", "confounds": (c for c in "ab")}, "Expected confounds as a list .*, found <"),
     ({"target": "age", "preserve": "sex"}, "Expected preserve as a list .*, found 'sex'"),
     ({"target": "age", "seed": -1}, "Expected seed as a whole number of at least 0, found -1"),
     ({"target": "age", "seed": None}, "Expected seed as a whole number of at least 0, found None"),
@@ -561,6 +562,29 @@ def test_confound_regression_takes_out_a_confound_and_only_in_the_fold(features)
     assert controlled.loc[("noise", "auroc"), "score"] < 0.65
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_confound_that_is_the_same_for_all_changes_nothing(features):
+    plain, same = (probe(features, "age", confounds=c) for c in ([], ["tr"]))
+    np.testing.assert_allclose(plain.output, same.output)
+
+
+def test_what_the_confounds_explain_wholly_predicts_nothing(features):
+    """Words and numbers that follow the target, as features and as confounds."""
+    rng = np.random.default_rng(0)
+    some = features.assign_coords(
+        iq=("subject", features.age.values + 5 * rng.normal(size=90)),
+        word=("subject", [f"{v:.6f}" for v in rng.normal(size=90)]),
+    )
+    told = confound_features(some, ["iq", "site"])
+    assert probe(told, "age").score.sel(metric="r").mean() > 0.8
+    gone = probe(told, "age", confounds=["site", "iq"])
+    np.testing.assert_array_equal(gone.score.sel(metric="r"), 0)
+    flat = probe(confound_features(some, ["site"]), "iq", harmonise="site")
+    np.testing.assert_array_equal(flat.score.sel(metric="r"), 0)
+    with pytest.raises(InputError, match="Expected fewer confounds than training rows"):
+        probe(some, "age", confounds=["word"])
+
+
 def test_combat_in_the_fold_removes_site_but_not_age(features):
     rng = np.random.default_rng(0)
     site = np.unique(features.site, return_inverse=True)[1]
@@ -646,6 +670,7 @@ def test_words_that_are_numbers_or_dates_are_refused(features):
         ("numbers", age.astype(object)),
         ("dates", days),
         ("dates", days.astype(str)),
+        ("dates", days - days.min()),
     ):
         some = features.assign_coords(target=("subject", values))
         with pytest.raises(InputError, match=f"labels in 'target', found {kind} as words: "):
