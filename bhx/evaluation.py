@@ -285,10 +285,8 @@ def _merged_labels(many, ids, names):
         found = subject_coords(features.coords.to_dataset().sel(subject=ids))
         for name in used & set(found) & set(labels.coords):
             a, b = labels[name].values, found[name].values
-            if a.dtype.kind in "iuf" and b.dtype.kind in "iuf":
-                same = np.isclose(a, b, equal_nan=True)
-            else:
-                same = a.astype(str) == b.astype(str)
+            numbers = a.dtype.kind in "iuf" and b.dtype.kind in "iuf"
+            same = np.isclose(a, b, equal_nan=True) if numbers else a.astype(str) == b.astype(str)
             if not same.all():
                 at = f"{name_of(features)} for {listed(ids[~same])}"
                 fact = f"Expected one '{name}' of each subject, found another in {at}"
@@ -407,7 +405,9 @@ def _check_leak(labels, aside, target, truth, names):
             tells = any(abs(found.a.corr(found.b)) > 0.9999 for found in (pair, pair.rank()))
         else:
             pairs = len(set(zip(values, truth, strict=True)))
-            tells = pairs == values.nunique() and (not number or pairs == len(set(truth)))
+            tells = pairs == values.nunique() < len(values) and (
+                not number or pairs == len(set(truth))
+            )
         if tells:
             fact = (
                 f"Expected confounds, harmonise and preserve without the target, found '{name}', "
@@ -740,9 +740,8 @@ def inner_splits(train, truth, units, plan, folds=3):
         units, folds = np.arange(len(y)), min(3, len(y))
     if folds < 2:
         return []
-    kind = GroupKFold
-    if plan.names is not None and np.bincount(y).max() >= folds:
-        kind = StratifiedGroupKFold
+    alike = plan.names is not None and np.bincount(y).max() >= folds
+    kind = StratifiedGroupKFold if alike else GroupKFold
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")
         cuts = list(kind(folds, shuffle=True, random_state=plan.seed).split(y, y, units))
@@ -833,21 +832,18 @@ def _null(folds, rows, truth, splits, plan, permutations):
     """
     rng = np.random.default_rng(plan.seed)
     site = rows.labels["site"].values if "site" in rows.labels.coords else np.zeros(len(truth))
-    out, drawn = [], 0
-    while len(out) < permutations:
-        if drawn == 100 * permutations:
-            fact = (
-                f"Expected {permutations} exchanges with every label in each training part, found "
-            )
-            raise InputError(fact + f"{len(out)} in {drawn}", "Leave a rare label out")
-        drawn += 1
+    out = []
+    for drawn in range(1, 100 * permutations + 1):
         moved = truth[metrics.permuted_rows(rows.units, site, rng, rows.families)]
         if plan.names is None or all(len(set(moved[f.train])) == len(plan.names) for f in folds):
             output, decision = _predict(folds, moved, splits, plan)
             out.append(np.nanmean(_scores(moved, splits, output, decision, plan)[1][0]))
-    if drawn > permutations:
-        splits.notes.append(f"{drawn - permutations} exchanges without some label drawn again")
-    return np.array(out)
+        if len(out) == permutations:
+            if again := drawn - permutations:
+                splits.notes.append(f"{again} exchanges without some label drawn again")
+            return np.array(out)
+    fact = f"Expected {permutations} exchanges with every label in each training part, found "
+    raise InputError(fact + f"{len(out)} in {drawn}", "Leave a rare label out")
 
 
 def _scores(truth, splits, output, decision, plan):
