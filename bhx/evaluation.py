@@ -104,12 +104,13 @@ def probe(
     features : Features Dataset (`bhx.pool(latents)`, `bhx.connectome(cohort)`), or a list of them:
         then all are judged on the subjects that every one of them has, in the same folds; labels
         come from all of them, and those in use must agree
-    target : name of a coordinate on subject
+    target : name of a coordinate on subject; who has none ("", "n/a", "NA", NaN) is left out
     groups : None, or the name of a coordinate whose values are held out whole ("site" is
         leave-site-out; a few sites of fewer than 5 subjects are held out together)
     stratify : name of a coordinate to balance over the folds, beside the target; numbers of which
         fewer than `folds` are alike by their fifths
-    confounds : coordinates whose linear effect is taken out of the features
+    confounds : coordinates whose linear effect is taken out of the features; their columns (one a
+        word) must be fewer than the training rows
     harmonise : coordinate ("site") whose shift and scale ComBat takes out of the features; a site
         that the training part lacks is left as it is
     preserve : coordinates whose effect ComBat keeps. Neither they, `confounds` nor `harmonise`
@@ -119,8 +120,9 @@ def probe(
     classes : labels to use, in order; subjects with others are left out and counted
     positive : which of two labels precision and recall are about; default the last
     estimator : any scikit-learn estimator instead of ridge or logistic regression; it gets the
-        scaled features. Features with attrs["estimator"] "MLP" bring their own (`raw_signal`), and
-        attrs["components"] says how many principal components of a fold's training rows to keep
+        scaled features, and for labels needs predict_proba. Features with attrs["estimator"] "MLP"
+        bring their own (`raw_signal`), and attrs["components"] says how many principal components
+        of a fold's training rows to keep
     protocol : None for `folds` x `repeats`; or one that makes its own splits: "paper" for
         BrainHarmonix' 6:2:2 split stratified by site with three seeds, "brainmarks" for 100
         stratified resplits and its logistic grid
@@ -136,7 +138,7 @@ def probe(
     folds that tested the subject), `output (model, fold, subject, class)` and
     `decision (model, fold, subject)`, `truth (subject)`, and `null (model, permutation)` of the
     first metric. attrs: target, task, n, excluded (JSON: reason -> subject ids), notes (JSON list
-    of fallbacks that were taken), and every option.
+    of fallbacks that were taken and of folds that tell too little), and every option.
 
     Notes
     -----
@@ -144,9 +146,9 @@ def probe(
     frequency. The protocols decide by the largest probability, as their authors do.
     """
     many = list(features) if isinstance(features, (list, tuple)) else [features]
-    names = {"target": target, "groups": groups, "stratify": stratify, "harmonise": harmonise}
+    single = {"target": target, "groups": groups, "stratify": stratify, "harmonise": harmonise}
     whole = {"folds": folds, "repeats": repeats, "permutations": permutations, "seed": seed}
-    _check_options(names, whole, train_share, confounds=confounds, preserve=preserve)
+    _check_options(single, whole, train_share, confounds=confounds, preserve=preserve)
     aside = [n for n in (harmonise, *confounds, *preserve) if n]
     needed = [*filter(None, (groups, stratify)), *aside]
     rows = _common_rows(many, target, needed, classes, protocol)
@@ -198,10 +200,10 @@ def provenance_of(features) -> dict:
     return {k: str(features.attrs[k]) for k in keep if k in features.attrs}
 
 
-def _check_options(names, whole, train_share, **lists):
+def _check_options(single, whole, train_share, **lists):
     for option, found in lists.items():
         check_names(option, found)
-    for option, found in names.items():
+    for option, found in single.items():
         if not isinstance(found, str) and (found is not None or option == "target"):
             fact = f"Expected {option} as the name of a coordinate, found {found!r}"
             raise InputError(fact, "Give one name")
