@@ -7,13 +7,15 @@ and matched subsamples. As scikit-learn knows one matrix only, the confounds are
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import xarray as xr
 from scipy.optimize import linear_sum_assignment
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .errors import InputError, listed
+from .errors import InputError, check_choice, listed
 
 UNSEEN = ("keep", "estimate", "error")
 
@@ -39,7 +41,9 @@ class ComBat(TransformerMixin, BaseEstimator):
     Notes
     -----
     Johnson, Li and Rabinovic, Biostatistics 2007 (model and empirical Bayes); Fortin et al.,
-    NeuroImage 2018 (covariates, imaging). A site with one training row gets the pooled scale.
+    NeuroImage 2018 (covariates, imaging). A site with one training row gets the pooled scale. A
+    feature that does not vary within the training sites says nothing but the site: every row gets
+    the average site's value of it.
     """
 
     def __init__(self, covariates: int = 0, unseen: str = "keep", tol=1e-4, max_iter=1000):
@@ -48,10 +52,7 @@ class ComBat(TransformerMixin, BaseEstimator):
 
     def fit(self, x, y=None):
         """Fit on rows `[features | covariates | site]`; `y` is not looked at."""
-        if self.unseen not in UNSEEN:
-            raise InputError(
-                f"Expected unseen as one of {listed(UNSEEN)}, found '{self.unseen}'", "Choose one"
-            )
+        check_choice("unseen", self.unseen, UNSEEN)
         features, covariates, site = self._parts(validate_data(self, x, dtype=float))
         self.sites_, at = np.unique(site, return_inverse=True)
         onehot = np.eye(len(self.sites_))[at]
@@ -79,32 +80,31 @@ class ComBat(TransformerMixin, BaseEstimator):
             rows = site == s
             shift, scale = self._effects(s, z[rows])
             out[rows] = (z[rows] - shift) / np.sqrt(scale)
-        return np.where(self.moves_, out * self.deviation_ + self._mean(covariates), features)
+        rest = np.where(self.flat_, features, self._mean(covariates))
+        return np.where(self.moves_, out * self.deviation_ + self._mean(covariates), rest)
 
     def _parts(self, x):
         width = x.shape[1] - 1 - self.covariates
         if width < 1:
+            fact = f"Expected [features | {self.covariates} covariates | site], found {x.shape[1]}"
             raise InputError(
-                f"Expected [features | {self.covariates} covariates | site], found {x.shape[1]} "
-                "columns",
-                "Put the covariates and the site behind the features",
+                f"{fact} columns", "Put the covariates and the site behind the features"
             )
         return x[:, :width], x[:, width:-1], x[:, -1]
 
     def _fit_pooled(self, features, covariates, onehot):
         """Least squares on sites and covariates: grand mean, covariate effects, deviation."""
-        design = np.hstack([onehot, covariates])
-        if np.linalg.matrix_rank(design) < design.shape[1]:
-            raise InputError(
-                "Expected covariates that vary within sites, found one that the sites determine",
-                "Leave that covariate out: its effect cannot be told from the site's",
-            )
+        design, n_sites = np.hstack([onehot, covariates]), onehot.shape[1]
+        varied = np.linalg.matrix_rank(np.insert(covariates, 0, 1, axis=1)) - 1
+        if np.linalg.matrix_rank(design) < n_sites + varied:
+            fact = "Expected covariates that vary within sites, found one that the sites determine"
+            raise InputError(fact, "Leave it out: its effect cannot be told from the site's")
         effects = np.linalg.lstsq(design, features, rcond=None)[0]
-        n_sites = onehot.shape[1]
         self.grand_mean_ = onehot.mean(0) @ effects[:n_sites]
         self.effects_ = effects[n_sites:]
         self.deviation_ = np.sqrt(((features - design @ effects) ** 2).mean(0))
-        self.moves_ = self.deviation_ > 1e-12 * (1 + np.abs(self.grand_mean_))
+        self.flat_ = np.ptp(features, 0) == 0  # nothing that a site could have shifted
+        self.moves_ = self.deviation_ > 1e-12 * np.abs(features).max(0)
 
     def _mean(self, covariates):
         return self.grand_mean_ + covariates @ self.effects_
@@ -132,10 +132,8 @@ class ComBat(TransformerMixin, BaseEstimator):
         if len(known):
             return self.shift_[known[0]], self.scale_[known[0]]
         if self.unseen == "error":
-            raise InputError(
-                f"Expected the sites {listed(self.sites_)} of the training rows, found {site:g}",
-                "Choose unseen='keep' or 'estimate', or fit on all sites",
-            )
+            fact = f"Expected the sites {listed(self.sites_)} of the training rows, found {site:g}"
+            raise InputError(fact, "Choose unseen='keep' or 'estimate', or fit on all sites")
         if self.unseen == "keep":
             return np.zeros(z.shape[1]), np.ones(z.shape[1])
         prior = (0.0, self.shift_.var() + 1e-12, *_inverse_gamma(self.scale_.ravel()))
@@ -170,8 +168,10 @@ class ConfoundRegression(TransformerMixin, BaseEstimator):
 
     Notes
     -----
-    The features keep their training mean. Source: Snoek, Miletic and Scholte, NeuroImage 2019,
-    who show why this belongs inside the fold.
+    The features keep their training mean; one that the confounds explain wholly has nothing else
+    left. As many independent confounds as training rows less one explain anything, and are
+    refused. Source: Snoek, Miletic and Scholte, NeuroImage 2019, who show why this belongs inside
+    the fold.
     """
 
     def __init__(self, confounds: int = 1):
@@ -180,23 +180,55 @@ class ConfoundRegression(TransformerMixin, BaseEstimator):
     def fit(self, x, y=None):
         """Fit on rows `[features | confounds]`; `y` is not looked at."""
         features, design = self._parts(validate_data(self, x, dtype=float))
-        self.mean_ = design.mean(0)
-        self.effects_ = np.linalg.lstsq(design - self.mean_, features - features.mean(0))[0]
+        self.mean_, self.level_ = design.mean(0), features.mean(0)
+        design, moved = design - self.mean_, features - self.level_
+        self.effects_, _, rank, _ = np.linalg.lstsq(design, moved)
+        if rank >= len(design) - 1:
+            found = f"{design.shape[1]} columns for {len(design)} rows"
+            fact = f"Expected fewer confounds than training rows, found {found}"
+            raise InputError(
+                fact, "Leave some out; a word is a column: are numbers stored as words"
+            )
+        rounding = 1e-16 * (moved**2).sum(0) + 1e-28 * (features**2).sum(0)
+        self.spent_ = ((moved - design @ self.effects_) ** 2).sum(0) <= rounding
         return self
 
     def transform(self, x):
         """Features (row, feature) without the confounds' linear effect."""
         check_is_fitted(self)
         features, design = self._parts(validate_data(self, x, dtype=float, reset=False))
-        return features - (design - self.mean_) @ self.effects_
+        rest = features - (design - self.mean_) @ self.effects_
+        return np.where(self.spent_, self.level_, rest)
 
     def _parts(self, x):
         if not 0 < self.confounds < x.shape[1]:
-            raise InputError(
-                f"Expected [features | {self.confounds} confounds], found {x.shape[1]} columns",
-                "Put the confounds behind the features",
-            )
+            fact = f"Expected [features | {self.confounds} confounds], found {x.shape[1]} columns"
+            raise InputError(fact, "Put the confounds behind the features")
         return x[:, : -self.confounds], x[:, -self.confounds :]
+
+
+def is_missing(values) -> np.ndarray:
+    """Which labels are none: NaN, None, and the words that tables have for them ("n/a", "NA")."""
+    if np.issubdtype(values.dtype, np.number):
+        return ~np.isfinite(values.astype(float))
+    empty = ("", "nan", "none", "n/a", "<na>", "na", "nat")
+    return np.array([str(v).strip().lower() in empty for v in values], bool)
+
+
+def check_names(option: str, names, at_least: int = 0) -> None:
+    """Refuse one word, or nothing, where names of coordinates are wanted."""
+    if isinstance(names, str) or not isinstance(names, Collection) or len(names) < at_least:
+        fact = f"Expected {option} as a list of coordinates, found {names!r}"
+        raise InputError(fact, f"Write {option}=['name of a coordinate']")
+
+
+def check_coords(data: xr.Dataset, names) -> None:
+    """Refuse names that are no coordinates on subject."""
+    known = [c for c in data.coords if data[c].dims == ("subject",)]
+    for name in names:
+        if name not in known:
+            fact = f"Expected '{name}' as a coordinate on subject, found {listed(known, 20)}"
+            raise InputError(fact, f"Assign it: assign_coords({name}=('subject', values))")
 
 
 def match_subjects(
@@ -215,19 +247,23 @@ def match_subjects(
     Returns
     -------
     The rows of `data` that found a partner, in their order; as many pairs as the caliper allows,
-    with the least total distance.
+    with the least total distance. A subject without a label finds none.
     """
-    for name in (target, *on, *exact):
-        if name not in data.coords or data[name].dims != ("subject",):
-            raise InputError(
-                f"Expected '{name}' as a coordinate on subject, found {listed(data.coords, 20)}",
-                "Assign it first",
-            )
+    check_names("on", on, at_least=1)
+    check_names("exact", exact)
+    check_coords(data, (target, *on, *exact))
+    words = [name for name in on if data[name].dtype.kind not in "biuf"]
+    if words:
+        raise InputError(
+            f"Expected numbers to match on, found {listed(words)}", "Put words in exact"
+        )
+    data = data.isel(subject=~is_missing(data[target].values))
     labels = np.unique(data[target].values)
     if len(labels) != 2:
         raise InputError(f"Expected two labels in '{target}', found {listed(labels)}", "Select two")
     values = np.stack([data[name].values.astype(float) for name in on], 1)
-    values = values / np.nanstd(values, 0)
+    spread = np.nanstd(values, 0)
+    values = values / np.where(spread > 0, spread, 1)
     a, b = (np.flatnonzero(data[target].values == label) for label in labels)
     apart = np.abs(values[a][:, None] - values[b][None])  # (one, other, coordinate)
     allowed = (apart <= caliper).all(-1)  # never where a value is NaN
@@ -237,8 +273,6 @@ def match_subjects(
     left, right = linear_sum_assignment(cost)
     good = allowed[left, right]
     if not good.any():
-        raise InputError(
-            f"Expected pairs within {caliper} standard deviations of {listed(on)}, found none",
-            "Widen the caliper or match on less",
-        )
+        fact = f"Expected pairs within {caliper} standard deviations of {listed(on)}, found none"
+        raise InputError(fact, "Widen the caliper or match on less")
     return data.isel(subject=np.sort(np.r_[a[left[good]], b[right[good]]]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,8 @@ import sklearn
 import xarray as xr
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
+from scipy.special import softmax
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone, is_classifier
 from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.impute import SimpleImputer
@@ -27,7 +29,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from . import __version__, metrics
-from .confounds import ComBat, ConfoundRegression
+from .confounds import ComBat, ConfoundRegression, check_coords, check_names, is_missing
 from .controls import Tangent, blocks_of, connectome, encoded, name_of, subject_coords
 from .errors import InputError, check_choice, listed
 from .schema import check, plain_labels
@@ -94,31 +96,39 @@ def probe(
 
     Ridge regression for numbers, logistic regression for labels. Whatever is fitted (filling,
     ComBat, confounds, scaler, penalty) is fitted in the training part of each fold, the penalty
-    by an inner cross-validation, and one participant is never on both sides of a split.
+    by an inner cross-validation, and one participant, or family where there is a coordinate
+    `family`, is never on both sides of a split.
 
     Parameters
     ----------
     features : Features Dataset (`bhx.pool(latents)`, `bhx.connectome(cohort)`), or a list of them:
-        then all are judged on the subjects that every one of them has, in the same folds
-    target : name of a coordinate on subject
+        then all are judged on the subjects that every one of them has, in the same folds; labels
+        come from all of them, and those in use must agree
+    target : name of a coordinate on subject; who has none ("", "n/a", "NA", NaN) is left out
     groups : None, or the name of a coordinate whose values are held out whole ("site" is
-        leave-site-out; sites of fewer than 5 subjects are held out together)
-    stratify : name of a coordinate to balance over the folds, beside the target
-    confounds : coordinates whose linear effect is taken out of the features
+        leave-site-out; a few sites of fewer than 5 subjects are held out together)
+    stratify : name of a coordinate to balance over the folds, beside the target; numbers of which
+        fewer than `folds` are alike by their fifths
+    confounds : coordinates whose linear effect is taken out of the features; their columns (one a
+        word) must be fewer than the training rows
     harmonise : coordinate ("site") whose shift and scale ComBat takes out of the features; a site
         that the training part lacks is left as it is
-    preserve : coordinates whose effect ComBat keeps (never the target)
+    preserve : coordinates whose effect ComBat keeps. Neither they, `confounds` nor `harmonise`
+        may tell the target: be in its order, or have a value of their own for each label
     task : "number", "label" or "ordinal"; None decides between the first two by the target
         (floats, and integers with more than ten values, are numbers)
     classes : labels to use, in order; subjects with others are left out and counted
     positive : which of two labels precision and recall are about; default the last
     estimator : any scikit-learn estimator instead of ridge or logistic regression; it gets the
-        scaled features. Features with attrs["estimator"] "MLP" bring their own (`raw_signal`), and
-        attrs["components"] says how many principal components of a fold's training rows to keep
-    protocol : None for `folds` x `repeats`; "paper" for BrainHarmonix' 6:2:2 split stratified by
-        site with three seeds; "brainmarks" for 100 stratified resplits and its logistic grid
+        scaled features, and for labels needs predict_proba. Features with attrs["estimator"] "MLP"
+        bring their own (`raw_signal`), and attrs["components"] says how many principal components
+        of a fold's training rows to keep
+    protocol : None for `folds` x `repeats`; or one that makes its own splits: "paper" for
+        BrainHarmonix' 6:2:2 split stratified by site with three seeds, "brainmarks" for 100
+        stratified resplits and its logistic grid
     folds, repeats, seed : number of folds, of repeated splits, and the seed of the first
-    train_share : share of the training participants to use, for learning curves
+    train_share : share of the training participants to use, of every label alike, for learning
+        curves
     permutations : how often to repeat all with labels exchanged between participants of one site
         (families, where there is a coordinate `family`, exchanged whole)
 
@@ -128,7 +138,7 @@ def probe(
     folds that tested the subject), `output (model, fold, subject, class)` and
     `decision (model, fold, subject)`, `truth (subject)`, and `null (model, permutation)` of the
     first metric. attrs: target, task, n, excluded (JSON: reason -> subject ids), notes (JSON list
-    of fallbacks that were taken), and every option.
+    of fallbacks that were taken and of folds that tell too little), and every option.
 
     Notes
     -----
@@ -136,26 +146,34 @@ def probe(
     frequency. The protocols decide by the largest probability, as their authors do.
     """
     many = list(features) if isinstance(features, (list, tuple)) else [features]
-    needed = [n for n in (groups, stratify, harmonise, *confounds, *preserve) if n]
-    if protocol == "paper" and "site" in many[0].coords:
-        needed.append("site")
-    _check_options(protocol, preserve, confounds, target, train_share)
-    rows = _common_rows(many, target, needed, classes)
+    single = {"target": target, "groups": groups, "stratify": stratify, "harmonise": harmonise}
+    whole = {"folds": folds, "repeats": repeats, "permutations": permutations, "seed": seed}
+    _check_options(single, whole, train_share, confounds=confounds, preserve=preserve)
+    aside = [n for n in (harmonise, *confounds, *preserve) if n]
+    needed = [*filter(None, (groups, stratify)), *aside]
+    rows = _common_rows(many, target, needed, classes, protocol)
     truth, names = _truth(rows.labels[target].values, target, task, classes)
+    _check_leak(rows.labels, aside, target, truth, names)
     task = task or ("number" if names is None else "label")
+    _check_estimator(estimator, task)
+    if protocol:
+        _check_protocol(protocol, task, [groups, stratify, folds, repeats] != [None, None, 5, 1])
     splits = _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol)
-    splits.thin(train_share, seed)
+    splits.thin(train_share, seed, rows.units, truth if names is not None else 0 * truth)
+    _check_folds(truth, names, splits)
     plan = _Plan(task, names, _positive(names, positive), estimator, protocol, seed)
-    aside = _Aside.of(rows.labels, confounds, harmonise, preserve)
+    beside = _Aside.of(rows.labels, confounds, harmonise, preserve)
     if harmonise and groups == harmonise:
         splits.notes.append(f"ComBat has not seen the {harmonise} it tests: features left as are")
-    scores = [_probe_one(f, rows, truth, splits, plan, aside, permutations) for f in many]
+    if "participant" not in rows.labels.coords:
+        splits.notes.append("no participant is named: every row is taken for one of its own")
+    scores = [_probe_one(f, rows, truth, splits, plan, beside, permutations) for f in many]
     out = xr.concat(scores, "model", data_vars="minimal", coords="minimal", compat="override")
     return out.assign_attrs(
         target=target,
         task=task,
         n=len(truth),
-        n_rows=many[0].sizes["subject"],
+        n_rows=rows.given,
         n_participants=len(np.unique(rows.units)),
         groups=groups or "participant",
         stratify=stratify or "",
@@ -182,21 +200,32 @@ def provenance_of(features) -> dict:
     return {k: str(features.attrs[k]) for k in keep if k in features.attrs}
 
 
-def _check_options(protocol, preserve, confounds, target, train_share):
-    if protocol not in (None, "paper", "brainmarks"):
-        raise InputError(
-            f"Expected protocol as 'paper' or 'brainmarks', found '{protocol}'",
-            "Choose one or None",
-        )
-    if target in preserve or target in confounds:
-        raise InputError(
-            f"Expected '{target}' as the target only, found it among confounds or preserve",
-            "A target that helps to prepare the features leaks into the test fold",
-        )
-    if not 0 < train_share <= 1:
-        raise InputError(
-            f"Expected train_share above 0 and at most 1, found {train_share}", "Use 1"
-        )
+def _check_options(single, whole, train_share, **lists):
+    for option, found in lists.items():
+        check_names(option, found)
+    for option, found in single.items():
+        if not isinstance(found, str) and (found is not None or option == "target"):
+            fact = f"Expected {option} as the name of a coordinate, found {found!r}"
+            raise InputError(fact, "Give one name")
+    for option, found in whole.items():
+        least = int(option in ("folds", "repeats"))
+        if not isinstance(found, Integral) or found < least:
+            fact = f"Expected {option} as a whole number of at least {least}, found {found!r}"
+            raise InputError(fact, "Change it")
+    if not isinstance(train_share, Real) or not 0 < train_share <= 1:
+        fact = f"Expected train_share above 0 and at most 1, found {train_share!r}"
+        raise InputError(fact, "Use 1")
+
+
+def _check_protocol(protocol, task, more):
+    """A protocol makes its own splits and is of one task; nothing given beside it is ignored."""
+    check_choice("protocol", protocol, list(RESPLITS))
+    if more:
+        fact = f"Expected protocol '{protocol}' alone, found groups, stratify, folds or repeats too"
+        raise InputError(fact, "It makes its own splits: leave them out, or the protocol")
+    if protocol == "brainmarks" and task != "label":
+        fact = f"Expected labels for protocol 'brainmarks', found task '{task}'"
+        raise InputError(fact, "It knows neither numbers nor order: bin them and use task='label'")
 
 
 # -- who enters
@@ -204,24 +233,21 @@ def _check_options(protocol, preserve, confounds, target, train_share):
 
 @dataclass
 class _Rows:
-    keep: np.ndarray  # ids of the subjects that enter
-    labels: xr.Dataset  # their coordinates
+    labels: xr.Dataset  # the coordinates of those who enter
     units: np.ndarray  # their participants
     excluded: dict  # reason -> ids
+    families: np.ndarray | None = None  # who has none is a family of one
+    given: int = 0  # rows before any was left out
 
 
-def _common_rows(many, target, names, classes):
+def _common_rows(many, target, names, classes, protocol=None):
     """The subjects who have every label and every feature, and why the others do not enter."""
-    many = [plain_labels(features) for features in many]  # of a store opened with xarray alone
-    first = check(many[0], "features")
-    for name in (target, *names):
-        if name not in first.coords or first[name].dims != ("subject",):
-            known = [c for c in first.coords if first[c].dims == ("subject",)]
-            raise InputError(
-                f"Expected '{name}' as a coordinate on subject, found {listed(known, 20)}",
-                f"Assign it: features.assign_coords({name}=('subject', values))",
-            )
-    ids, excluded = first.subject.values, {}
+    if not many:
+        raise InputError("Expected features, found an empty list", "Give at least one Dataset")
+    many = [plain_labels(check(features, "features")) for features in many]  # also of a bare store
+    ids, excluded = np.concatenate([f.subject.values for f in many]), {}
+    ids = ids[np.sort(np.unique(ids, return_index=True)[1])]
+    given = len(ids)
 
     def leave_out(reason, out):
         nonlocal ids
@@ -230,103 +256,169 @@ def _common_rows(many, target, names, classes):
         ids = ids[~out]
 
     for features in many:
-        leave_out(
-            f"not in {name_of(features)}", ~np.isin(ids, check(features, "features").subject.values)
-        )
+        leave_out(f"not in {name_of(features)}", ~np.isin(ids, features.subject.values))
+    labels = _merged_labels(many, ids, (target, *names))
+    if protocol == "paper" and "site" in labels.coords:
+        names = [*names, "site"]
     for features in many:
         if features.sizes["feature"]:
-            values = features.features.sel(subject=ids).values
-            leave_out(f"no {name_of(features)}", ~np.isfinite(values).any(1))
+            values = _checked_values(features).sel(subject=ids).values
+            leave_out(f"no {name_of(features)}", np.isnan(values).all(1))
     for name in dict.fromkeys((target, *names)):
-        leave_out(f"no {name}", _is_missing(first[name].sel(subject=ids).values))
+        leave_out(f"no {name}", is_missing(labels[name].sel(subject=ids).values))
     if classes is not None:
-        known = np.isin(
-            first[target].sel(subject=ids).values.astype(str), [str(c) for c in classes]
-        )
+        known = np.isin(_words(labels[target].sel(subject=ids).values), _words(classes))
         leave_out(f"another {target}", ~known)
     if len(ids) == 0:
-        raise InputError(
-            f"Expected subjects with '{target}' and features, found none",
-            "Left out: " + "; ".join(f"{len(v)} {k}" for k, v in excluded.items()),
+        out = "; ".join(f"{len(v)} {k}" for k, v in excluded.items())
+        fact = f"Expected subjects with '{target}' and features, found none"
+        raise InputError(fact, f"Left out: {out}")
+    labels, families = labels.sel(subject=ids), None
+    units = (labels.participant if "participant" in labels.coords else labels.subject).values
+    if "family" in labels.coords:
+        families = np.where(is_missing(labels.family.values), units, labels.family.values)
+    return _Rows(labels, units.astype(str), excluded, families, given)
+
+
+def _merged_labels(many, ids, names):
+    """Every coordinate that some Dataset has of these subjects; those in use must agree."""
+    labels, used = xr.Dataset(coords={"subject": ids}), {*names, "participant", "family", "site"}
+    for features in many:
+        found = subject_coords(features.coords.to_dataset().sel(subject=ids))
+        for name in used & set(found) & set(labels.coords):
+            a, b = labels[name].values, found[name].values
+            numbers = a.dtype.kind in "iuf" and b.dtype.kind in "iuf"
+            same = np.isclose(a, b, equal_nan=True) if numbers else a.astype(str) == b.astype(str)
+            if not same.all():
+                at = f"{name_of(features)} for {listed(ids[~same])}"
+                fact = f"Expected one '{name}' of each subject, found another in {at}"
+                raise InputError(fact, "Make the labels alike: features.assign_coords(...)")
+        labels = labels.assign_coords(
+            {n: found[n].variable for n in found if n not in labels.coords}
         )
-    labels = first.coords.to_dataset().sel(subject=ids)
-    units = labels.participant.values if "participant" in labels.coords else ids
-    return _Rows(ids, labels, units.astype(str), excluded)
+    check_coords(labels, names)
+    return labels
 
 
-def _is_missing(values):
-    if np.issubdtype(values.dtype, np.number):
-        return ~np.isfinite(values.astype(float))
-    empty = ("", "nan", "none", "n/a")
-    return np.array([v is None or str(v).strip().lower() in empty for v in values])
+def _checked_values(features):
+    """The features of a Dataset that are numbers, finite or NaN."""
+    values, name = features.features.compute(), name_of(features)
+    if values.dtype.kind not in "biuf":
+        raise InputError(f"Expected numbers in {name}, found {values.dtype}", "Convert them")
+    if np.isinf(values.values).any():
+        fact = f"Expected finite numbers in {name}, or NaN, found infinite ones"
+        raise InputError(fact, "Put NaN: those are filled with the training mean")
+    return values
+
+
+def _words(labels):
+    """Labels as text, 1.0 as "1"."""
+    plain = np.asarray(labels).tolist()
+    return np.array([str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in plain])
 
 
 def _truth(values, target, task, classes):
     """The target as floats (names None), or as codes of sorted names."""
-    numeric = np.issubdtype(values.dtype, np.number) and values.dtype != bool
+    numeric, asked = values.dtype.kind in "iuf", task
     if task is None:
         few = np.issubdtype(values.dtype, np.integer) and len(np.unique(values)) <= 10
         task = "number" if numeric and not few and classes is None else "label"
-    if task not in TASKS:
-        raise InputError(f"Expected task as one of {listed(TASKS)}, found '{task}'", "Choose one")
+    check_choice("task", task, TASKS)
     if task == "number":
         _check_numbers(values, target, numeric)
         return values.astype(float), None
+    if asked is None and classes is None and not numeric:
+        _check_words(values, target)
     found, codes = np.unique(values if numeric else values.astype(str), return_inverse=True)
-    found = found.astype(str)
+    found = _words(found)
     _check_names(found, target, task, numeric, classes)
     if classes is None:
         return codes, found
-    names = np.array([str(c) for c in classes])
+    names = _words(classes)
     return np.array([list(names).index(n) for n in found])[codes], names
 
 
+def _check_words(values, target):
+    """Refuse numbers and dates that are stored as words: each would be a label."""
+    words = np.unique(values.astype(str))
+    numbers = pd.to_numeric(words, errors="coerce")
+    dates = pd.to_datetime(words, errors="coerce", format="ISO8601")
+    dates = words if values.dtype.kind in "mM" else dates
+    for kind, read in (("numbers", numbers), ("dates", dates)):
+        if len(words) > 10 and pd.notna(read).all():
+            fact = f"Expected numbers or labels in '{target}', found {kind} as words: {words[0]}..."
+            raise InputError(fact, "Convert them with assign_coords, or pass task='label'")
+
+
 def _check_numbers(values, target, numeric):
+    found = np.unique(values.astype(values.dtype if numeric else str))
     if not numeric:
-        raise InputError(
-            f"Expected numbers in '{target}', found {listed(np.unique(values.astype(str)))}",
-            "Convert them, or pass task='label'",
-        )
-    if len(np.unique(values)) < 2:
-        raise InputError(
-            f"Expected '{target}' to vary, found {values[0]} only", "Choose another target"
-        )
+        fact = f"Expected numbers in '{target}', found {listed(found)}"
+        raise InputError(fact, "Convert them, or pass task='label'")
+    if len(found) < 2:
+        fact = f"Expected '{target}' to vary, found {found[0]} only"
+        raise InputError(fact, "Choose another target")
 
 
 def _check_names(found, target, task, numeric, classes):
     folded = pd.Series(found).str.strip().str.casefold()
     if folded.duplicated().any():
-        alike = [repr(str(a)) for a in found[folded.duplicated(keep=False)]]
-        raise InputError(
-            f"Expected distinct labels in '{target}', found {listed(alike)} that differ only by "
-            "case or spaces",
-            "Spell them alike first",
-        )
+        alike = listed([repr(str(a)) for a in found[folded.duplicated(keep=False)]])
+        fact = f"Expected distinct labels in '{target}', found {alike} that differ only by case or "
+        raise InputError(fact + "spaces", "Spell them alike first")
     if classes is not None and len(found) < len(classes):
-        raise InputError(
-            f"Expected subjects of every class {listed(classes)}, found {listed(found)}",
-            f"Compare with the values of '{target}'",
-        )
+        fact = f"Expected subjects of every class {listed(classes)}, found {listed(found)}"
+        raise InputError(fact, f"Compare with the values of '{target}'")
     if len(found) < 2:
-        raise InputError(
-            f"Expected at least two labels in '{target}', found '{found[0]}' only",
-            "Choose another target or other subjects",
-        )
+        fact = f"Expected at least two labels in '{target}', found '{found[0]}' only"
+        raise InputError(fact, "Choose another target or other subjects")
     if task == "ordinal" and classes is None and not numeric:
-        raise InputError(
-            f"Expected an order for the words of '{target}', found none",
-            f"Give it from low to high: classes={tuple(str(f) for f in found)}",
-        )
+        fact = f"Expected an order for the words of '{target}', found none"
+        raise InputError(fact, f"Give it from low to high: classes={tuple(map(str, found))}")
+
+
+def _check_estimator(estimator, task):
+    """Refuse what is no estimator, or not one of this task."""
+    if estimator is None:
+        return
+    if isinstance(estimator, type) or not hasattr(estimator, "get_params"):
+        wanted, help = "an estimator of scikit-learn", "Give an instance, such as Ridge(1.0)"
+    elif task == "number" and is_classifier(estimator):
+        wanted, help = "a regressor for a number", "Take another, or task='label'"
+    elif task != "number" and not hasattr(estimator, "predict_proba"):
+        wanted, help = "a classifier with predict_proba", "Wrap it in CalibratedClassifierCV"
+    else:
+        return
+    raise InputError(f"Expected {wanted}, found {estimator!r}", help)
+
+
+def _check_leak(labels, aside, target, truth, names):
+    """Refuse to prepare features by the target under another name, test subjects' too."""
+    for name in aside:
+        values = pd.Series(labels[name].values)
+        number = values.dtype.kind in "iuf"
+        if number and names is None:
+            pair = pd.DataFrame({"a": values, "b": truth})
+            tells = any(abs(found.a.corr(found.b)) > 0.9999 for found in (pair, pair.rank()))
+        else:
+            pairs = len(set(zip(values, truth, strict=True)))
+            tells = pairs == values.nunique() < len(values) and (
+                not number or pairs == len(set(truth))
+            )
+        if tells:
+            fact = (
+                f"Expected confounds, harmonise and preserve without the target, found '{name}', "
+            )
+            fact += f"which tells '{target}' of everyone"
+            raise InputError(fact, "What helps to prepare the features leaks into the test fold")
 
 
 def _positive(names, positive):
     if names is None or positive is None:
         return -1 if names is None else len(names) - 1
-    if str(positive) not in names:
-        raise InputError(
-            f"Expected positive as one of {listed(names)}, found '{positive}'", "Choose one"
-        )
-    return list(names).index(str(positive))
+    positive = _words([positive])[0]
+    check_choice("positive", positive, list(names))
+    return list(names).index(positive)
 
 
 # -- who trains and who is tested
@@ -338,7 +430,7 @@ class _Splits:
     names: list
     units: np.ndarray  # what is never split, a row
     notes: list
-    hold: list | None = None  # the paper's validation rows of each fold
+    hold: list | None = None  # the paper's validation rows of each fold, beside train and test
 
     @property
     def test_share(self):
@@ -353,109 +445,129 @@ class _Splits:
         """
         tested, trained = (np.zeros((len(self.train_test), len(self.units))) for _ in range(2))
         for i, (train, test) in enumerate(self.train_test):
-            tested[i, test] = 1
-            trained[i, np.setdiff1d(train, self.hold[i] if self.hold else [])] = 1
+            tested[i, test] = trained[i, train] = 1
         across = tested @ trained.T
-        return float(
-            (across * across.T).sum() / ((tested @ tested.T) * (trained @ trained.T)).sum()
-        )
+        pairs = (tested @ tested.T) * (trained @ trained.T)
+        return float((across * across.T).sum() / pairs.sum())
 
-    def thin(self, share, seed):
-        """Keep a share of each fold's training units."""
-        if share == 1:
-            return
+    def thin(self, share, seed, people, labels):
+        """Keep a share of each fold's training participants, of every label alike."""
         rng = np.random.default_rng(seed)
-        for i, (train, test) in enumerate(self.train_test):
-            units = np.unique(self.units[train])
-            kept = rng.permutation(units)[: max(2, round(share * len(units)))]
-            self.train_test[i] = (train[np.isin(self.units[train], kept)], test)
+
+        def fewer(rows):
+            names, first = np.unique(people[rows], return_index=True)
+            alike = [names[labels[rows[first]] == k] for k in np.unique(labels[rows])]
+            kept = [rng.permutation(a)[: max(2, round(share * len(a)))] for a in alike]
+            return rows[np.isin(people[rows], np.concatenate(kept))]
+
+        if share < 1:
+            self.train_test = [(fewer(train), test) for train, test in self.train_test]
+            self.hold = self.hold and [fewer(hold) for hold in self.hold]
 
 
 def _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol):
-    """Outer folds: participants never split, groups held out whole, strata balanced."""
+    """Outer folds: participants and families never split, groups whole, strata balanced."""
     notes, units = [], rows.units
+    if rows.families is not None:
+        units = _tied(rows.families, units)
     if protocol:
-        return _resplits(rows, truth, names, seed, protocol)
+        return _resplits(rows, truth, names, units, seed, protocol)
     if groups:
-        units, merged = _held_out_groups(rows, groups)
+        values = rows.labels[groups].values.astype(str)
+        units, merged = _held_out_groups(values, units, folds, groups)
         folds = min(folds, len(np.unique(units)))
         notes += [*merged, f"{folds} folds that hold out whole values of {groups}"]
         if folds < 2:
-            raise InputError(
-                f"Expected at least two values of '{groups}' to hold out, found {folds}",
-                "Leave groups=None for folds over participants",
-            )
+            fact = f"Expected at least two values of '{groups}' to hold out, found "
+            fact += "; ".join(merged) or f"'{values[0]}' only"
+            raise InputError(fact, "Leave groups=None for folds over participants")
     n_units = len(np.unique(units))
     if not 2 <= folds <= n_units:
-        raise InputError(
-            f"Expected from 2 to {n_units} folds (participants), found {folds}",
-            "Choose a number in that range",
-        )
+        fact = f"Expected from 2 to {n_units} folds (participants), found {folds}"
+        raise InputError(fact, "Choose a number in that range")
+    one = folds == n_units  # nothing to shuffle or to balance
+    if one and (repeats > 1 or (groups and stratify)):
+        notes.append("held out one by one: the same in every repeat, balanced over nothing")
+        repeats = 1
     strata = _strata(rows, truth, names, stratify, folds, notes)
     splits = _Splits([], [], units, notes)
     for repeat in range(repeats):
-        kind = GroupKFold if groups else StratifiedGroupKFold
+        kind = GroupKFold if groups and (one or not stratify) else StratifiedGroupKFold
         splitter = kind(folds, shuffle=True, random_state=seed + repeat)
         for train, test in splitter.split(units, strata, units):
-            one = groups and folds == n_units
-            name = str(units[test][0]) if one else str(len(splits.names))
-            splits.names.append(f"{name}/{repeat}" if one and repeats > 1 else name)
+            splits.names.append(str(units[test][0] if groups and one else len(splits.names)))
             splits.train_test.append((train, test))
-            _check_classes(truth, names, train, test, name, notes)
     return splits
 
 
-def _resplits(rows, truth, names, seed, protocol):
+def _resplits(rows, truth, names, units, seed, protocol):
     """One fifth tested, one fifth held for choosing; three seeds (paper) or a hundred."""
-    notes = []
-    if protocol == "brainmarks" and names is None:
-        raise InputError(
-            "Expected labels for protocol 'brainmarks', found numbers", "Bin them, or use 'paper'"
-        )
+    if (found := len(np.unique(units))) < 5:
+        raise InputError(f"Expected 5 participants for '{protocol}', found {found}", "Add some")
     site = "site" if protocol == "paper" and "site" in rows.labels.coords else None
-    strata = _strata(rows, truth, names, site, 5, notes)
-    splits = _Splits([], [], rows.units, notes, [] if protocol == "paper" else None)
+    splits = _Splits([], [], units, [], [] if protocol == "paper" else None)
+    strata = _strata(rows, truth, names, site, 5, splits.notes)
     for repeat in range(RESPLITS[protocol]):
         splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed + repeat)
-        (train, test), (_, hold), *_ = splitter.split(rows.units, strata, rows.units)
-        splits.train_test.append((train, test))
-        splits.names.append(str(repeat))
+        (train, test), (_, hold), *_ = splitter.split(units, strata, units)
         if splits.hold is not None:
             splits.hold.append(hold)
-        fit = train if splits.hold is None else np.setdiff1d(train, hold)
-        _check_classes(truth, names, fit, test, str(repeat), notes)
+            train = np.setdiff1d(train, hold)
+        splits.train_test.append((train, test))
+        splits.names.append(str(repeat))
     return splits
 
 
-def _held_out_groups(rows, groups):
-    """One name a subject for what is held out together; participants tie their sites together."""
-    values = rows.labels[groups].values.astype(str)
+def _held_out_groups(values, units, folds, groups):
+    """One name a row for what is held out together; participants tie their sites together.
+
+    Small groups are joined unless they are together more than a fold's share of the rows: then
+    folds of several groups are what holds them out.
+    """
     names, counts = np.unique(values, return_counts=True)
-    few = names[counts < FEWEST]
-    notes = []
-    if len(few):
+    small, notes = counts < FEWEST, []
+    if 0 < counts[small].sum() <= len(values) / min(folds, len(names)):
+        few = names[small]
         notes.append(f"{groups} {listed(few, 20)}: fewer than {FEWEST} subjects, held out together")
         values = np.where(np.isin(values, few), "+".join(few), values)
-    _, site = np.unique(values, return_inverse=True)
-    _, unit = np.unique(rows.units, return_inverse=True)
-    n = site.max() + unit.max() + 2
-    edges = coo_array((np.ones(len(site)), (site, unit + site.max() + 1)), (n, n))
-    component = connected_components(edges, directed=False)[1][site]
-    joined = np.array(["+".join(np.unique(values[component == c])) for c in component])
+    joined = _tied(values, units)
     if len(np.unique(joined)) < len(np.unique(values)):
         notes.append(f"values of {groups} that share participants held out together")
     return joined, notes
 
 
+def _tied(values, units):
+    """The value of each row, or "A+B" where units tie several together."""
+    (_, value), (_, unit) = (np.unique(v, return_inverse=True) for v in (values, units))
+    n = value.max() + unit.max() + 2
+    edges = coo_array((np.ones(len(value)), (value, unit + value.max() + 1)), (n, n))
+    component = connected_components(edges, directed=False)[1][value]
+    join = pd.Series(values).groupby(component).transform(lambda v: "+".join(np.unique(v)))
+    return join.values.astype(str)
+
+
 def _strata(rows, truth, names, stratify, folds, notes):
-    """Codes to balance over the folds: label or fifth of the target, times `stratify`."""
-    if names is None:
-        cells = pd.Series(pd.qcut(truth, 5, labels=False, duplicates="drop")).astype(str)
-    else:
-        cells = pd.Series(names[truth])
+    """Codes to balance over the folds: label or fifth of the target, times `stratify`.
+
+    Numbers of which too few are alike are balanced by fifths, words of that kind not at all.
+    """
+
+    def fifths(numbers):
+        return pd.Series(pd.qcut(numbers, 5, labels=False, duplicates="drop")).astype(str)
+
+    def rare(cells):
+        return cells.map(cells.value_counts()) < folds
+
+    cells = target = fifths(truth) if names is None else pd.Series(names[truth])
     if stratify:
-        cells = cells + "|" + pd.Series(rows.labels[stratify].values).astype(str)
-    small = cells.map(cells.value_counts()) < folds
+        values = rows.labels[stratify].values
+        cells = target + "|" + pd.Series(values).astype(str)
+        if rare(cells).all() and values.dtype.kind in "iuf":
+            cells = target + "|" + fifths(values)
+        if rare(cells).all():
+            notes.append(f"too few subjects are alike in {stratify}: not balanced over it")
+            cells = target.copy()
+    small = rare(cells)
     if small.any() and not small.all():
         notes.append(f"{cells[small].nunique()} strata of fewer than {folds} subjects joined")
     common = cells.mode()[0]
@@ -463,18 +575,21 @@ def _strata(rows, truth, names, stratify, folds, notes):
     return cells.values
 
 
-def _check_classes(truth, names, train, test, fold, notes):
-    if names is None:
-        return
-    absent = np.setdiff1d(np.arange(len(names)), truth[train])
-    if len(absent):
-        raise InputError(
-            f"Expected every label in the training part of fold {fold}, found no "
-            f"'{listed(names[absent])}'",
-            "Take fewer folds, groups=None, or leave that label out",
-        )
-    if len(np.unique(truth[test])) < 2:
-        notes.append(f"fold {fold} tests '{names[truth[test][0]]}' only: its AUROC is undefined")
+def _check_folds(truth, names, splits):
+    """Refuse a training part without some label, and note a test part that tells too little."""
+    for fold, (train, test) in zip(splits.names, splits.train_test, strict=True):
+        tested = np.unique(truth[test])
+        if names is None:
+            told, at_least = f"{len(tested)} distinct: its r is no measure", 3
+        else:
+            told, at_least = f"'{names[tested[0]]}' only: its AUROC is undefined", 2
+            absent = names[np.setdiff1d(np.arange(len(names)), truth[train])]
+            if len(absent):
+                fact = f"Expected every label in the training part of fold {fold}, found no "
+                help = "Take fewer folds, groups=None, train_share=1, or leave that label out"
+                raise InputError(fact + f"'{listed(absent)}'", help)
+        if len(tested) < at_least:
+            splits.notes.append(f"fold {fold} tests {told}")
 
 
 # -- one model
@@ -492,11 +607,11 @@ class _Aside:
     @classmethod
     def of(cls, labels, confounds, harmonise, preserve):
         kept, regressed = encoded(labels, preserve), encoded(labels, confounds)
-        site = np.zeros((len(kept), 0))
+        columns = [regressed]
         if harmonise:
-            site = np.unique(labels[harmonise].values, return_inverse=True)[1][:, None]
-        columns = np.hstack([kept, site, regressed] if harmonise else [site, regressed])
-        return cls(columns, kept.shape[1], bool(harmonise), regressed.shape[1])
+            site = np.unique(labels[harmonise].values, return_inverse=True)[1]
+            columns = [kept, site[:, None], regressed]
+        return cls(np.hstack(columns), kept.shape[1], bool(harmonise), regressed.shape[1])
 
 
 @dataclass
@@ -512,11 +627,8 @@ class _Plan:
 
     @property
     def default_name(self):
-        return {
-            "number": "ridge regression",
-            "label": "logistic regression",
-            "ordinal": "cumulative logistic regression",
-        }[self.task] + ", nested penalty"
+        kind = {"number": "ridge", "label": "logistic", "ordinal": "cumulative logistic"}[self.task]
+        return f"{kind} regression, nested penalty"
 
     def model(self, width):
         """(estimator, whether its penalty is to be chosen)."""
@@ -526,18 +638,10 @@ class _Plan:
         if self.estimator is not None:
             return clone(self.estimator), False
         if self.protocol == "brainmarks":
-            cv = StratifiedShuffleSplit(5, test_size=0.25, random_state=self.seed)
-            grid = LogisticRegressionCV(
-                Cs=10,
-                cv=cv,
-                scoring="balanced_accuracy",
-                max_iter=1000,
-                use_legacy_attributes=False,
-            )
-            return grid, False
-        return {"number": Ridge, "label": LogisticRegression, "ordinal": OrdinalLogistic}[
-            self.task
-        ](), True
+            scoring = {"scoring": "balanced_accuracy", "use_legacy_attributes": False}
+            return LogisticRegressionCV(Cs=10, l1_ratios=(0,), max_iter=1000, **scoring), False
+        kinds = {"number": Ridge, "label": LogisticRegression, "ordinal": OrdinalLogistic}
+        return kinds[self.task](), True
 
     def measure(self, truth, output, decision, weights=None):
         if self.task == "number":
@@ -548,22 +652,22 @@ class _Plan:
 
 @dataclass
 class _Fold:
-    """Rows of one fold and their prepared features; `inner` the same for choosing a penalty."""
+    """Rows of one fold, their prepared features, and whose the training rows are; `inner` the
+    same rows and features for choosing a penalty."""
 
     train: np.ndarray
     test: np.ndarray
     a: np.ndarray
     b: np.ndarray
+    units: np.ndarray
     inner: list = field(default_factory=list)
 
 
 def _probe_one(features, rows, truth, splits, plan, aside, permutations):
-    x = features.features.sel(subject=rows.keep).values.astype(float)
+    x = features.features.sel(subject=rows.labels.subject.values).values.astype(float)
     if x.shape[1] and not (np.nanstd(x, 0) > 0).any():
-        raise InputError(
-            f"Expected features that vary over subjects, found constants in {name_of(features)}",
-            "Were they pooled over subjects by mistake",
-        )
+        fact = f"Expected features that vary over subjects, found constants in {name_of(features)}"
+        raise InputError(fact, "Were they pooled over subjects by mistake")
     keep = features.attrs.get("components")
     if features.attrs.get("estimator") == "MLP":
         plan = replace(plan, estimator=perceptron(plan.task, plan.seed))
@@ -619,14 +723,10 @@ def _prepared(x, width, truth, splits, steps, plan):
         return fitted.fit_transform(x[train]), fitted.transform(x[test])
 
     for i, (train, test) in enumerate(splits.train_test):
-        if splits.hold is not None:
-            fit = np.setdiff1d(train, splits.hold[i])
-            inner = [(fit, splits.hold[i])] if nested else []
-            train = fit
-        else:
-            inner = inner_splits(train, truth, splits.units, plan) if nested else []
+        inner = [(train, splits.hold[i])] if splits.hold else None
+        inner = (inner or inner_splits(train, truth, splits.units, plan)) if nested else []
         inner = [(fit, hold, *prepare(fit, hold)) for fit, hold in inner]
-        yield _Fold(train, test, *prepare(train, test), inner)
+        yield _Fold(train, test, *prepare(train, test), splits.units[train], inner)
 
 
 def inner_splits(train, truth, units, plan, folds=3):
@@ -637,9 +737,8 @@ def inner_splits(train, truth, units, plan, folds=3):
         units, folds = np.arange(len(y)), min(3, len(y))
     if folds < 2:
         return []
-    kind = GroupKFold
-    if plan.names is not None and np.bincount(y).max() >= folds:
-        kind = StratifiedGroupKFold
+    alike = plan.names is not None and np.bincount(y).max() >= folds
+    kind = StratifiedGroupKFold if alike else GroupKFold
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")
         cuts = list(kind(folds, shuffle=True, random_state=plan.seed).split(y, y, units))
@@ -651,7 +750,7 @@ def inner_splits(train, truth, units, plan, folds=3):
 def _predict(folds, truth, splits, plan):
     """Outputs (fold, subject, class) and decisions (fold, subject); untested is NaN and -1."""
     width = 1 if plan.names is None else len(plan.names)
-    output = np.full((len(splits.train_test), len(truth), width), np.nan, np.float32)
+    output = np.full((len(splits.train_test), len(truth), width), np.nan)
     decision = np.full(output.shape[:2], -1)
     for i, fold in enumerate(folds):
         output[i, fold.test], decision[i, fold.test] = _fit_fold(fold, truth, plan)
@@ -661,16 +760,19 @@ def _predict(folds, truth, splits, plan):
 def _fit_fold(fold, truth, plan):
     """Choose the penalty on the inner folds, fit, predict."""
     model, nested = plan.model(fold.a.shape[1])
-    if nested and fold.inner:
-        losses = [
-            sum(
-                _loss(_fitted(model, penalty, a, truth[fit]), b, truth[hold], plan)
-                for fit, hold, a, b in fold.inner
-            )
-            for penalty in PENALTIES
-        ]
-        model = _fitted(model, PENALTIES[int(np.argmin(losses))], fold.a, truth[fold.train])
+    inner = fold.inner
+    if plan.names is not None:  # exchanged labels may be missing where the true ones are not
+        inner = [part for part in inner if set(truth[part[0]]) == set(truth[fold.train])]
+    if nested and inner:
+
+        def loss(penalty):
+            made = ((_fitted(model, penalty, a, truth[f]), b, truth[h]) for f, h, a, b in inner)
+            return sum(_loss(*one, plan) for one in made)
+
+        model = _fitted(model, min(PENALTIES, key=loss), fold.a, truth[fold.train])
     else:
+        if isinstance(model, LogisticRegressionCV) and plan.estimator is None:
+            model.set_params(cv=_resplit_people(fold.units, truth[fold.train], plan.seed))
         model = model.fit(fold.a, truth[fold.train])
     if plan.names is None:
         return np.reshape(model.predict(fold.b), (-1, 1)), -1
@@ -678,7 +780,22 @@ def _fit_fold(fold, truth, plan):
     if plan.protocol:
         return output, output.argmax(1)
     prior = np.bincount(truth[fold.train], minlength=len(plan.names)) / len(fold.train)
-    return output, (output / prior).argmax(1)  # Bayes' rule for balanced accuracy
+    return output, (output / prior.clip(1e-300)).argmax(1)  # Bayes' rule for balanced accuracy
+
+
+def _resplit_people(units, truth, seed):
+    """Brainmarks' five inner resplits, a quarter held out, of whole participants."""
+    person = pd.factorize(units)[0]
+    label = truth[np.unique(person, return_index=True)[1]]
+    counts = np.unique(label, return_counts=True)[1]
+    few = 4 * (len(counts) - 1)
+    if counts.min() < 2 or len(label) <= few:
+        fact = (
+            f"Expected at least 2 training participants of each label and {few + 1} in all, found "
+        )
+        raise InputError(fact + listed(counts), "Protocol 'brainmarks' splits them again: add some")
+    cuts = StratifiedShuffleSplit(5, test_size=0.25, random_state=seed).split(label, label)
+    return [tuple(np.flatnonzero(np.isin(person, part)) for part in cut) for cut in cuts]
 
 
 def _fitted(model, penalty, x, y):
@@ -705,33 +822,38 @@ def _probabilities(model, x, plan):
 
 
 def _null(folds, rows, truth, splits, plan, permutations):
-    """The first metric's mean over folds, with labels exchanged within site."""
+    """The first metric's mean over folds, with labels exchanged within site.
+
+    An exchange that leaves a training part without some label is drawn again: that of the truth
+    has them all, too.
+    """
     rng = np.random.default_rng(plan.seed)
     site = rows.labels["site"].values if "site" in rows.labels.coords else np.zeros(len(truth))
-    family = rows.labels["family"].values if "family" in rows.labels.coords else None
-    out = np.empty(permutations)
-    for i in range(permutations):
-        moved = truth[metrics.permuted_rows(rows.units, site, rng, family)]
-        output, decision = _predict(folds, moved, splits, plan)
-        table = _scores(moved, splits, output, decision, plan)
-        out[i] = np.nanmean(table[0])
-    return out
+    out = []
+    for drawn in range(1, 100 * permutations + 1):
+        moved = truth[metrics.permuted_rows(rows.units, site, rng, rows.families)]
+        if plan.names is None or all(len(set(moved[f.train])) == len(plan.names) for f in folds):
+            output, decision = _predict(folds, moved, splits, plan)
+            out.append(np.nanmean(_scores(moved, splits, output, decision, plan)[1][0]))
+        if len(out) == permutations:
+            if again := drawn - permutations:
+                splits.notes.append(f"{again} exchanges without some label drawn again")
+            return np.array(out)
+    fact = f"Expected {permutations} exchanges with every label in each training part, found "
+    raise InputError(fact + f"{len(out)} in {drawn}", "Leave a rare label out")
 
 
-def _scores(truth, splits, output, decision, plan, names=None):
-    """(metric, fold); `names` is filled with the metrics'."""
-    table = []
-    for i, (_, t) in enumerate(splits.train_test):
-        measured = plan.measure(truth[t], output[i, t], decision[i, t])
-        table.append([values[0] for values in measured.values()])
-    if names is not None:
-        names.extend(measured)
-    return np.array(table).T
+def _scores(truth, splits, output, decision, plan):
+    """Names of the metrics, and (metric, fold)."""
+    tested = [test for _, test in splits.train_test]
+    found = [
+        plan.measure(truth[t], o[t], d[t]) for t, o, d in zip(tested, output, decision, strict=True)
+    ]
+    return list(found[0]), np.array([[v[0] for v in one.values()] for one in found]).T
 
 
 def _tidy(name, rows, truth, splits, output, decision, plan):
-    names = []
-    scores = _scores(truth, splits, output, decision, plan, names)
+    names, scores = _scores(truth, splits, output, decision, plan)
     known = np.isfinite(output).any((0, 2))
     mean = np.full(output.shape[1:], np.nan)
     mean[known] = np.nanmean(output[:, known], 0)
@@ -765,7 +887,7 @@ def rescored(scores, name: str, output, decision) -> xr.Dataset:
     tested = np.isfinite(scores.output.values[0, :, :, 0])
     cuts = [(np.flatnonzero(~t), np.flatnonzero(t)) for t in tested]
     splits = _Splits(cuts, list(scores.fold.values), participants_of(scores), [])
-    rows = _Rows(scores.subject.values, scores, splits.units, {})
+    rows = _Rows(scores, splits.units, {})
     out = _tidy(name, rows, codes_of(scores), splits, output, decision, plan_of(scores))
     return out.assign_attrs({**scores.attrs, **out.attrs})
 
@@ -833,12 +955,8 @@ class OrdinalLogistic(ClassifierMixin, BaseEstimator):
     def fit(self, x, y):
         """Fit on rows (row, feature) and codes in order."""
         self.classes_ = np.unique(y)
-        self.above_ = [
-            LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter).fit(
-                x, y > code
-            )
-            for code in self.classes_[:-1]
-        ]
+        one = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter)
+        self.above_ = [clone(one).fit(x, y > code) for code in self.classes_[:-1]]
         return self
 
     def predict_proba(self, x):
@@ -858,7 +976,8 @@ class AttentionPooling(BaseEstimator):
 
     For `probe(pool(latents, "concatenate"), ..., estimator=AttentionPooling(tokens))`. It starts as
     the mean over tokens. Trained by AdamW on four fifths of the training rows and stopped by the
-    loss on the last fifth.
+    loss on the last fifth: rows, as it knows no participants, so that sessions of one may stand on
+    both sides of that cut, though never of a fold.
 
     Parameters
     ----------
@@ -881,6 +1000,8 @@ class AttentionPooling(BaseEstimator):
         from torch.nn.functional import cross_entropy, mse_loss
 
         x = torch.tensor(self._tokens(x), dtype=torch.float32)
+        if len(x) < 5:
+            raise InputError(f"Expected at least 5 training rows, found {len(x)}", "Add subjects")
         labels = np.issubdtype(np.asarray(y).dtype, np.integer)
         if labels:
             self.classes_, codes = np.unique(y, return_inverse=True)
@@ -911,15 +1032,11 @@ class AttentionPooling(BaseEstimator):
 
     def attention(self, x):
         """Share of each token in the reading of each row, (row, token)."""
-        raw = self._tokens(x) @ self.query_ / np.sqrt(len(self.query_))
-        share = np.exp(raw - raw.max(1, keepdims=True))
-        return share / share.sum(1, keepdims=True)
+        return softmax(self._tokens(x) @ self.query_ / np.sqrt(len(self.query_)), 1)
 
     def predict_proba(self, x):
         """(row, class)."""
-        raw = self._read(x)
-        share = np.exp(raw - raw.max(1, keepdims=True))
-        return share / share.sum(1, keepdims=True)
+        return softmax(self._read(x), 1)
 
     def predict(self, x):
         """Numbers, or the most probable labels."""
@@ -933,10 +1050,8 @@ class AttentionPooling(BaseEstimator):
 
     def _tokens(self, x):
         if x.shape[1] % self.tokens:
-            raise InputError(
-                f"Expected features of {self.tokens} tokens, found {x.shape[1]} columns",
-                "Pool with how='concatenate' and give the number of hub tokens",
-            )
+            fact = f"Expected features of {self.tokens} tokens, found {x.shape[1]} columns"
+            raise InputError(fact, "Pool with how='concatenate' and give the number of hub tokens")
         return np.reshape(x, (len(x), self.tokens, -1))
 
 

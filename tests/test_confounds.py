@@ -80,11 +80,33 @@ def test_site_with_one_row_and_constant_features_pass(published):
     np.testing.assert_array_equal(out[:, -1], 3.0)
 
 
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_combat_leaves_no_feature_that_is_the_site(size, published):
+    site, covariates = published["site"], published["covariates"]
+    told = size * np.hstack([site == 1, site, site == 2])
+    out = ComBat(2).fit_transform(np.hstack([told, published["x"], covariates, site]))
+    np.testing.assert_allclose(out[:, :3] - told.mean(0), 0, atol=1e-9 * size)
+    alone = ComBat().fit_transform(np.hstack([told, site]))
+    np.testing.assert_allclose(alone - told.mean(0), 0, atol=1e-9 * size)
+
+
+@pytest.mark.parametrize("absent", [0, 1, 2])
+def test_combat_takes_words_that_the_training_part_lacks(absent, published):
+    """Rows that lack a word are fitted alike, whether it has a column or not."""
+    site, x = published["site"], published["x"]
+    word = np.arange(36) % 3
+    columns = np.eye(3)[word][:, 1:]  # one column a word but the first
+    there = word != absent
+    both = np.hstack([x, columns, site])[there]
+    single = np.column_stack([x, word == np.delete(range(3), absent)[1], site])[there]
+    np.testing.assert_allclose(ComBat(2).fit_transform(both), ComBat(1).fit_transform(single))
+
+
 def test_combat_refuses_covariates_that_are_the_site(published):
     site = published["site"]
     with pytest.raises(InputError, match="found one that the sites determine"):
         ComBat(covariates=1).fit(np.hstack([published["x"], site == 1, site]))
-    with pytest.raises(InputError, match="Expected unseen as one of keep, estimate, error"):
+    with pytest.raises(InputError, match="Expected unseen to be keep, estimate, error, found"):
         ComBat(unseen="drop").fit(np.hstack([published["x"], site]))
     with pytest.raises(InputError, match=r"Expected \[features \| 3 covariates"):
         ComBat(covariates=3).fit(np.zeros((5, 3)))
@@ -105,6 +127,25 @@ def test_regression_removes_the_linear_effect_and_nothing_of_the_test_rows():
     assert np.corrcoef(test[:, 0], clean[150:, 0])[0, 1] > 0.95
     with pytest.raises(InputError, match=r"Expected \[features \| 5 confounds\], found 5 columns"):
         ConfoundRegression(5).fit(x)
+
+
+def test_regression_leaves_nothing_of_a_feature_that_is_a_confound():
+    """What rounding leaves of it is no signal, whatever its units."""
+    rng = np.random.default_rng(0)
+    confound = np.column_stack([rng.normal(40, 12, 60), rng.integers(0, 2, 60)])
+    mixed = confound @ [[1e6, 1e-6, 2, 0], [3, 1, 0, 1]]
+    both = np.hstack([mixed, rng.normal(1e5, 1, (60, 1)), confound])
+    fitted = ConfoundRegression(2).fit(both[:40])
+    out = fitted.transform(both)
+    np.testing.assert_array_equal(out[:, :4], np.broadcast_to(out[0, :4], (60, 4)))
+    assert out[:, 4].std() > 0.8
+
+
+def test_regression_refuses_as_many_confounds_as_rows():
+    both = np.random.default_rng(0).normal(size=(20, 24))
+    ConfoundRegression(18).fit(both)
+    with pytest.raises(InputError, match="fewer confounds than training rows, found 19 columns"):
+        ConfoundRegression(19).fit(both)
 
 
 @pytest.mark.parametrize("estimator", [ComBat(), ConfoundRegression(1)])
@@ -151,3 +192,20 @@ def test_matched_pairs_are_alike_where_the_groups_were_not():
         match_subjects(data, "diagnosis", on=("iq",))
     with pytest.raises(InputError, match="Expected two labels in 'site'"):
         match_subjects(data, "site", on=("mean_fd",))
+    with pytest.raises(InputError, match="Expected numbers to match on, found site"):
+        match_subjects(data, "diagnosis", on=("mean_fd", "site"))
+    for on in ((), "mean_fd", None):
+        with pytest.raises(InputError, match="Expected on as a list of coordinates, found"):
+            match_subjects(data, "diagnosis", on=on)
+
+
+@pytest.mark.parametrize("missing", ["", "n/a", "NA", "<NA>", "nan"])
+def test_matching_leaves_out_missing_labels_and_takes_what_is_the_same_for_all(missing):
+    data = xr.Dataset(
+        coords={
+            "subject": list("abcde"),
+            "diagnosis": ("subject", ["patient", "control", missing, "control", "patient"]),
+            "tr": ("subject", np.full(5, 2.0)),
+        }
+    )
+    assert list(match_subjects(data, "diagnosis", on=("tr",)).subject.values) == list("abde")

@@ -3,12 +3,13 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from small_cohorts import make_cohort, noise
 
 from bhx import evaluation, reporting
-from bhx.controls import connectome, fuse, nothing
+from bhx.controls import confound_features, connectome, fuse, nothing
 from bhx.errors import InputError
 from bhx.evaluation import compare, probe
 from bhx.schema import check
@@ -108,6 +109,84 @@ def test_everyone_left_out_is_counted_with_a_reason(features):
     assert scores.attrs["n"] == 87 == scores.sizes["subject"]
 
 
+def test_labels_come_from_all_features_whatever_their_order(features):
+    bare = noise(features).drop_vars(["participant", "site"]).isel(subject=slice(None, None, -1))
+    for many in ([features, bare], [bare, features]):
+        for options in ({}, {"protocol": "paper"}):
+            scores = probe(many, "age", **options)
+            for row in np.isfinite(scores.output[0, :, :, 0].values):
+                people = scores.participant.values
+                assert not set(people[row]) & set(people[~row])
+            assert "no participant" not in scores.attrs["notes"]
+    more = bare.assign_coords(tr=("subject", np.full(90, 0.8)))  # another, and not in use
+    assert set(probe([features, more], "age").tr.values) == {2.0}
+    assert probe([more, features], "age").subject.dtype == features.subject.dtype
+    few = bare.isel(subject=slice(80))
+    for many in ([features, few], [few, features]):
+        scores = probe(many, "age")
+        assert scores.attrs["n_rows"] == 90 == scores.attrs["n"] + 10
+        assert len(json.loads(scores.attrs["excluded"])["not in noise"]) == 10
+    assert "no participant is named" in probe(bare, "age").attrs["notes"]
+
+
+@pytest.mark.parametrize("name", ["age", "site", "participant"])
+def test_labels_that_disagree_are_refused(features, name):
+    other = noise(features)
+    other = other.assign_coords({name: ("subject", features[name].values[::-1])})
+    with pytest.raises(InputError, match=f"Expected one '{name}' of each subject, found"):
+        probe([features, other], "age")
+
+
+def test_missing_labels_of_pandas_are_missing(features):
+    n = features.sizes["subject"]
+    words = np.where(np.arange(n) % 9 == 0, None, features.group.values)
+    for values in (pd.array(words, dtype="string"), [w or "NA" for w in words]):
+        scores = probe(features.assign_coords(dx=("subject", values)), "dx")
+        assert list(scores["class"].values) == ["older", "younger"]
+        assert len(json.loads(scores.attrs["excluded"])["no dx"]) == 10
+
+
+def test_whole_floats_are_labels_as_whole_numbers_are(features):
+    code = (features.age.values > 50).astype(float)
+    some = features.assign_coords(code=("subject", code))
+    for options in ({"classes": (0, 1)}, {"task": "label", "positive": 1}):
+        scores = probe(some, "code", **options)
+        assert list(scores["class"].values) == ["0", "1"]
+        assert scores.attrs["n"] == 90
+
+
+@pytest.mark.parametrize("protocol", ["paper", "brainmarks"])
+def test_protocols_refuse_too_few_participants(features, protocol):
+    for rows in (slice(6), [0, 2, 4]):
+        few = features.isel(subject=rows)
+        few = few.assign_coords(
+            half=("subject", ["a", "b", "a", "b", "a", "b"][: few.subject.size])
+        )
+        with pytest.raises(InputError, match=f"Expected 5 participants for '{protocol}', found 3"):
+            probe(few, "half", protocol=protocol)
+
+
+def bad_features(features):
+    values = features.features.copy()
+    values[3, 2] = np.inf
+    words = features.features.astype(str)
+    tangent = connectome(make_cohort(), "tangent")
+    return [
+        ([], "Expected features, found an empty list"),
+        (features.features.values, "Expected features as an xarray.Dataset, found ndarray"),
+        (features.assign(features=values), "Expected finite numbers in connectome, or NaN"),
+        (features.assign(features=words), "Expected numbers in connectome, found <U"),
+        (fuse(features, noise(features)).isel(feature=slice(30)), "Expected all features of"),
+        (tangent.isel(feature=slice(30)), "Expected all features of 'connectome, tangent'"),
+    ]
+
+
+def test_bad_features_are_refused(features):
+    for bad, message in bad_features(features):
+        with pytest.raises(InputError, match=message):
+            probe(bad, "age")
+
+
 def test_models_of_one_probe_share_subjects_and_folds(features):
     scores = probe([features, noise(features)], "group")
     tested = np.isfinite(scores.output[..., 0].values)
@@ -139,26 +218,65 @@ def test_boolean_three_label_and_integer_targets(features):
 BAD = [
     ({"target": "iq"}, "Expected 'iq' as a coordinate on subject, found .*age"),
     ({"target": "age", "groups": "scanner"}, "Expected 'scanner' as a coordinate"),
+    ({"target": ["age"]}, "Expected target as the name of a coordinate, found .'age'."),
+    ({"target": "age", "groups": ["site"]}, "Expected groups as the name of a coordinate"),
+    ({"target": "age", "harmonise": ["site"]}, "Expected harmonise as the name of a coordinate"),
+    ({"target": "age", "confounds": "group"}, "Expected confounds as a list .*, found 'group'"),
+    ({"target": "age", "confounds": None}, "Expected confounds as a list .*, found None"),
+    ({"target": "age", "confounds": (c for c in "ab")}, "Expected confounds as a list .*, found <"),
+    ({"target": "age", "preserve": "sex"}, "Expected preserve as a list .*, found 'sex'"),
+    ({"target": "age", "seed": -1}, "Expected seed as a whole number of at least 0, found -1"),
+    ({"target": "age", "seed": None}, "Expected seed as a whole number of at least 0, found None"),
+    ({"target": "age", "folds": 2.5}, "Expected folds as a whole number of at least 1, found 2.5"),
+    ({"target": "age", "folds": "5"}, "Expected folds as a whole number of at least 1, found '5'"),
+    ({"target": "age", "repeats": 0}, "Expected repeats as a whole number of at least 1, found 0"),
+    ({"target": "age", "permutations": -1}, "Expected permutations as a whole number"),
+    ({"target": "age", "train_share": "0.5"}, "Expected train_share above 0 .*, found '0.5'"),
     ({"target": "age", "folds": 46}, "Expected from 2 to 45 folds .participants., found 46"),
     ({"target": "age", "folds": 1}, "Expected from 2 to 45 folds"),
     ({"target": "group", "task": "number"}, "Expected numbers in 'group', found older, younger"),
-    ({"target": "age", "task": "regression"}, "Expected task as one of number, label, ordinal"),
+    ({"target": "age", "task": "regression"}, "Expected task to be number, label, ordinal, found"),
     ({"target": "third", "task": "ordinal"}, "Expected an order for the words of 'third'"),
     ({"target": "third", "classes": ("low", "top")}, "Expected subjects of every class low, top"),
-    ({"target": "age", "protocol": "kfold"}, "Expected protocol as 'paper' or 'brainmarks'"),
+    ({"target": "age", "protocol": "kfold"}, "Expected protocol to be paper, brainmarks, found"),
     ({"target": "age", "protocol": "brainmarks"}, "Expected labels for protocol 'brainmarks'"),
-    ({"target": "age", "confounds": ["age"]}, "Expected 'age' as the target only, found it among"),
+    (
+        {"target": "age", "protocol": "paper", "groups": "site"},
+        "alone, found groups, stratify, folds or repeats too",
+    ),
+    (
+        {"target": "age", "protocol": "paper", "folds": 10},
+        "alone, found groups, stratify, folds or",
+    ),
+    (
+        {"target": "group", "protocol": "brainmarks", "stratify": "site", "repeats": 2},
+        "Expected protocol 'brainmarks' alone, found groups, stratify, folds or repeats too",
+    ),
+    (
+        {"target": "coded", "task": "ordinal", "protocol": "brainmarks"},
+        "Expected labels for protocol 'brainmarks', found task 'ordinal'",
+    ),
+    ({"target": "age", "confounds": ["age"]}, "found 'age', which tells 'age' of everyone"),
+    ({"target": "age", "confounds": ["born"]}, "found 'born', which tells 'age' of everyone"),
+    ({"target": "age", "preserve": ["log_age"]}, "found 'log_age', which tells 'age'"),
+    ({"target": "age", "confounds": ["participant"]}, "found 'participant', which tells 'age'"),
+    ({"target": "site", "harmonise": "site"}, "found 'site', which tells 'site' of everyone"),
+    ({"target": "group", "preserve": ["coded"]}, "found 'coded', which tells 'group'"),
+    ({"target": "group", "harmonise": "subtype"}, "found 'subtype', which tells 'group'"),
     ({"target": "age", "train_share": 0}, "Expected train_share above 0 and at most 1, found 0"),
-    ({"target": "group", "positive": "ASD"}, "Expected positive as one of older, younger"),
+    ({"target": "group", "positive": "ASD"}, "Expected positive to be older, younger, found"),
     ({"target": "mixed"}, "Expected distinct labels in 'mixed', found 'ASD', 'asd' that differ"),
     ({"target": "single"}, "Expected at least two labels in 'single', found 'x' only"),
     ({"target": "flat"}, "Expected 'flat' to vary, found 1.0 only"),
     ({"target": "empty"}, "Expected subjects with 'empty' and features, found none"),
     ({"target": "age", "groups": "single"}, "Expected at least two values of 'single'"),
-    ({"target": "age", "groups": "alone"}, "Expected at least two values of 'alone'"),
     (
         {"target": "by_site", "groups": "site"},
         "Expected every label in the training part of fold A",
+    ),
+    (
+        {"target": "rare", "groups": "site", "train_share": 0.2, "seed": 1},
+        "Expected every label in the training part of fold .*, found no 'rare'",
     ),
 ]
 
@@ -172,8 +290,12 @@ def test_bad_input_is_refused_with_both_facts(features, options, message):
         flat=("subject", np.ones(n)),
         third=("subject", np.array(["low", "mid", "high"])[np.arange(n) % 3]),
         empty=("subject", np.full(n, np.nan)),
+        born=("subject", np.round(2020.5 - features.age.values, 2)),
+        log_age=("subject", np.log(features.age.values)),
+        coded=("subject", np.where(features.group == "older", 2, 1)),
+        subtype=("subject", np.char.add(features.group.values, ["", " I"] * (n // 2))),
         by_site=("subject", np.where(features.site == "A", "patient", "control")),
-        alone=("subject", [f"scanner {i}" for i in range(n)]),  # groups of one member each
+        rare=("subject", np.where(np.isin(np.arange(n), [1, 31, 63]), "rare", features.group)),
     )
     with pytest.raises(InputError, match=message):
         probe(bad, **options)
@@ -194,6 +316,87 @@ def test_small_sites_are_held_out_together_and_said_so(features):
     scores = probe(features.assign_coords(site=("subject", site)), "age", groups="site")
     assert "small+tiny" in scores.fold.values
     assert "fewer than 5 subjects, held out together" in scores.attrs["notes"]
+
+
+@pytest.mark.parametrize("groups", ["participant", "alone", "pair"])
+def test_many_small_groups_are_held_out_several_a_fold(features, groups):
+    some = features.assign_coords(
+        alone=("subject", [f"scanner {i}" for i in range(90)]),
+        pair=("subject", [f"pair {i // 4}" if i < 80 else "rest" for i in range(90)]),
+    )
+    scores = probe(some, "age", groups=groups)
+    tested = np.isfinite(scores.output[0, :, :, 0].values)
+    assert len(tested) == 5
+    assert tested.sum(1).max() < 40
+    for row in tested:
+        assert (
+            not set(some[groups].values[row]) & set(some[groups].values[~row]) or groups == "alone"
+        )
+        assert not set(some.participant.values[row]) & set(some.participant.values[~row])
+
+
+def test_sites_that_share_all_participants_cannot_be_held_out_and_it_says_why(features):
+    scanner = np.array(["A", "B"])[np.arange(90) % 2]
+    with pytest.raises(InputError, match="found values of scanner that share participants"):
+        probe(features.assign_coords(scanner=("subject", scanner)), "age", groups="scanner")
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": "site"}, {"protocol": "paper"}])
+def test_families_are_never_split(features, options):
+    family = np.array([f"f{i // 3 % 8}" for i in range(90)])  # across participants
+    family[:12] = "n/a"
+    tied = np.array([f"{i // 6 % 4}" for i in range(90)])
+    tied[:12] = features.participant.values[:12]
+    if options.get("groups"):
+        tied = family = np.where(features.site == "A", "a", "b")
+    scores = probe(features.assign_coords(family=("subject", family)), "age", **options)
+    for row in np.isfinite(scores.output[0, :, :, 0].values):
+        assert not set(tied[row]) & set(tied[~row])
+    assert scores.attrs["n_participants"] == 45
+
+
+def test_groups_are_balanced_over_strata(features):
+    """Twelve families of one sex each: of every fold half of them."""
+    clinic = np.array([f"c{i // 2 % 12:02}" for i in range(90)])
+    sex = np.where(np.arange(90) // 2 % 12 < 6, "F", "M")
+    some = features.assign_coords(clinic=("subject", clinic), sex=("subject", sex))
+    scores = probe(some, "age", groups="clinic", stratify="sex", folds=3)
+    tested = np.isfinite(scores.output[0, :, :, 0].values)
+    share = [(sex[row] == "F").mean() for row in tested]
+    np.testing.assert_allclose(share, 0.5, atol=0.15)
+    one = probe(some, "age", groups="site", stratify="sex", folds=3)
+    assert "balanced over nothing" in one.attrs["notes"]
+
+
+def test_strata_of_numbers_are_fifths_and_rare_ones_are_said(features):
+    late = np.random.default_rng(0).permutation(np.repeat(np.arange(45.0), 2))
+    some = features.assign_coords(
+        late=("subject", late), word=("subject", [f"w{i}" for i in range(90)])
+    )
+    scores = probe(some, "group", stratify="late", folds=3)
+    tested = np.isfinite(scores.output[0, :, :, 0].values)
+    fifth = late // 9
+    counts = np.array([np.bincount(fifth[row].astype(int), minlength=5) for row in tested])
+    assert counts.std(0).mean() < 1.7
+    plain, word = probe(some, "group"), probe(some, "group", stratify="word")
+    np.testing.assert_array_equal(plain.output, word.output)
+    assert "too few subjects are alike in word: not balanced over it" in word.attrs["notes"]
+
+
+@pytest.mark.parametrize("options", [{"groups": "site"}, {"folds": 45}])
+def test_folds_one_by_one_are_not_repeated(features, options):
+    once, thrice = (probe(features, "age", repeats=r, **options) for r in (1, 3))
+    np.testing.assert_array_equal(once.score, thrice.score)
+    assert "the same in every repeat" in thrice.attrs["notes"]
+
+
+def test_folds_that_measure_no_correlation_are_said(features):
+    pairs = probe(features.isel(subject=slice(10)), "age", folds=5)
+    assert pairs.attrs["notes"].count("its r is no measure") == 5
+    flat = features.assign_coords(
+        age=("subject", np.where(features.site == "A", 40.0, features.age))
+    )
+    assert "fold A tests 1 distinct" in probe(flat, "age", groups="site").attrs["notes"]
 
 
 def test_more_folds_than_groups_is_one_fold_a_group_and_said_so(features):
@@ -429,13 +632,38 @@ def test_confound_regression_takes_out_a_confound_and_only_in_the_fold(features)
     assert controlled.loc[("noise", "auroc"), "score"] < 0.65
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_confound_that_is_the_same_for_all_changes_nothing(features):
+    plain, same = (probe(features, "age", confounds=c) for c in ([], ["tr"]))
+    np.testing.assert_allclose(plain.output, same.output)
+
+
+def test_what_the_confounds_explain_wholly_predicts_nothing(features):
+    """Words and numbers that follow the target, as features and as confounds."""
+    rng = np.random.default_rng(0)
+    some = features.assign_coords(
+        iq=("subject", features.age.values + 5 * rng.normal(size=90)),
+        word=("subject", [f"{v:.6f}" for v in rng.normal(size=90)]),
+    )
+    told = confound_features(some, ["iq", "site"])
+    assert probe(told, "age").score.sel(metric="r").mean() > 0.8
+    gone = probe(told, "age", confounds=["site", "iq"])
+    np.testing.assert_array_equal(gone.score.sel(metric="r"), 0)
+    flat = probe(confound_features(some, ["site"]), "iq", harmonise="site")
+    np.testing.assert_array_equal(flat.score.sel(metric="r"), 0)
+    with pytest.raises(InputError, match="Expected fewer confounds than training rows"):
+        probe(some, "age", confounds=["word"])
+
+
 def test_combat_in_the_fold_removes_site_but_not_age(features):
     rng = np.random.default_rng(0)
     site = np.unique(features.site, return_inverse=True)[1]
     shifted = features.copy(deep=True)
     shifted.features[:] = features.features + 3 * rng.normal(size=(3, 28))[site]
+    scanner = np.where(rng.random(90) < 0.05, "A", features.site)  # nearly the site, not quite
+    shifted = shifted.assign_coords(scanner=("subject", scanner))
     seen = probe(shifted, "site").score.sel(metric="auroc").mean()
-    gone = probe(shifted, "site", harmonise="site").score.sel(metric="auroc").mean()
+    gone = probe(shifted, "scanner", harmonise="site").score.sel(metric="auroc").mean()
     assert seen > 0.99
     assert gone < 0.65
     plain = probe(shifted, "age").score.sel(metric="r").mean()
@@ -452,6 +680,102 @@ def test_permuted_labels_give_the_null_and_a_small_p_only_where_there_is_an_effe
     table = compare(scores)
     assert table.loc[("connectome", "r"), "p_null"] == pytest.approx(1 / 20, abs=1e-3)
     assert table.loc[("noise", "r"), "p_null"] > 0.1
+
+
+def test_exchanged_labels_that_leave_a_fold_without_one_are_drawn_again(features):
+    n = np.arange(90) // 2
+    rare = np.array(["a", "b"])[(n > 4).astype(int)]
+    third = np.where(n < 2, "c", features.group.values)
+    some = features.assign_coords(rare=("subject", rare), third=("subject", third)).drop_vars(
+        "site"
+    )
+    seen = probe(some, "rare", permutations=15)
+    assert np.isfinite(seen.null).all()
+    few = probe(noise(some), "third", permutations=3, folds=2)
+    assert np.isfinite(few.null).all()
+    assert "exchanges without some label drawn again" in few.attrs["notes"]
+
+
+def test_a_label_that_no_model_knows_is_never_decided(features):
+    fold = evaluation._Fold(
+        np.arange(60), np.arange(60, 90), np.ones((60, 1)), np.ones((30, 1)), None
+    )
+    plan = evaluation._Plan("label", np.array(["a", "b", "c"]), 2, None, None, 0)
+    output, decision = evaluation._fit_fold(fold, np.arange(90) % 2, plan)
+    assert (output[:, 2] == 0).all()
+    assert set(decision) <= {0, 1}
+
+
+def test_large_numbers_keep_their_digits(features):
+    far = features.assign_coords(far=("subject", 1e9 + features.age.values))
+    near, apart = probe(features, "age"), probe(far, "far")
+    np.testing.assert_allclose(apart.output - 1e9, near.output, atol=1e-4)
+    assert near.output.dtype == float
+
+
+def test_brainmarks_chooses_its_penalty_on_whole_participants():
+    person = np.repeat([f"p{i}" for i in range(20)], 2)[::-1]
+    truth = np.repeat(np.arange(20) % 2, 2)
+    cuts = evaluation._resplit_people(person, truth, 0)
+    assert len(cuts) == 5
+    for fit, hold in cuts:
+        assert not set(person[fit]) & set(person[hold])
+        assert len(fit) == 30 == 40 - len(hold)
+    from sklearn.model_selection import StratifiedShuffleSplit
+
+    plain = StratifiedShuffleSplit(5, test_size=0.25, random_state=0).split(truth, truth)
+    alone = evaluation._resplit_people(np.arange(40).astype(str), truth, 0)
+    for (fit, hold), (a, b) in zip(alone, plain, strict=True):
+        np.testing.assert_array_equal(fit, np.sort(a))
+        np.testing.assert_array_equal(hold, np.sort(b))
+    with pytest.raises(InputError, match="Expected at least 2 training participants of each"):
+        evaluation._resplit_people(person[:6], truth[:6], 0)
+
+
+def test_words_that_are_numbers_or_dates_are_refused(features):
+    days = np.datetime64("2020-01-01") + (features.age.values * 10).astype(int)
+    age = features.age.values
+    for kind, values in (
+        ("numbers", age.astype(str)),
+        ("numbers", age.astype(object)),
+        ("dates", days),
+        ("dates", days.astype(str)),
+        ("dates", days - days.min()),
+    ):
+        some = features.assign_coords(target=("subject", values))
+        with pytest.raises(InputError, match=f"labels in 'target', found {kind} as words: "):
+            probe(some, "target")
+    few = features.assign_coords(code=("subject", (age > 50).astype(int).astype(str)))
+    assert list(probe(few, "code")["class"].values) == ["0", "1"]
+
+
+def bad_estimators():
+    from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+    from sklearn.svm import LinearSVC
+
+    proba, fits = (
+        "Expected a classifier with predict_proba, found",
+        "Expected an estimator of scikit",
+    )
+    return [
+        ("group", LinearSVC(), proba),
+        ("group", RidgeClassifier(), proba),
+        ("group", Ridge(), proba),
+        (
+            "age",
+            LogisticRegression(),
+            "Expected a regressor for a number, found LogisticRegression",
+        ),
+        ("age", "ridge", fits),
+        ("age", Ridge, fits),
+        ("age", evaluation.AttentionPooling(4), "Expected at least 5 training rows, found 4"),
+    ]
+
+
+@pytest.mark.parametrize(("target", "estimator", "message"), bad_estimators())
+def test_estimators_that_do_not_fit_are_refused(features, target, estimator, message):
+    with pytest.raises(InputError, match=message):
+        probe(features.isel(subject=slice(8)), target, estimator=estimator, folds=2)
 
 
 def test_ordinal_labels_use_their_order(features):
@@ -487,7 +811,7 @@ def test_paper_protocol_is_three_splits_of_6_2_2_balanced_over_sites(features):
     tested = np.isfinite(scores.output[0, :, :, 0].values)
     assert tested.shape[0] == 3
     np.testing.assert_allclose(tested.mean(1), 0.2, atol=0.05)
-    assert scores.attrs["test_share"] == pytest.approx(0.25, abs=0.08)
+    assert scores.attrs["test_share"] == pytest.approx(1 / 3, abs=0.08)  # validation trains nothing
     for row in tested:
         assert not set(scores.participant.values[row]) & set(scores.participant.values[~row])
         assert set(scores.site.values[row]) == {"A", "B", "C"}
@@ -557,6 +881,24 @@ def test_less_training_data_same_test_subjects(features):
     np.testing.assert_array_equal(*tested)
     assert half.attrs["test_share"] == pytest.approx(2 * all_.attrs["test_share"], rel=0.1)
     assert half.score.sel(metric="mae").mean() > all_.score.sel(metric="mae").mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": "site"}, {"protocol": "paper"}])
+def test_less_training_data_has_as_many_of_each_label(features, options, monkeypatch):
+    """Participants are left out, not sites, and validation rows with them."""
+    seen = []
+    fold = evaluation._Fold
+    monkeypatch.setattr(evaluation, "_Fold", lambda *a: seen.append(fold(*a)) or seen[-1])
+    third = np.array(["low", "mid", "high"])[np.digitize(features.age.values, [40, 72])]
+    some = features.assign_coords(third=("subject", third))
+    n = probe(some, "third", **options).sizes["fold"]
+    probe(some, "third", train_share=0.4, **options)
+    for a, b in zip(seen[:n], seen[n:], strict=True):
+        kept, given = (np.unique(third[f.train], return_counts=True) for f in (b, a))
+        assert set(kept[0]) == {"low", "mid", "high"}
+        assert (abs(kept[1] - 0.4 * given[1]) <= 4).all()
+        if options.get("protocol"):
+            assert len(b.inner[0][1]) < 0.7 * len(a.inner[0][1])
 
 
 def test_attention_pooling_finds_the_token_that_knows():

@@ -176,7 +176,7 @@ def test_labels_work_only_where_they_should(tune, cohort, part):
 
 
 def test_no_participant_is_on_two_sides(tune):
-    for options in ({}, {"groups": "site"}, {"protocol": "paper"}):
+    for options in ({}, {"groups": "site"}, {"protocol": "paper", "folds": 5}):
         scores = tune(epochs=1, trains="head only", **options)
         for part in scores.part[0].values:
             sides = [set(scores.participant.values[part == p]) for p in ("train", "stop", "test")]
@@ -198,7 +198,8 @@ def test_the_kept_epoch_is_the_best_of_the_inner_split(tune):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"groups": "site"}, {"stratify": "site", "repeats": 2}, {"protocol": "paper"}]
+    "options",
+    [{}, {"groups": "site"}, {"stratify": "site", "repeats": 2}, {"protocol": "paper", "folds": 5}],
 )
 def test_the_folds_are_those_of_probe(tune, cohort, options):
     scores = tune(trains="head only", **options)
@@ -326,7 +327,7 @@ def test_a_kept_fold_says_the_same_again(tune, cohort, model, tmp_path, target):
         ({"target": "nowhere"}, "Expected 'nowhere' as a coordinate on subject"),
         ({"target": "participant", "classes": ("p00", "p99")}, "Expected subjects of every class"),
         ({"folds": 40}, "Expected from 2 to 12 folds"),
-        ({"task": "rank"}, "Expected task as one of"),
+        ({"task": "rank"}, "Expected task to be number, label, ordinal"),
     ],
 )
 def test_wrong_settings_are_refused(tune, wrong, message):
