@@ -192,11 +192,9 @@ def load_strictly(module: nn.Module, state: dict, where: str) -> None:
         )
     for key, value in own.items():
         if value.shape != state[key].shape:
-            raise InputError(
-                f"Expected '{key}' of shape {tuple(value.shape)} in {where}, "
-                f"found {tuple(state[key].shape)}",
-                "These may be weights of another size or atlas",
-            )
+            fact = f"Expected '{key}' of shape {tuple(value.shape)} in {where}, "
+            fact += f"found {tuple(state[key].shape)}"
+            raise InputError(fact, "These may be weights of another size or atlas")
     module.load_state_dict(state)
 
 
@@ -349,9 +347,7 @@ def _fill(part, state, where):
     for name, table in fixed.items():
         own = getattr(part, name)
         if own.shape != table.shape:
-            raise InputError(
-                f"Expected '{name}' of shape {tuple(own.shape)} in {where}, "
-                f"found {tuple(table.shape)}",
-                "These may be weights of another size",
-            )
+            fact = f"Expected '{name}' of shape {tuple(own.shape)} in {where}, "
+            fact += f"found {tuple(table.shape)}"
+            raise InputError(fact, "These may be weights of another size")
         own.copy_(table)

@@ -195,11 +195,9 @@ def _check_split(cohort, shares, stratify, leave_out):
     if leave_out:
         several = pd.Series(cohort[leave_out].values).groupby(cohort.participant.values).nunique()
         if (several > 1).any():
-            raise InputError(
-                f"Expected one {leave_out} for each participant, found several for "
-                f"{listed(several.index[several > 1])}",
-                f"Choose the scans of one {leave_out} for them",
-            )
+            fact = f"Expected one {leave_out} for each participant, found several for "
+            fact += f"{listed(several.index[several > 1])}"
+            raise InputError(fact, f"Choose the scans of one {leave_out} for them")
 
 
 def _read_split(path, made_by):
@@ -334,11 +332,9 @@ def check_rows(rows: pd.DataFrame) -> list[dict]:
     if "subject" not in rows and "participant" in rows:
         rows["subject"] = rows["participant"]
     if "subject" not in rows or not len(rows):
-        raise InputError(
-            f"Expected rows with a column 'subject', found {len(rows)} rows with "
-            f"{listed(rows.columns, 20) or 'no columns'}",
-            "Name each row participant[/session][/run]",
-        )
+        fact = f"Expected rows with a column 'subject', found {len(rows)} rows with "
+        fact += f"{listed(rows.columns, 20) or 'no columns'}"
+        raise InputError(fact, "Name each row participant[/session][/run]")
     rows["subject"] = rows["subject"].astype(str)
     twice = rows["subject"][rows["subject"].duplicated()]
     if len(twice):
@@ -503,11 +499,9 @@ def _extend_store(new, path):
     n = group.attrs["rows_written"]
     surplus = {*new.coords, *new.data_vars} - {*group.array_keys()}
     if surplus:
-        raise InputError(
-            f"Expected new subjects with the labels of {path}, found also "
-            f"{listed(sorted(surplus))}",
-            "Prepare all subjects into a new store",
-        )
+        fact = f"Expected new subjects with the labels of {path}, found also "
+        fact += f"{listed(sorted(surplus))}"
+        raise InputError(fact, "Prepare all subjects into a new store")
     if "roi" in new.coords and group["roi"][:].tolist() != new.roi.values.tolist():
         fact = f"Expected the parcels of {path}, found others in the new subjects"
         raise InputError(fact, "Prepare them into another store")

@@ -276,10 +276,8 @@ def blocks_of(features):
         blocks = json.loads(features.attrs["blocks"])
         whole = sum(w for w, _ in blocks) == width
     if not whole:
-        raise InputError(
-            f"Expected all features of '{name_of(features)}' in their order, found a selection",
-            "Select parcels before bhx.connectome, and features before fuse",
-        )
+        fact = f"Expected all features of '{name_of(features)}' in their order, found a selection"
+        raise InputError(fact, "Select parcels before bhx.connectome, and features before fuse")
     return blocks
 
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from . import __version__
 from .atlas import load_atlas, match_names
 from .checkpoints import PRESETS, Harmonix, HarmonixConfig, build, read_weights
+from .errors import check_choice
 from .harmonix_f import patchify
 from .harmonix_s import cubes
 from .schema import (
@@ -67,8 +68,8 @@ def load_model(source="workshop", *, device: str | None = None) -> Model:
 
 def random_model(preset: str | HarmonixConfig = "workshop", *, seed: int = 0, device=None) -> Model:
     """The same network before any training: the control of every claim about trained weights."""
-    if isinstance(preset, str) and preset not in PRESETS:
-        raise InputError(f"Expected a preset of {listed(PRESETS)}, found '{preset}'", "Choose one")
+    if isinstance(preset, str):
+        check_choice("preset", preset, PRESETS)
     config = PRESETS[preset] if isinstance(preset, str) else preset
     atlas = load_atlas(config.atlas, order=config.order)
     harmonics = atlas.harmonics.values[:, : config.dynamics.harmonics]
@@ -195,10 +196,8 @@ class Model:
         are not computed and are NaN in the result.
         """
         if bold.dims != ("roi", "time"):
-            raise InputError(
-                f"Expected one scan with dims ('roi', 'time'), found {bold.dims}",
-                "Take it from the cohort: bhx.scan(cohort, subject)",
-            )
+            fact = f"Expected one scan with dims ('roi', 'time'), found {bold.dims}"
+            raise InputError(fact, "Take it from the cohort: bhx.scan(cohort, subject)")
         tr = _tr(bold, tr)
         bold = bold.isel(roi=_positions_of(self, bold.roi.values))
         reading = Reading(*in_windows(bold.values, tr, self.config.dynamics))
@@ -310,10 +309,7 @@ class _Options:
             ("precision", [self.precision], ("float32", "bfloat16")),
         ):
             for one in given:
-                if one not in known:
-                    raise InputError(
-                        f"Expected {name} of {listed(known)}, found {one!r}", "Choose one"
-                    )
+                check_choice(name, one, known)
         self.model.networks.harmonizer.layers_of(self.attention)
 
 
@@ -585,10 +581,8 @@ def _check_grid(t1, voxel_mm):
         )
     for axis, values in grid.items():
         if axis not in t1.coords:
-            raise InputError(
-                f"Expected MNI coordinates [mm] on '{axis}', found none",
-                "Assign bhx.schema.t1_grid(voxel_mm)",
-            )
+            fact = f"Expected MNI coordinates [mm] on '{axis}', found none"
+            raise InputError(fact, "Assign bhx.schema.t1_grid(voxel_mm)")
         given = t1[axis].values
         if np.allclose(given, values, atol=0.01):
             continue
@@ -825,11 +819,9 @@ def _check_same(path, template):
     if not np.array_equal(there.get("subject", ()), template.subject):
         different.append("subjects")
     if different:
-        raise InputError(
-            f"Expected latents of this model and cohort in '{path}', "
-            f"found another {listed(different)}",
-            "Give a new path, or delete this store",
-        )
+        fact = f"Expected latents of this model and cohort in '{path}', "
+        fact += f"found another {listed(different)}"
+        raise InputError(fact, "Give a new path, or delete this store")
 
 
 def autocast(device, precision):

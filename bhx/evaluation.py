@@ -11,6 +11,7 @@ import json
 import warnings
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -41,33 +42,8 @@ RESPLITS = {"paper": 3, "brainmarks": 100}
 
 __all__ = ["compare", "connectome", "probe"]
 
-# What others report, in the units of `score`. "paper": Dong, Li et al., NeurIPS 2025 (accuracy
-# and positive-class F1; MAE [years] and r), mean of three seeds. "brainmarks": arXiv 2510.13768,
-# frozen features, balanced accuracy over 100 resplits.
-REFERENCE = {
-    "paper": {
-        "ABIDE-I": {"BrainHarmonix": {"accuracy": 0.6313, "positive_f1": 0.7263}},
-        "ABIDE-II": {"BrainHarmonix": {"accuracy": 0.6667, "positive_f1": 0.7488}},
-        "ADHD-200": {"BrainHarmonix": {"accuracy": 0.7009, "positive_f1": 0.6672}},
-        "PPMI": {"BrainHarmonix": {"accuracy": 0.6434, "positive_f1": 0.5640}},
-        "ADNI": {"BrainHarmonix": {"accuracy": 0.6465, "positive_f1": 0.6875}},
-        "HCP-A": {"BrainHarmonix": {"mae": 6.56, "r": 0.42}},
-    },
-    "brainmarks": {
-        name: {
-            "BrainHarmonix-F": {"balanced_accuracy": dynamics},
-            "connectome": {"balanced_accuracy": plain},
-        }
-        for name, dynamics, plain in (
-            ("ABIDE", 0.504, 0.598),
-            ("ADHD-200", 0.599, 0.570),
-            ("ADNI", 0.516, 0.586),
-            ("PPMI", 0.563, 0.580),
-            ("HCP-A sex", 0.584, 0.819),
-        )
-    },
-}
-
+# What others report, in the units of `score` (assets/README.md says who measured it, and how)
+REPORTED = Path(__file__).parent / "assets" / "reported.csv"
 
 # ---------------------------------------------------------------- probe
 
@@ -1078,7 +1054,7 @@ def compare(
     ----------
     scores : what `probe` returned, one or several, of one target or several
     control : the model the others are tested against; by default the last of each target
-    reference : name of a cohort in `REFERENCE`; adds what others report for it
+    reference : name of a cohort in `REPORTED`; adds what others report for it
     adjust : "holm" or "fdr", over all models and targets of the table, metric by metric
     level, draws, seed : of the bootstrap
 
@@ -1170,11 +1146,12 @@ def _same_folds(a, b):
 
 
 def _with_reference(table, cohort):
-    known = {name for protocol in REFERENCE.values() for name in protocol}
-    check_choice("reference", cohort, sorted(known))
-    for protocol, cohorts in REFERENCE.items():
-        for model, numbers in cohorts.get(cohort, {}).items():
-            table[f"{protocol}: {model}"] = table.metric.map(numbers)
+    """What others report of this cohort, a column each."""
+    reported = pd.read_csv(REPORTED)
+    check_choice("reference", cohort, sorted(set(reported.cohort)))
+    reported = reported[reported.cohort == cohort]
+    for (protocol, model), found in reported.groupby(["protocol", "model"], sort=False):
+        table[f"{protocol}: {model}"] = table.metric.map(found.set_index("metric").value)
     return table
 
 

@@ -101,11 +101,9 @@ class Explorer:
         """Follow a parcel or a whole network: the token that prefers it most, and who reads it."""
         self.parcels = (self.roi == name) | (self.networks == name)
         if name is not None and not self.parcels.any():
-            raise InputError(
-                f"Expected a parcel or a network ({listed(np.unique(self.networks), 8)}), found "
-                f"'{name}'",
-                "See latents.roi and latents.network",
-            )
+            fact = f"Expected a parcel or a network ({listed(np.unique(self.networks), 8)}), found "
+            fact += f"'{name}'"
+            raise InputError(fact, "See latents.roi and latents.network")
         if self.parcels.any():
             self.token = int(self.tokens[np.argmax(self.preference())])
         self._tell()

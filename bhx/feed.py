@@ -107,10 +107,8 @@ class Feed:
         if "t1" in self.need and self.need["t1"][i]:
             t1 = scale_t1(self._stored("t1", i), self.config.structure.voxel_mm)
             if not np.isfinite(t1).all():
-                raise InputError(
-                    "Expected a T1 of finite values, found NaN or infinite ones",
-                    "Leave this subject out with subjects=",
-                )
+                fact = "Expected a T1 of finite values, found NaN or infinite ones"
+                raise InputError(fact, "Leave this subject out with subjects=")
             reading.t1 = torch.from_numpy(t1)
             reading.cubes = torch.arange(self.config.structure.tokens)
         return reading
@@ -169,17 +167,13 @@ class Feed:
     def _check(self, cohort):
         stage = self.plan.stage
         if not len(self.usable):
-            raise InputError(
-                f"Expected a cohort with {' or '.join(NEEDS[stage])} for the stage '{stage}', "
-                f"found {listed(cohort.data_vars)} and no subject that has it",
-                "Choose the stage that fits the cohort",
-            )
+            fact = f"Expected a cohort with {' or '.join(NEEDS[stage])} for the stage '{stage}', "
+            fact += f"found {listed(cohort.data_vars)} and no subject that has it"
+            raise InputError(fact, "Choose the stage that fits the cohort")
         if self.config.scaling != "zscore":
-            raise InputError(
-                f"Expected a model that reads series scaled by 'zscore', found "
-                f"'{self.config.scaling}'",
-                "Pretraining fits no other scaling",
-            )
+            fact = "Expected a model that reads series scaled by 'zscore', found "
+            fact += f"'{self.config.scaling}'"
+            raise InputError(fact, "Pretraining fits no other scaling")
         has_bold = self.need.get("bold", np.zeros(0, bool))
         if "coverage" in self.labels and has_bold.any():
             low = has_bold & (self.labels.coverage.values < 1)
@@ -206,10 +200,8 @@ def opened(cohort, subjects, model):
     if subjects is not None:
         wanted = [str(s) for s in np.asarray(subjects)]
         if unknown := set(wanted) - set(cohort.subject.values.tolist()):
-            raise InputError(
-                f"Expected subjects of the cohort, found others ({listed(sorted(unknown))})",
-                "cohort.subject lists them",
-            )
+            fact = f"Expected subjects of the cohort, found others ({listed(sorted(unknown))})"
+            raise InputError(fact, "cohort.subject lists them")
         cohort = cohort.sel(subject=wanted)
     aligned = aligned_to(cohort, model)
     as_stored = all(aligned[v].shape == cohort[v].shape for v in cohort.data_vars) and (
@@ -275,21 +267,15 @@ def held_out_rows(feed: Feed, held_out):
     else:
         wanted = [str(s) for s in np.asarray(held_out)]
         if unknown := set(wanted) - set(labels.subject.values.tolist()):
-            raise InputError(
-                f"Expected held-out subjects of the cohort, found others ({listed(unknown)})",
-                "cohort.subject lists them",
-            )
+            fact = f"Expected held-out subjects of the cohort, found others ({listed(unknown)})"
+            raise InputError(fact, "cohort.subject lists them")
         is_test = np.isin(labels.subject.values, wanted)
         if both := set(everyone[is_test]) & set(everyone[~is_test]):
-            raise InputError(
-                "Expected held-out subjects whose participants are not trained on, found "
-                f"participants on both sides ({listed(sorted(both))})",
-                "Hold out all rows of a participant",
-            )
+            fact = "Expected held-out subjects whose participants are not trained on, found "
+            fact += f"participants on both sides ({listed(sorted(both))})"
+            raise InputError(fact, "Hold out all rows of a participant")
     train, test = usable[~is_test[usable]], usable[is_test[usable]]
     if not len(test):
-        raise InputError(
-            f"Expected held-out subjects with {' or '.join(feed.need)}, found none",
-            "Give a larger share, or ids, as held_out=",
-        )
+        fact = f"Expected held-out subjects with {' or '.join(feed.need)}, found none"
+        raise InputError(fact, "Give a larger share, or ids, as held_out=")
     return train, test

@@ -45,10 +45,8 @@ def check_figure(figure, name: str, *, folder="figures", tolerance: float = 2e-3
     if not Path(folder).is_dir():  # a notebook on its own
         return print(f"figure {name}: not checked, its reference stays in bhx's repository")
     if not path.exists():
-        raise InputError(
-            f"Expected a reference at '{path}', found none",
-            "Write it: set BHX_UPDATE_FIGURES=1 and run the notebook again",
-        )
+        fact = f"Expected a reference at '{path}', found none"
+        raise InputError(fact, "Write it: set BHX_UPDATE_FIGURES=1 and run the notebook again")
     with np.load(path) as reference:
         _compare(name, found, dict(reference), tolerance)
     print(f"figure {name}: ok ({len(figure.data)} traces, {len(found)} arrays)")

@@ -139,10 +139,8 @@ def fine_tune(
         seed=seed,
     )  # fmt: skip
     if not resume and out is not None and Path(out, "fold_0.pt").exists():
-        raise InputError(
-            f"Expected a folder without a run of fine_tune, found one at '{out}'",
-            "resume=True continues it; or give another folder",
-        )
+        fact = f"Expected a folder without a run of fine_tune, found one at '{out}'"
+        raise InputError(fact, "resume=True continues it; or give another folder")
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
     tokens = _Tokens(cohort, model, plan, base.subject.values, cache, progress)

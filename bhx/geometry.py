@@ -110,11 +110,9 @@ def spins(sphere, hemi, n: int, seed: int) -> np.ndarray:
     """
     sphere, hemi = np.asarray(sphere, float), np.asarray(hemi)
     if sphere.shape != (len(hemi), 3) or not np.isin(hemi, ["L", "R"]).all():
-        raise InputError(
-            f"Expected sphere (roi, 3) with hemi 'L' or 'R' for each roi, found {sphere.shape} "
-            f"and {listed(np.unique(hemi))}",
-            "Take atlas.sphere and atlas.hemi",
-        )
+        fact = f"Expected sphere (roi, 3) with hemi 'L' or 'R' for each roi, found {sphere.shape} "
+        fact += f"and {listed(np.unique(hemi))}"
+        raise InputError(fact, "Take atlas.sphere and atlas.hemi")
     unit = sphere / np.linalg.norm(sphere, axis=1, keepdims=True)
     out = np.empty((n, len(hemi)), int)
     for i, rotation in enumerate(random_rotations(n, seed)):
@@ -233,11 +231,9 @@ def _areas(coords, faces):
 def _checked_mesh(coords, faces, mask):
     coords, faces = np.asarray(coords, float), np.asarray(faces)
     if coords.ndim != 2 or coords.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3:
-        raise InputError(
-            f"Expected coords (vertex, 3) and faces (triangle, 3), found {coords.shape} and "
-            f"{faces.shape}",
-            "Pass the mesh as coords, faces",
-        )
+        fact = f"Expected coords (vertex, 3) and faces (triangle, 3), found {coords.shape} and "
+        fact += f"{faces.shape}"
+        raise InputError(fact, "Pass the mesh as coords, faces")
     if len(bad := np.flatnonzero(~np.isfinite(coords).all(axis=1))):
         fact = f"Expected finite coordinates, found NaN or infinity at vertex {listed(bad)}"
         raise InputError(fact, "Repair the mesh or read the file again")
@@ -251,11 +247,9 @@ def _checked_mesh(coords, faces, mask):
         )
     mask = np.ones(len(coords), bool) if mask is None else np.asarray(mask)
     if mask.shape != (len(coords),) or mask.dtype != bool:
-        raise InputError(
-            f"Expected a mask of {len(coords)} bools, one a vertex, found shape {mask.shape} of "
-            f"{mask.dtype}",
-            "Pass mask = labels > 0, for example",
-        )
+        fact = f"Expected a mask of {len(coords)} bools, one a vertex, found shape {mask.shape} of "
+        fact += f"{mask.dtype}"
+        raise InputError(fact, "Pass mask = labels > 0, for example")
     return coords, faces, mask
 
 
@@ -264,11 +258,9 @@ def _cut(coords, faces, mask):
     faces = faces[mask[faces].all(axis=1)]
     kept = np.flatnonzero(mask)
     if len(lone := np.setdiff1d(kept, faces)):
-        raise InputError(
-            f"Expected every vertex in a triangle, found {len(lone)} of {len(kept)} in none "
-            f"({listed(lone)})",
-            "Leave them out with mask",
-        )
+        fact = f"Expected every vertex in a triangle, found {len(lone)} of {len(kept)} in none "
+        fact += f"({listed(lone)})"
+        raise InputError(fact, "Leave them out with mask")
     number = np.full(len(mask), -1)
     number[kept] = np.arange(len(kept))
     coords, faces = coords[kept], number[faces]
@@ -290,17 +282,13 @@ def _checked_connectome(connectome, n_components, keep):
     connectome = np.asarray(connectome, float)
     n = len(connectome)
     if connectome.shape != (n, n) or not np.isfinite(connectome).all():
-        raise InputError(
-            f"Expected a finite connectome (roi, roi), found shape {connectome.shape} with "
-            f"{(~np.isfinite(connectome)).sum()} values missing",
-            "Drop the parcels without signal first",
-        )
+        fact = f"Expected a finite connectome (roi, roi), found shape {connectome.shape} with "
+        fact += f"{(~np.isfinite(connectome)).sum()} values missing"
+        raise InputError(fact, "Drop the parcels without signal first")
     if not np.allclose(connectome, connectome.T, atol=1e-6):
-        raise InputError(
-            "Expected a symmetric connectome, found "
-            f"{np.abs(connectome - connectome.T).max():.3g} between the two halves",
-            "Average it with its transpose",
-        )
+        fact = "Expected a symmetric connectome, found "
+        fact += f"{np.abs(connectome - connectome.T).max():.3g} between the two halves"
+        raise InputError(fact, "Average it with its transpose")
     if not 1 <= n_components < n:
         fact = f"Expected 1 to {n - 1} components of {n} parcels, found {n_components}"
         raise InputError(fact, "Ask for fewer components, at least 1")

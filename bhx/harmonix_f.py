@@ -73,11 +73,9 @@ def patchify(bold, tr: float, config: DynamicsConfig):
     patches = config.patch_count(bold.shape[1], tr)
     seconds = bold.shape[1] * tr
     if patches == 0 or bold.shape[1] < 2:
-        raise InputError(
-            f"Expected a scan of at least one patch ({config.patch_seconds:.2f} s), "
-            f"found {bold.shape[1]} volumes at TR {tr:g} s = {seconds:.1f} s",
-            "Leave this scan out, or check its TR",
-        )
+        fact = f"Expected a scan of at least one patch ({config.patch_seconds:.2f} s), "
+        fact += f"found {bold.shape[1]} volumes at TR {tr:g} s = {seconds:.1f} s"
+        raise InputError(fact, "Leave this scan out, or check its TR")
     if config.patching == "tape":
         k = config.patch_volumes(tr)
         return F.pad(bold, (0, patches * k - bold.shape[1])).unflatten(1, (patches, k))
@@ -152,10 +150,8 @@ class PlacePositions(nn.Module):
 
     def _join(self, place, patches):
         if patches > self.config.max_patches:
-            raise InputError(
-                f"Expected at most {self.config.max_patches} patches at once, found {patches}",
-                "Read the scan in windows, as bhx.embed does",
-            )
+            fact = f"Expected at most {self.config.max_patches} patches at once, found {patches}"
+            raise InputError(fact, "Read the scan in windows, as bhx.embed does")
         time = sincos(torch.arange(patches, device="cpu"), place.shape[1]).float().to(place)
         shape = (len(place), patches, -1)
         return torch.cat([time[None].expand(shape), place[:, None].expand(shape)], -1)

@@ -149,11 +149,9 @@ class Harmonizer(nn.Module):
             return [depth - 1]
         if isinstance(method, int) and -depth <= method < depth:
             return [method]
-        raise InputError(
-            f"Expected attention of 'last', 'mean', 'rollout' or a layer below {depth}, "
-            f"found {method!r}",
-            "Choose one of these",
-        )
+        fact = f"Expected attention of 'last', 'mean', 'rollout' or a layer below {depth}, "
+        fact += f"found {method!r}"
+        raise InputError(fact, "Choose one of these")
 
     def _rollout(self, inputs, lengths, rows_at_once: int = 512):
         hubs = self.config.hubs

@@ -56,10 +56,8 @@ def pool(latents: xr.Dataset, how: str = "mean", *, of: str = "hub", weights=Non
 def _as_tokens(latents, of):
     """(subject, token, feature) of what `pool` reads."""
     if of not in latents:
-        raise InputError(
-            f"Expected latents with '{of}', found {listed(latents.data_vars, 20)}",
-            f"Keep them: embed(..., keep=('{of}',))",
-        )
+        fact = f"Expected latents with '{of}', found {listed(latents.data_vars, 20)}"
+        raise InputError(fact, f"Keep them: embed(..., keep=('{of}',))")
     if of == "hub":
         return latents.hub
     tokens = latents[of].mean("patch") if of == "dynamics" else latents[of]
@@ -89,11 +87,9 @@ def project(data: xr.Dataset, *, n: int = 2, method: str = "pca", fit_on=None, s
     chosen = subject_mask(features, fit_on)
     values = np.asarray(features, float)
     if not 1 <= n <= min(chosen.sum(), values.shape[1]):
-        raise InputError(
-            f"Expected 1 to {min(chosen.sum(), values.shape[1])} components of {chosen.sum()} "
-            f"subjects with {values.shape[1]} features, found n={n}",
-            "Ask for fewer components, or fit on more subjects",
-        )
+        fact = f"Expected 1 to {min(chosen.sum(), values.shape[1])} components of {chosen.sum()} "
+        fact += f"subjects with {values.shape[1]} features, found n={n}"
+        raise InputError(fact, "Ask for fewer components, or fit on more subjects")
     fitted = _reducer(method, n, seed).fit(values[chosen])
     out = xr.DataArray(
         fitted.transform(values),
@@ -132,11 +128,9 @@ def similarity(data: xr.Dataset, other: xr.Dataset | None = None) -> xr.DataArra
     """
     a, b = (_features(d) for d in (data, data if other is None else other))
     if a.sizes["feature"] != b.sizes["feature"]:
-        raise InputError(
-            f"Expected as many features on both sides, found {a.sizes['feature']} and "
-            f"{b.sizes['feature']}",
-            "Pool both latents in the same way, and from the same model",
-        )
+        fact = f"Expected as many features on both sides, found {a.sizes['feature']} and "
+        fact += f"{b.sizes['feature']}"
+        raise InputError(fact, "Pool both latents in the same way, and from the same model")
     values = _standard(np.asarray(a)) @ _standard(np.asarray(b)).T
     out = xr.DataArray(values, dims=("subject", "subject_other"), name="similarity")
     out = out.assign_coords(subject=a.subject.values, subject_other=b.subject.values)
@@ -236,11 +230,9 @@ def contrast(
     hub, labels, blocks = _people(latents, groups, within)
     names, codes = np.unique(labels, return_inverse=True)
     if len(names) < 2 or np.bincount(codes).min() < 2:
-        raise InputError(
-            f"Expected at least two groups of two participants in '{groups}', found "
-            f"{dict(zip(names.tolist(), np.bincount(codes).tolist(), strict=True))}",
-            "Choose another coordinate, or more subjects",
-        )
+        fact = f"Expected at least two groups of two participants in '{groups}', found "
+        fact += f"{dict(zip(names.tolist(), np.bincount(codes).tolist(), strict=True))}"
+        raise InputError(fact, "Choose another coordinate, or more subjects")
     rng = np.random.default_rng(seed)
     draws = np.stack([codes] + [_shuffled(codes, blocks, rng) for _ in range(n_permutations)])
     f = np.stack([_pseudo_f(hub[:, t], draws) for t in range(hub.shape[1])], axis=1)

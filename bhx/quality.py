@@ -41,11 +41,9 @@ def judge_bold(bold: xr.DataArray, mean_fd: float = np.nan) -> tuple[xr.DataArra
     """
     tr, n, name = bold.attrs["tr"], bold.sizes["time"], bold.attrs.get("file", "a scan")
     if n * tr < PATCH_SECONDS:
-        raise InputError(
-            f"Expected at least {PATCH_SECONDS} s of BOLD in {name}, "
-            f"found {n * tr:.1f} s ({n} volumes at TR {tr:g} s)",
-            "A scan shorter than one patch has no token",
-        )
+        fact = f"Expected at least {PATCH_SECONDS} s of BOLD in {name}, "
+        fact += f"found {n * tr:.1f} s ({n} volumes at TR {tr:g} s)"
+        raise InputError(fact, "A scan shorter than one patch has no token")
     values = bold.values
     lost = ~np.isfinite(values).all(1)
     flat = ~lost & (np.ptp(np.where(lost[:, None], 0, values), axis=1) <= 1e-9)
@@ -62,11 +60,9 @@ def judge_bold(bold: xr.DataArray, mean_fd: float = np.nan) -> tuple[xr.DataArra
         )
     out = bold.copy(data=np.where(without[:, None], 0, values))
     if better := better_order(out):
-        raise InputError(
-            f"Expected parcels in the order their names say in {name}, found left and right "
-            f"partners that correlate far better in {better}",
-            "Correct the names, or give the order of a table without names",
-        )
+        fact = f"Expected parcels in the order their names say in {name}, found left and right "
+        fact += f"partners that correlate far better in {better}"
+        raise InputError(fact, "Correct the names, or give the order of a table without names")
     out = out.astype("float32")
     facts = {
         "tr": tr,
@@ -140,11 +136,9 @@ def judge_t1(t1: np.ndarray, template: np.ndarray, name: str = "a T1") -> list[s
     inside = t1 != 0
     brain = inside.sum() / 1000
     if brain > BRAIN_ML[1]:
-        raise InputError(
-            f"Expected a brain of {BRAIN_ML[0]:.0f} to {BRAIN_ML[1]:.0f} ml in {name}, found "
-            f"{brain:.0f} ml",
-            "Skull-strip it or give its brain mask",
-        )
+        fact = f"Expected a brain of {BRAIN_ML[0]:.0f} to {BRAIN_ML[1]:.0f} ml in {name}, found "
+        fact += f"{brain:.0f} ml"
+        raise InputError(fact, "Skull-strip it or give its brain mask")
 
     def likeness(volume):
         return float(np.corrcoef(_blocks(volume).ravel(), _blocks(template).ravel())[0, 1])

@@ -80,10 +80,8 @@ def recipe(stage: str, preset: str = "base", **changes) -> Recipe:
     """The published settings of a stage, or those of a smaller preset, with changes by name."""
     known = {f.name for f in fields(Recipe)}
     if unknown := set(changes) - known:
-        raise InputError(
-            f"Expected settings of {listed(sorted(known), 30)}, found {listed(unknown)}",
-            "Rename it",
-        )
+        fact = f"Expected settings of {listed(sorted(known), 30)}, found {listed(unknown)}"
+        raise InputError(fact, "Rename it")
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     smaller = _SMALLER.get(preset, {}).get(stage, {})
     return Recipe(stage, **{**_PUBLISHED.get(stage, {}), **smaller, **changes})

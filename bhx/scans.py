@@ -161,11 +161,9 @@ def _read_dtseries(path, atlas, order, labels):
     for structure, where, model in brain.iter_structures():
         if structure in at:
             if brain.nvertices[structure] != 32492:
-                raise InputError(
-                    f"Expected fsLR-32k in {path.name}, found a cortex of "
-                    f"{brain.nvertices[structure]} vertices",
-                    "Resample to fsLR-32k (91k grayordinates)",
-                )
+                fact = f"Expected fsLR-32k in {path.name}, found a cortex of "
+                fact += f"{brain.nvertices[structure]} vertices"
+                raise InputError(fact, "Resample to fsLR-32k (91k grayordinates)")
             whole[where] = atlas.labels_fslr32k.values[at[structure] + model.vertex]
     blocks = (
         np.asarray(image.dataobj[t : t + 64], "float32").T for t in range(0, image.shape[0], 64)
@@ -200,11 +198,9 @@ def _read_surface(path, atlas, order, labels):
     sizes = [v.shape for v in values]
     kinds = {10242: "labels_fsaverage5", 32492: "labels_fslr32k"}
     if sizes[0] != sizes[1] or sizes[0][0] not in kinds:
-        raise InputError(
-            f"Expected two hemispheres of 10242 (fsaverage5) or 32492 (fsLR) vertices in "
-            f"{left.name} and {right.name}, found {sizes[0]} and {sizes[1]}",
-            "Resample to fsaverage5 or fsLR-32k",
-        )
+        fact = "Expected two hemispheres of 10242 (fsaverage5) or 32492 (fsLR) vertices in "
+        fact += f"{left.name} and {right.name}, found {sizes[0]} and {sizes[1]}"
+        raise InputError(fact, "Resample to fsaverage5 or fsLR-32k")
     numbers = atlas[kinds[sizes[0][0]]].values
     means = _parcel_means([np.concatenate(values)], numbers, atlas.sizes["roi"])
     return _names_by_label(atlas), *means, tr
@@ -413,11 +409,9 @@ def read_tr(path, header_tr: float | None = None, given: float | None = None) ->
     first, tr = next(iter(known.items()))
     for place, value in known.items():
         if abs(value - tr) > 1e-3 * max(abs(tr), 1e-3):
-            raise InputError(
-                f"Expected one repetition time for {path.name}, found {tr:g} s in {first} and "
-                f"{value:g} s in {place}",
-                "Correct the wrong one",
-            )
+            fact = f"Expected one repetition time for {path.name}, found {tr:g} s in {first} and "
+            fact += f"{value:g} s in {place}"
+            raise InputError(fact, "Correct the wrong one")
     check_tr(tr, [path.name])
     return tr
 
@@ -636,11 +630,9 @@ def check_affine(image, path) -> None:
         return
     (q, q_code), (s, s_code) = image.get_qform(coded=True), image.get_sform(coded=True)
     if q_code and s_code and np.abs(q - s).max() > 1:
-        raise InputError(
-            f"Expected one orientation in {name}, found a qform and an sform that differ by "
-            f"{np.abs(q - s).max():.0f} mm",
-            "One of them may flip left and right: keep the right one in both",
-        )
+        fact = f"Expected one orientation in {name}, found a qform and an sform that differ by "
+        fact += f"{np.abs(q - s).max():.0f} mm"
+        raise InputError(fact, "One of them may flip left and right: keep the right one in both")
 
 
 def _check_space(path):

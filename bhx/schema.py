@@ -166,8 +166,6 @@ def check_tr(tr, where=()) -> None:
         first = int(np.flatnonzero(bad)[0])
         of = f" of {where[first]}" if len(where) == len(tr) else ""
         unit = "; this looks like milliseconds" if tr[first] > 20 else ""
-        raise InputError(
-            "Expected a repetition time in seconds, above 0 and at most 20, "
-            f"found {tr[first]:g}{of}{unit}",
-            "Set it: cohort.assign_coords(tr=('subject', seconds))",
-        )
+        fact = "Expected a repetition time in seconds, above 0 and at most 20, "
+        fact += f"found {tr[first]:g}{of}{unit}"
+        raise InputError(fact, "Set it: cohort.assign_coords(tr=('subject', seconds))")

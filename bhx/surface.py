@@ -96,11 +96,9 @@ def on_vertices(values, atlas: xr.Dataset | None = None) -> xr.DataArray:
     by_roi = isinstance(values, xr.DataArray) and values.dims == ("roi",)
     if not by_roi and np.shape(values) != (2 * N_FSAVERAGE5,):
         found = values.dims if isinstance(values, xr.DataArray) else np.shape(values)
-        raise InputError(
-            f"Expected one value per parcel (dim 'roi') or {2 * N_FSAVERAGE5} vertices of "
-            f"fsaverage5, found {found}",
-            "Select or average the other dims first",
-        )
+        fact = f"Expected one value per parcel (dim 'roi') or {2 * N_FSAVERAGE5} vertices of "
+        fact += f"fsaverage5, found {found}"
+        raise InputError(fact, "Select or average the other dims first")
     atlas = (_atlas_of(values) if by_roi else load_atlas()) if atlas is None else atlas
     labels = atlas.labels_fsaverage5.values
     rank = np.zeros(labels.max() + 1, int)

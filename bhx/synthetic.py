@@ -622,9 +622,7 @@ def _check_sites(sites, minutes, tr):
                 "Lengths are in minutes, repetition times in seconds",
             )
         if not (0 <= site.noise < 1 and site.gain > 0 and len(site.bias) == 3):
-            raise InputError(
-                f"Expected noise in [0, 1), a positive gain and three bias slopes at site "
-                f"{site.name}, found {site.noise!r}, {site.gain!r} and {site.bias!r}",
-                "See bhx.synthetic.SITES for examples",
-            )
+            fact = "Expected noise in [0, 1), a positive gain and three bias slopes at site "
+            fact += f"{site.name}, found {site.noise!r}, {site.gain!r} and {site.bias!r}"
+            raise InputError(fact, "See bhx.synthetic.SITES for examples")
     return tuple(chosen)

@@ -24,11 +24,9 @@ class TokenCache:
 
     def __init__(self, path, feed, networks, device, progress=True):
         if feed.plan.crop or tuple(feed.plan.decimate) != (1,):
-            raise InputError(
-                f"Expected a recipe without crops and decimation beside a token cache, found "
-                f"crop={feed.plan.crop}, decimate={feed.plan.decimate}",
-                "Set crop=False, decimate=(1,), or train without cache=",
-            )
+            fact = "Expected a recipe without crops and decimation beside a token cache, found "
+            fact += f"crop={feed.plan.crop}, decimate={feed.plan.decimate}"
+            raise InputError(fact, "Set crop=False, decimate=(1,), or train without cache=")
         self.path, self.config, self._group = Path(path), networks.config, None
         self.patches = _patches(feed)
         group = self._create(feed, networks)
@@ -77,11 +75,9 @@ class TokenCache:
         group = zarr.open_group(self.path, mode="a")
         if "rows_written" in group.attrs:
             if wrong := [k for k, v in about.items() if group.attrs.get(k) != v]:
-                raise InputError(
-                    f"Expected tokens of these encoders and subjects in '{self.path}', found "
-                    f"other {listed(wrong)}",
-                    "Give another path, or delete this cache",
-                )
+                fact = f"Expected tokens of these encoders and subjects in '{self.path}', found "
+                fact += f"other {listed(wrong)}"
+                raise InputError(fact, "Give another path, or delete this cache")
             return group
         n, most = len(self.patches), max(1, int(self.patches.max()))
         shapes = {"dynamics": (f.parcels, most, f.width), "structure": (s.tokens, s.width)}

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from . import __version__
 from .checkpoints import PRESETS, Harmonix, HarmonixConfig, read_weights, save_weights
 from .encoding import Model, autocast, random_model
+from .errors import check_choice
 from .feed import Feed, held_out_rows, opened
 from .monitor import collapse, parsed, plot_log, read_log
 from .objectives import OBJECTIVES, compile_blocks, digest, gathered, shard_blocks, spread
@@ -320,11 +321,9 @@ class _Run:
         subjects = suspects or self.feed.labels.subject.values[self._batch(step)]
         path = self.folder / "checkpoint.pt"
         kept = f"The last good checkpoint is '{path}'" if path.exists() else "No checkpoint yet"
-        raise InputError(
-            f"Expected a finite loss, found {losses} and a gradient of norm {norm:g} at step "
-            f"{step} with the subjects {listed(subjects, 20)}",
-            f"{kept}: look at these subjects, or lower rate=",
-        )
+        fact = f"Expected a finite loss, found {losses} and a gradient of norm {norm:g} at step "
+        fact += f"{step} with the subjects {listed(subjects, 20)}"
+        raise InputError(fact, f"{kept}: look at these subjects, or lower rate=")
 
     # What is seen of it
 
@@ -435,10 +434,8 @@ class _Run:
     def _use_cache(self, path):
         """Read the frozen encoders' tokens from a store, which the first process makes."""
         if self.plan.stage != "harmonizer":
-            raise InputError(
-                f"Expected a token cache for the stage 'harmonizer', found '{self.plan.stage}'",
-                "Leave cache= out: this stage trains an encoder",
-            )
+            fact = f"Expected a token cache for the stage 'harmonizer', found '{self.plan.stage}'"
+            raise InputError(fact, "Leave cache= out: this stage trains an encoder")
         for turn in (True, False):
             if (self.rank == 0) == turn:
                 self.feed.cache = TokenCache(
@@ -505,8 +502,7 @@ def _starting_point(model, preset, out, plan, device):
 def _config(preset):
     if isinstance(preset, HarmonixConfig):
         return preset
-    if preset not in PRESETS:
-        raise InputError(f"Expected a preset of {listed(PRESETS)}, found '{preset}'", "Choose one")
+    check_choice("preset", preset, PRESETS)
     return PRESETS[preset]
 
 
@@ -575,10 +571,8 @@ def check_unchanged(old, new, path):
     changed += _differences(old["config"], new["config"])
     changed += [k for k in ("subjects", "held_out", "encoders") if old.get(k) != new[k]]
     if changed:
-        raise InputError(
-            f"Expected the settings of the run at '{path}', found other {listed(changed, 12)}",
-            "Resume with the same settings, or start in another folder",
-        )
+        fact = f"Expected the settings of the run at '{path}', found other {listed(changed, 12)}"
+        raise InputError(fact, "Resume with the same settings, or start in another folder")
 
 
 def _differences(old, new, prefix=""):
@@ -602,10 +596,8 @@ def read_whole(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(
-            f"Expected a whole checkpoint at '{path}', found a damaged one ({error})",
-            "Start again in another folder",
-        ) from error
+        fact = f"Expected a whole checkpoint at '{path}', found a damaged one ({error})"
+        raise InputError(fact, "Start again in another folder") from error
 
 
 def write_whole(state, path):
@@ -627,7 +619,5 @@ def _says_where(path):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"Expected to write '{path}', found {error}",
-            "Make room and resume: the last checkpoint is untouched",
-        ) from error
+        fact = f"Expected to write '{path}', found {error}"
+        raise InputError(fact, "Make room and resume: the last checkpoint is untouched") from error

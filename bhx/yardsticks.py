@@ -80,11 +80,9 @@ def _held_out(model, stage, held_out):
         return held_out
     made = model.provenance.get("stages", {})
     if stage not in made:
-        raise InputError(
-            f"Expected a model whose stage '{stage}' was pretrained, found the stages "
-            f"{listed(made) or 'none'}",
-            "Give held_out=, the subjects that it never saw",
-        )
+        fact = f"Expected a model whose stage '{stage}' was pretrained, found the stages "
+        fact += f"{listed(made) or 'none'}"
+        raise InputError(fact, "Give held_out=, the subjects that it never saw")
     return made[stage]["held_out"]
 
 
@@ -267,11 +265,9 @@ def _harmonizer(feed, model, train, test, run):
 def _with_both(feed, rows, least):
     chosen = [int(i) for i in rows if all(there[i] for there in feed.need.values())]
     if len(chosen) < least:
-        raise InputError(
-            f"Expected at least two training subjects and one held-out subject with "
-            f"{' and '.join(NEEDS['harmonizer'])}, found {len(chosen)}",
-            "Give more subjects, or other stages",
-        )
+        fact = "Expected at least two training subjects and one held-out subject with "
+        fact += f"{' and '.join(NEEDS['harmonizer'])}, found {len(chosen)}"
+        raise InputError(fact, "Give more subjects, or other stages")
     return chosen
 
 
