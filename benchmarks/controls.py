@@ -1,4 +1,4 @@
-"""Every control beside the shipped hub tokens, for four labels of the synthetic cohort.
+"""Every control beside the tokens of the shipped weights, for four labels of the synthetic cohort.
 
     python benchmarks/controls.py
 
@@ -9,7 +9,7 @@ participants. About two minutes on one core.
 from __future__ import annotations
 
 import bhx
-from bhx.controls import plain_controls
+from bhx.controls import fuse, plain_controls
 from bhx.encoding import random_model
 
 LABELS = {"age": "r", "sex": "auroc", "diagnosis": "auroc", "fusion": "auroc"}
@@ -18,8 +18,8 @@ LABELS = {"age": "r", "sex": "auroc", "diagnosis": "auroc", "fusion": "auroc"}
 def main():
     cohort = bhx.open_cohort("synthetic").load()
     ours = [
-        tokens(cohort, bhx.load_model("workshop", device="cpu"), "hub tokens"),
-        tokens(cohort, random_model("workshop", seed=0, device="cpu"), "random weights"),
+        *tokens(cohort, bhx.load_model("workshop", device="cpu"), ""),
+        *tokens(cohort, random_model("workshop", seed=0, device="cpu"), ", random weights"),
     ]
     for target, metric in LABELS.items():
         features = [*ours, *plain_controls(cohort, target)]
@@ -28,10 +28,11 @@ def main():
         print(f"\n{target}, {metric}\n{table.round(2).to_string()}", flush=True)
 
 
-def tokens(cohort, model, name):
-    """All hub tokens of each subject, side by side."""
-    pooled = bhx.pool(bhx.embed(cohort, model).load(), "concatenate")
-    return pooled.assign_attrs(name=name)
+def tokens(cohort, model, more):
+    """All hub tokens of each subject side by side, and those of the encoders before the hub."""
+    latents = bhx.embed(cohort, model, keep=("structure", "dynamics")).load()
+    hub, *parts = (bhx.pool(latents, "concatenate", of=m) for m in ("hub", "structure", "dynamics"))
+    return [hub.assign_attrs(name=f"hub tokens{more}"), fuse(*parts, name=f"encoders{more}")]
 
 
 if __name__ == "__main__":
