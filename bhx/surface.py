@@ -629,8 +629,9 @@ def _static_tokens(table, title):
         1, 2, width_ratios=[3, 1], figsize=(7, 5), sharey=True, layout="constrained"
     )
     image = left.imshow(table.preference, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-    bar = figure.colorbar(image, ax=left, label="preference", ticks=[0, 1, 2])
+    bar = figure.colorbar(image, ax=left, ticks=[0, 1, 2])
     bar.set_ticklabels(["0", "even", "2 or more"])
+    bar.ax.set_title("preference", size="medium")
     left.set_xticks(range(table.sizes["network"]), table.network.values, rotation=45, ha="right")
     left.set_ylabel("token, sorted by share of BOLD")
     left.set_yticks([])
