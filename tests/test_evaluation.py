@@ -223,7 +223,7 @@ BAD = [
     ({"target": "age", "harmonise": ["site"]}, "Expected harmonise as the name of a coordinate"),
     ({"target": "age", "confounds": "group"}, "Expected confounds as a list .*, found 'group'"),
     ({"target": "age", "confounds": None}, "Expected confounds as a list .*, found None"),
-    ({"target": "age", "confounds": (c for c in "ab")}, "Expected confounds as a list .*, found <"),
+    ({"target": "age", "confounds": 7}, "Expected confounds as a list .*, found 7"),
     ({"target": "age", "preserve": "sex"}, "Expected preserve as a list .*, found 'sex'"),
     ({"target": "age", "seed": -1}, "Expected seed as a whole number of at least 0, found -1"),
     ({"target": "age", "seed": None}, "Expected seed as a whole number of at least 0, found None"),
