@@ -15,7 +15,8 @@ class InputError(ValueError):
 def check_choice(what: str, value, known) -> None:
     """Refuse a value that is not among the known ones."""
     if value not in known:
-        fact = f"Expected {what} to be {listed(known, 12)}, found '{value}'"
+        found = f"'{value}'" if isinstance(value, str) else repr(value)
+        fact = f"Expected {what} to be {listed(known, 12)}, found {found}"
         raise InputError(fact, "Choose one of them")
 
 

@@ -453,10 +453,10 @@ def test_a_cohort_that_does_not_fit_is_refused_unread(cohort, model, name, tmp_p
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"keep": "tokens"}, "keep of dynamics, structure, attention, found 'tokens'"),
+        ({"keep": "tokens"}, "keep to be dynamics, structure, attention, found 'tokens'"),
         ({"keep": ("dynamics", 3)}, "found 3"),
-        ({"missing_parcels": "ignore"}, "missing_parcels of refuse, leave out, found 'ignore'"),
-        ({"precision": "float16"}, "precision of float32, bfloat16, found 'float16'"),
+        ({"missing_parcels": "ignore"}, "missing_parcels to be refuse, leave out, found 'ignore'"),
+        ({"precision": "float16"}, "precision to be float32, bfloat16, found 'float16'"),
         ({"attention": "first"}, "'rollout' or a layer below 1, found 'first'"),
         ({"scaling": "robust"}, "'zscore' or a Dataset of robust_scaling, found 'robust'"),
     ],

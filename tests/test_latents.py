@@ -309,7 +309,7 @@ def test_who_has_nothing_left_is_left_out(brains):
 
 def test_integrated_gradients_add_up_to_the_distance(brains):
     cohort, model = brains
-    found = space.integrated_gradients(cohort, model, cohort.subject.values[0], 5, steps=12)
+    found = space.integrated_gradients(cohort, model, cohort.subject.values[0], 5, steps=24)
     assert abs(found.attrs["gap"]) < 1e-3
     total = float(found.roi_part.sum() + found.t1_part.sum())
     assert total == pytest.approx(found.attrs["distance"], rel=1e-3)
