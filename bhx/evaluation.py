@@ -1,8 +1,9 @@
 """Does it beat the connectome: probes fitted inside the fold, tidy scores, one table.
 
 Nothing that is fitted here ever sees a test subject, and no step before the estimator sees the
-target. Plain arithmetic on predictions lives in `metrics`, site and motion in `confounds`, plain
-features in `controls`, figures and pages in `reporting`.
+target. Who enters and who is tested is decided in `splits`, our own estimators are in `estimators`,
+plain arithmetic on predictions in `metrics`, site and motion in `confounds`, plain features in
+`controls`, figures and pages in `reporting`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,7 @@ import numpy as np
 import pandas as pd
 import sklearn
 import xarray as xr
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.special import softmax
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone, is_classifier
+from sklearn.base import clone, is_classifier
 from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.impute import SimpleImputer
@@ -30,16 +28,23 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from . import __version__, metrics
-from .confounds import ComBat, ConfoundRegression, check_coords, check_names, is_missing
+from .confounds import ComBat, ConfoundRegression, check_names
 from .controls import Tangent, blocks_of, connectome, encoded, name_of, subject_coords
 from .errors import InputError, check_choice, listed
-from .schema import check, plain_labels
+from .estimators import OrdinalLogistic, Rotation, perceptron
+from .splits import (
+    RESPLITS,
+    Rows,
+    Splits,
+    check_folds,
+    check_leak,
+    common_rows,
+    positive_code,
+    splits_of,
+    truth_of,
+)
 
 PENALTIES = np.logspace(-5, 1, 7)  # a row, for rows of unit norm: fits any number of either
-FEWEST = 5  # sites with fewer subjects are held out together
-TASKS = ("number", "label", "ordinal")
-RESPLITS = {"paper": 3, "brainmarks": 100}
-
 __all__ = ["compare", "connectome", "probe"]
 
 # What others report, in the units of `score` (assets/README.md says who measured it, and how)
@@ -127,17 +132,17 @@ def probe(
     _check_options(single, whole, train_share, confounds=confounds, preserve=preserve)
     aside = [n for n in (harmonise, *confounds, *preserve) if n]
     needed = [*filter(None, (groups, stratify)), *aside]
-    rows = _common_rows(many, target, needed, classes, protocol)
-    truth, names = _truth(rows.labels[target].values, target, task, classes)
-    _check_leak(rows.labels, aside, target, truth, names)
+    rows = common_rows(many, target, needed, classes, protocol)
+    truth, names = truth_of(rows.labels[target].values, target, task, classes)
+    check_leak(rows.labels, aside, target, truth, names)
     task = task or ("number" if names is None else "label")
     _check_estimator(estimator, task)
     if protocol:
         _check_protocol(protocol, task, [groups, stratify, folds, repeats] != [None, None, 5, 1])
-    splits = _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol)
+    splits = splits_of(rows, truth, names, groups, stratify, folds, repeats, seed, protocol)
     splits.thin(train_share, seed, rows.units, truth if names is not None else 0 * truth)
-    _check_folds(truth, names, splits)
-    plan = _Plan(task, names, _positive(names, positive), estimator, protocol, seed)
+    check_folds(truth, names, splits)
+    plan = _Plan(task, names, positive_code(names, positive), estimator, protocol, seed)
     beside = _Aside.of(rows.labels, confounds, harmonise, preserve)
     if harmonise and groups == harmonise:
         splits.notes.append(f"ComBat has not seen the {harmonise} it tests: features left as are")
@@ -204,155 +209,6 @@ def _check_protocol(protocol, task, more):
         raise InputError(fact, "It knows neither numbers nor order: bin them and use task='label'")
 
 
-# -- who enters
-
-
-@dataclass
-class _Rows:
-    labels: xr.Dataset  # the coordinates of those who enter
-    units: np.ndarray  # their participants
-    excluded: dict  # reason -> ids
-    families: np.ndarray | None = None  # who has none is a family of one
-    given: int = 0  # rows before any was left out
-
-
-def _common_rows(many, target, names, classes, protocol=None):
-    """The subjects who have every label and every feature, and why the others do not enter."""
-    if not many:
-        raise InputError("Expected features, found an empty list", "Give at least one Dataset")
-    many = [plain_labels(check(features, "features")) for features in many]  # also of a bare store
-    ids, excluded = np.concatenate([f.subject.values for f in many]), {}
-    ids = ids[np.sort(np.unique(ids, return_index=True)[1])]
-    given = len(ids)
-
-    def leave_out(reason, out):
-        nonlocal ids
-        if out.any():
-            excluded[reason] = [str(i) for i in ids[out]]
-        ids = ids[~out]
-
-    for features in many:
-        leave_out(f"not in {name_of(features)}", ~np.isin(ids, features.subject.values))
-    labels = _merged_labels(many, ids, (target, *names))
-    if protocol == "paper" and "site" in labels.coords:
-        names = [*names, "site"]
-    for features in many:
-        if features.sizes["feature"]:
-            values = _checked_values(features).sel(subject=ids).values
-            leave_out(f"no {name_of(features)}", np.isnan(values).all(1))
-    for name in dict.fromkeys((target, *names)):
-        leave_out(f"no {name}", is_missing(labels[name].sel(subject=ids).values))
-    if classes is not None:
-        known = np.isin(_words(labels[target].sel(subject=ids).values), _words(classes))
-        leave_out(f"another {target}", ~known)
-    if len(ids) == 0:
-        out = "; ".join(f"{len(v)} {k}" for k, v in excluded.items())
-        fact = f"Expected subjects with '{target}' and features, found none"
-        raise InputError(fact, f"Left out: {out}")
-    labels, families = labels.sel(subject=ids), None
-    units = (labels.participant if "participant" in labels.coords else labels.subject).values
-    if "family" in labels.coords:
-        families = np.where(is_missing(labels.family.values), units, labels.family.values)
-    return _Rows(labels, units.astype(str), excluded, families, given)
-
-
-def _merged_labels(many, ids, names):
-    """Every coordinate that some Dataset has of these subjects; those in use must agree."""
-    labels, used = xr.Dataset(coords={"subject": ids}), {*names, "participant", "family", "site"}
-    for features in many:
-        found = subject_coords(features.coords.to_dataset().sel(subject=ids))
-        for name in used & set(found) & set(labels.coords):
-            a, b = labels[name].values, found[name].values
-            numbers = a.dtype.kind in "iuf" and b.dtype.kind in "iuf"
-            same = np.isclose(a, b, equal_nan=True) if numbers else a.astype(str) == b.astype(str)
-            if not same.all():
-                at = f"{name_of(features)} for {listed(ids[~same])}"
-                fact = f"Expected one '{name}' of each subject, found another in {at}"
-                raise InputError(fact, "Make the labels alike: features.assign_coords(...)")
-        labels = labels.assign_coords(
-            {n: found[n].variable for n in found if n not in labels.coords}
-        )
-    check_coords(labels, names)
-    return labels
-
-
-def _checked_values(features):
-    """The features of a Dataset that are numbers, finite or NaN."""
-    values, name = features.features.compute(), name_of(features)
-    if values.dtype.kind not in "biuf":
-        raise InputError(f"Expected numbers in {name}, found {values.dtype}", "Convert them")
-    if np.isinf(values.values).any():
-        fact = f"Expected finite numbers in {name}, or NaN, found infinite ones"
-        raise InputError(fact, "Put NaN: those are filled with the training mean")
-    return values
-
-
-def _words(labels):
-    """Labels as text, 1.0 as "1"."""
-    plain = np.asarray(labels).tolist()
-    return np.array([str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in plain])
-
-
-def _truth(values, target, task, classes):
-    """The target as floats (names None), or as codes of sorted names."""
-    numeric, asked = values.dtype.kind in "iuf", task
-    if task is None:
-        few = np.issubdtype(values.dtype, np.integer) and len(np.unique(values)) <= 10
-        task = "number" if numeric and not few and classes is None else "label"
-    check_choice("task", task, TASKS)
-    if task == "number":
-        _check_numbers(values, target, numeric)
-        return values.astype(float), None
-    if asked is None and classes is None and not numeric:
-        _check_words(values, target)
-    found, codes = np.unique(values if numeric else values.astype(str), return_inverse=True)
-    found = _words(found)
-    _check_names(found, target, task, numeric, classes)
-    if classes is None:
-        return codes, found
-    names = _words(classes)
-    return np.array([list(names).index(n) for n in found])[codes], names
-
-
-def _check_words(values, target):
-    """Refuse numbers and dates that are stored as words: each would be a label."""
-    words = np.unique(values.astype(str))
-    numbers = pd.to_numeric(words, errors="coerce")
-    dates = pd.to_datetime(words, errors="coerce", format="ISO8601")
-    dates = words if values.dtype.kind in "mM" else dates
-    for kind, read in (("numbers", numbers), ("dates", dates)):
-        if len(words) > 10 and pd.notna(read).all():
-            fact = f"Expected numbers or labels in '{target}', found {kind} as words: {words[0]}..."
-            raise InputError(fact, "Convert them with assign_coords, or pass task='label'")
-
-
-def _check_numbers(values, target, numeric):
-    found = np.unique(values.astype(values.dtype if numeric else str))
-    if not numeric:
-        fact = f"Expected numbers in '{target}', found {listed(found)}"
-        raise InputError(fact, "Convert them, or pass task='label'")
-    if len(found) < 2:
-        fact = f"Expected '{target}' to vary, found {found[0]} only"
-        raise InputError(fact, "Choose another target")
-
-
-def _check_names(found, target, task, numeric, classes):
-    folded = pd.Series(found).str.strip().str.casefold()
-    if folded.duplicated().any():
-        alike = listed([repr(str(a)) for a in found[folded.duplicated(keep=False)]])
-        fact = f"Expected distinct labels in '{target}', found {alike} that differ only by case or "
-        raise InputError(fact + "spaces", "Spell them alike first")
-    if classes is not None and len(found) < len(classes):
-        fact = f"Expected subjects of every class {listed(classes)}, found {listed(found)}"
-        raise InputError(fact, f"Compare with the values of '{target}'")
-    if len(found) < 2:
-        fact = f"Expected at least two labels in '{target}', found '{found[0]}' only"
-        raise InputError(fact, "Choose another target or other subjects")
-    if task == "ordinal" and classes is None and not numeric:
-        fact = f"Expected an order for the words of '{target}', found none"
-        raise InputError(fact, f"Give it from low to high: classes={tuple(map(str, found))}")
-
-
 def _check_estimator(estimator, task):
     """Refuse what is no estimator, or not one of this task."""
     if estimator is None:
@@ -366,206 +222,6 @@ def _check_estimator(estimator, task):
     else:
         return
     raise InputError(f"Expected {wanted}, found {estimator!r}", help)
-
-
-def _check_leak(labels, aside, target, truth, names):
-    """Refuse to prepare features by the target under another name, test subjects' too."""
-    for name in aside:
-        values = pd.Series(labels[name].values)
-        number = values.dtype.kind in "iuf"
-        if number and names is None:
-            pair = pd.DataFrame({"a": values, "b": truth})
-            tells = any(abs(found.a.corr(found.b)) > 0.9999 for found in (pair, pair.rank()))
-        else:
-            pairs = len(set(zip(values, truth, strict=True)))
-            tells = pairs == values.nunique() < len(values) and (
-                not number or pairs == len(set(truth))
-            )
-        if tells:
-            fact = (
-                f"Expected confounds, harmonise and preserve without the target, found '{name}', "
-            )
-            fact += f"which tells '{target}' of everyone"
-            raise InputError(fact, "What helps to prepare the features leaks into the test fold")
-
-
-def _positive(names, positive):
-    if names is None or positive is None:
-        return -1 if names is None else len(names) - 1
-    positive = _words([positive])[0]
-    check_choice("positive", positive, list(names))
-    return list(names).index(positive)
-
-
-# -- who trains and who is tested
-
-
-@dataclass
-class _Splits:
-    train_test: list  # (train, test) row indices, one a fold
-    names: list
-    units: np.ndarray  # what is never split, a row
-    notes: list
-    hold: list | None = None  # the paper's validation rows of each fold, beside train and test
-
-    @property
-    def test_share(self):
-        """Test rows over training rows, as `metrics.corrected_t` wants it."""
-        return float(np.mean([len(b) / len(a) for a, b in self.train_test]))
-
-    @property
-    def mutual(self):
-        """How far subjects predict each other: 1 in folds, 0 in one split; for `interval`.
-
-        Sum of n_ij n_ji over that of n_ij^2, n_ij the splits in which j trained what tested i.
-        """
-        tested, trained = (np.zeros((len(self.train_test), len(self.units))) for _ in range(2))
-        for i, (train, test) in enumerate(self.train_test):
-            tested[i, test] = trained[i, train] = 1
-        across = tested @ trained.T
-        pairs = (tested @ tested.T) * (trained @ trained.T)
-        return float((across * across.T).sum() / pairs.sum())
-
-    def thin(self, share, seed, people, labels):
-        """Keep a share of each fold's training participants, of every label alike."""
-        rng = np.random.default_rng(seed)
-
-        def fewer(rows):
-            names, first = np.unique(people[rows], return_index=True)
-            alike = [names[labels[rows[first]] == k] for k in np.unique(labels[rows])]
-            kept = [rng.permutation(a)[: max(2, round(share * len(a)))] for a in alike]
-            return rows[np.isin(people[rows], np.concatenate(kept))]
-
-        if share < 1:
-            self.train_test = [(fewer(train), test) for train, test in self.train_test]
-            self.hold = self.hold and [fewer(hold) for hold in self.hold]
-
-
-def _splits(rows, truth, names, groups, stratify, folds, repeats, seed, protocol):
-    """Outer folds: participants and families never split, groups whole, strata balanced."""
-    notes, units = [], rows.units
-    if rows.families is not None:
-        units = _tied(rows.families, units)
-    if protocol:
-        return _resplits(rows, truth, names, units, seed, protocol)
-    if groups:
-        values = rows.labels[groups].values.astype(str)
-        units, merged = _held_out_groups(values, units, folds, groups)
-        folds = min(folds, len(np.unique(units)))
-        notes += [*merged, f"{folds} folds that hold out whole values of {groups}"]
-        if folds < 2:
-            fact = f"Expected at least two values of '{groups}' to hold out, found "
-            fact += "; ".join(merged) or f"'{values[0]}' only"
-            raise InputError(fact, "Leave groups=None for folds over participants")
-    n_units = len(np.unique(units))
-    if not 2 <= folds <= n_units:
-        fact = f"Expected from 2 to {n_units} folds (participants), found {folds}"
-        raise InputError(fact, "Choose a number in that range")
-    one = folds == n_units  # nothing to shuffle or to balance
-    if one and (repeats > 1 or (groups and stratify)):
-        notes.append("held out one by one: the same in every repeat, balanced over nothing")
-        repeats = 1
-    strata = _strata(rows, truth, names, stratify, folds, notes)
-    splits = _Splits([], [], units, notes)
-    for repeat in range(repeats):
-        kind = GroupKFold if groups and (one or not stratify) else StratifiedGroupKFold
-        splitter = kind(folds, shuffle=True, random_state=seed + repeat)
-        for train, test in splitter.split(units, strata, units):
-            splits.names.append(str(units[test][0] if groups and one else len(splits.names)))
-            splits.train_test.append((train, test))
-    return splits
-
-
-def _resplits(rows, truth, names, units, seed, protocol):
-    """One fifth tested, one fifth held for choosing; three seeds (paper) or a hundred."""
-    if (found := len(np.unique(units))) < 5:
-        raise InputError(f"Expected 5 participants for '{protocol}', found {found}", "Add some")
-    site = "site" if protocol == "paper" and "site" in rows.labels.coords else None
-    splits = _Splits([], [], units, [], [] if protocol == "paper" else None)
-    strata = _strata(rows, truth, names, site, 5, splits.notes)
-    for repeat in range(RESPLITS[protocol]):
-        splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed + repeat)
-        (train, test), (_, hold), *_ = splitter.split(units, strata, units)
-        if splits.hold is not None:
-            splits.hold.append(hold)
-            train = np.setdiff1d(train, hold)
-        splits.train_test.append((train, test))
-        splits.names.append(str(repeat))
-    return splits
-
-
-def _held_out_groups(values, units, folds, groups):
-    """One name a row for what is held out together; participants tie their sites together.
-
-    Small groups are joined unless they are together more than a fold's share of the rows: then
-    folds of several groups are what holds them out.
-    """
-    names, counts = np.unique(values, return_counts=True)
-    small, notes = counts < FEWEST, []
-    if 0 < counts[small].sum() <= len(values) / min(folds, len(names)):
-        few = names[small]
-        notes.append(f"{groups} {listed(few, 20)}: fewer than {FEWEST} subjects, held out together")
-        values = np.where(np.isin(values, few), "+".join(few), values)
-    joined = _tied(values, units)
-    if len(np.unique(joined)) < len(np.unique(values)):
-        notes.append(f"values of {groups} that share participants held out together")
-    return joined, notes
-
-
-def _tied(values, units):
-    """The value of each row, or "A+B" where units tie several together."""
-    (_, value), (_, unit) = (np.unique(v, return_inverse=True) for v in (values, units))
-    n = value.max() + unit.max() + 2
-    edges = coo_array((np.ones(len(value)), (value, unit + value.max() + 1)), (n, n))
-    component = connected_components(edges, directed=False)[1][value]
-    join = pd.Series(values).groupby(component).transform(lambda v: "+".join(np.unique(v)))
-    return join.values.astype(str)
-
-
-def _strata(rows, truth, names, stratify, folds, notes):
-    """Codes to balance over the folds: label or fifth of the target, times `stratify`.
-
-    Numbers of which too few are alike are balanced by fifths, words of that kind not at all.
-    """
-
-    def fifths(numbers):
-        return pd.Series(pd.qcut(numbers, 5, labels=False, duplicates="drop")).astype(str)
-
-    def rare(cells):
-        return cells.map(cells.value_counts()) < folds
-
-    cells = target = fifths(truth) if names is None else pd.Series(names[truth])
-    if stratify:
-        values = rows.labels[stratify].values
-        cells = target + "|" + pd.Series(values).astype(str)
-        if rare(cells).all() and values.dtype.kind in "iuf":
-            cells = target + "|" + fifths(values)
-        if rare(cells).all():
-            notes.append(f"too few subjects are alike in {stratify}: not balanced over it")
-            cells = target.copy()
-    small = rare(cells)
-    if small.any() and not small.all():
-        notes.append(f"{cells[small].nunique()} strata of fewer than {folds} subjects joined")
-    common = cells.mode()[0]
-    cells[small] = "few" if small.sum() >= folds else common
-    return cells.values
-
-
-def _check_folds(truth, names, splits):
-    """Refuse a training part without some label, and note a test part that tells too little."""
-    for fold, (train, test) in zip(splits.names, splits.train_test, strict=True):
-        tested = np.unique(truth[test])
-        if names is None:
-            told, at_least = f"{len(tested)} distinct: its r is no measure", 3
-        else:
-            told, at_least = f"'{names[tested[0]]}' only: its AUROC is undefined", 2
-            absent = names[np.setdiff1d(np.arange(len(names)), truth[train])]
-            if len(absent):
-                fact = f"Expected every label in the training part of fold {fold}, found no "
-                help = "Take fewer folds, groups=None, train_share=1, or leave that label out"
-                raise InputError(fact + f"'{listed(absent)}'", help)
-        if len(tested) < at_least:
-            splits.notes.append(f"fold {fold} tests {told}")
 
 
 # -- one model
@@ -862,178 +518,10 @@ def rescored(scores, name: str, output, decision) -> xr.Dataset:
     """
     tested = np.isfinite(scores.output.values[0, :, :, 0])
     cuts = [(np.flatnonzero(~t), np.flatnonzero(t)) for t in tested]
-    splits = _Splits(cuts, list(scores.fold.values), participants_of(scores), [])
-    rows = _Rows(scores, splits.units, {})
+    splits = Splits(cuts, list(scores.fold.values), participants_of(scores), [])
+    rows = Rows(scores, splits.units, {})
     out = _tidy(name, rows, codes_of(scores), splits, output, decision, plan_of(scores))
     return out.assign_attrs({**scores.attrs, **out.attrs})
-
-
-# -- fitted parts
-
-
-class Rotation(TransformerMixin, BaseEstimator):
-    """Features on the training rows' own axes, rows of unit mean norm.
-
-    Ridge and L2 logistic regression give the same predictions before and after; with more
-    features than rows it makes them fast, and one grid of penalties fits any number of features.
-    Blocks of the given widths get the same weight. With `keep`, only that many leading axes stay:
-    principal components.
-    """
-
-    def __init__(self, blocks: tuple[int, ...] = (), keep: int | None = None):
-        self.blocks, self.keep = blocks, keep
-
-    def fit(self, x, y=None):
-        """Find the axes of rows (row, feature); `y` is not looked at."""
-        self.mean_ = x.mean(0)
-        widths = [w for w in self.blocks if w] or [x.shape[1]]
-        power = ((x - self.mean_) ** 2).mean(0)
-        size = [part.sum() for part in np.split(power, np.cumsum(widths)[:-1])]
-        self.weight_ = np.repeat([1 / np.sqrt(len(size) * s) if s > 0 else 0 for s in size], widths)
-        x = (x - self.mean_) * self.weight_
-        wide = x.shape[1] > len(x)  # the Gram matrix of the shorter side has the same axes
-        power, axes = np.linalg.eigh(x @ x.T if wide else x.T @ x)
-        known = np.flatnonzero(power > 1e-12 * power[-1])[-(self.keep or 0) :]  # they ascend
-        axes, power = axes[:, known], power[known]
-        self.axes_ = x.T @ (axes / np.sqrt(power)) if wide else axes
-        if not len(known):  # nothing varies over these rows: one column of zeros
-            self.axes_ = np.zeros((x.shape[1], 1))
-        return self
-
-    def transform(self, x):
-        """(row, feature) -> (row, axis)."""
-        return ((x - self.mean_) * self.weight_) @ self.axes_
-
-
-def perceptron(task: str, seed: int = 0):
-    """A plain network for features that ask for one (`raw_signal`), unfitted: 64 hidden units."""
-    from sklearn.compose import TransformedTargetRegressor
-    from sklearn.neural_network import MLPClassifier, MLPRegressor
-
-    kind = MLPRegressor if task == "number" else MLPClassifier
-    steady = {"activation": "tanh", "solver": "lbfgs", "alpha": 3.0}  # and learns a product still
-    network = kind(hidden_layer_sizes=64, max_iter=5000, tol=1e-6, random_state=seed, **steady)
-    scaled = make_pipeline(StandardScaler(), network)
-    if task == "number":
-        return TransformedTargetRegressor(scaled, transformer=StandardScaler())
-    return scaled
-
-
-class OrdinalLogistic(ClassifierMixin, BaseEstimator):
-    """Ordered labels as one logistic regression for each "higher than", all with one penalty.
-
-    Source: Frank and Hall, ECML 2001.
-    """
-
-    def __init__(self, C: float = 1.0, max_iter: int = 100):
-        self.C, self.max_iter = C, max_iter
-
-    def fit(self, x, y):
-        """Fit on rows (row, feature) and codes in order."""
-        self.classes_ = np.unique(y)
-        one = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter)
-        self.above_ = [clone(one).fit(x, y > code) for code in self.classes_[:-1]]
-        return self
-
-    def predict_proba(self, x):
-        """(row, class)."""
-        above = np.stack([model.predict_proba(x)[:, 1] for model in self.above_], 1)
-        edges = np.hstack([np.ones((len(x), 1)), above, np.zeros((len(x), 1))])
-        steps = (edges[:, :-1] - edges[:, 1:]).clip(1e-6)
-        return steps / steps.sum(1, keepdims=True)
-
-    def predict(self, x):
-        """The most probable class."""
-        return self.classes_[self.predict_proba(x).argmax(1)]
-
-
-class AttentionPooling(BaseEstimator):
-    """A probe that learns which hub tokens to read: one query, softmax over tokens, linear head.
-
-    For `probe(pool(latents, "concatenate"), ..., estimator=AttentionPooling(tokens))`. It starts as
-    the mean over tokens. Trained by AdamW on four fifths of the training rows and stopped by the
-    loss on the last fifth: rows, as it knows no participants, so that sessions of one may stand on
-    both sides of that cut, though never of a fold.
-
-    Parameters
-    ----------
-    tokens : number of tokens in a row of features, token-major
-    lr, decay, epochs, patience, seed : learning rate, weight decay, most epochs, epochs without
-        a better held-out loss before the end, seed of the split
-
-    Attributes
-    ----------
-    query_ (feature,), weight_ (feature, class), level_ (class,) ; classes_ for labels (integers)
-    """
-
-    def __init__(self, tokens: int, lr=0.01, decay=0.1, epochs=300, patience=30, seed=0):
-        self.tokens, self.lr, self.decay = tokens, lr, decay
-        self.epochs, self.patience, self.seed = epochs, patience, seed
-
-    def fit(self, x, y):
-        """Fit on rows (row, token * feature) and numbers, or integer labels."""
-        import torch
-        from torch.nn.functional import cross_entropy, mse_loss
-
-        x = torch.tensor(self._tokens(x), dtype=torch.float32)
-        if len(x) < 5:
-            raise InputError(f"Expected at least 5 training rows, found {len(x)}", "Add subjects")
-        labels = np.issubdtype(np.asarray(y).dtype, np.integer)
-        if labels:
-            self.classes_, codes = np.unique(y, return_inverse=True)
-            truth, width, loss = torch.tensor(codes), len(self.classes_), cross_entropy
-        else:
-            self.mean_, self.spread_ = np.mean(y), np.std(y) or 1.0
-            truth = torch.tensor((y - self.mean_) / self.spread_, dtype=torch.float32)[:, None]
-            width, loss = 1, mse_loss
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))
-        fit, hold = order[len(x) // 5 :], order[: len(x) // 5]
-        sizes = ((x.shape[2],), (x.shape[2], width), (width,))
-        parts = [torch.zeros(size, requires_grad=True) for size in sizes]
-        optimiser = torch.optim.AdamW(parts, lr=self.lr, weight_decay=self.decay)
-        best, waited = np.inf, 0
-        for _ in range(self.epochs):
-            optimiser.zero_grad()
-            loss(_pooled(x[fit], *parts), truth[fit]).backward()
-            optimiser.step()
-            with torch.no_grad():
-                held = float(loss(_pooled(x[hold], *parts), truth[hold]))
-            waited = 0 if held < best else waited + 1
-            if held < best:
-                best, kept = held, [part.detach().numpy().copy() for part in parts]
-            if waited > self.patience:
-                break
-        self.query_, self.weight_, self.level_ = kept
-        return self
-
-    def attention(self, x):
-        """Share of each token in the reading of each row, (row, token)."""
-        return softmax(self._tokens(x) @ self.query_ / np.sqrt(len(self.query_)), 1)
-
-    def predict_proba(self, x):
-        """(row, class)."""
-        return softmax(self._read(x), 1)
-
-    def predict(self, x):
-        """Numbers, or the most probable labels."""
-        if hasattr(self, "classes_"):
-            return self.classes_[self._read(x).argmax(1)]
-        return self._read(x)[:, 0] * self.spread_ + self.mean_
-
-    def _read(self, x):
-        pooled = np.einsum("nt,ntf->nf", self.attention(x), self._tokens(x))
-        return pooled @ self.weight_ + self.level_
-
-    def _tokens(self, x):
-        if x.shape[1] % self.tokens:
-            fact = f"Expected features of {self.tokens} tokens, found {x.shape[1]} columns"
-            raise InputError(fact, "Pool with how='concatenate' and give the number of hub tokens")
-        return np.reshape(x, (len(x), self.tokens, -1))
-
-
-def _pooled(x, query, weight, level):
-    share = (x @ query / len(query) ** 0.5).softmax(1)  # (N, T)
-    return (share[..., None] * x).sum(1) @ weight + level
 
 
 # ---------------------------------------------------------------- reading scores
@@ -1188,7 +676,7 @@ def plan_of(scores):
         return _Plan("number", None, -1, None, None, 0)
     names = scores["class"].values.astype(str)
     return _Plan(
-        scores.attrs["task"], names, _positive(names, scores.attrs["positive"]), None, None, 0
+        scores.attrs["task"], names, positive_code(names, scores.attrs["positive"]), None, None, 0
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 from small_cohorts import make_cohort, noise
 
-from bhx import evaluation, reporting
+from bhx import estimators, evaluation, reporting, splits
 from bhx.controls import confound_features, connectome, fuse, nothing
 from bhx.errors import InputError
 from bhx.evaluation import compare, probe
@@ -84,7 +84,7 @@ def test_rotation_leaves_ridge_and_logistic_predictions_alone():
     rng = np.random.default_rng(0)
     x, new = rng.standard_normal((30, 80)), rng.standard_normal((10, 80))
     y = x[:, 0] + 0.1 * rng.standard_normal(30)
-    turned = evaluation.Rotation().fit(x)
+    turned = estimators.Rotation().fit(x)
     a, b = turned.transform(x), turned.transform(new)
     assert (a**2).sum(1).mean() == pytest.approx(1)
     size = ((x - x.mean(0)) ** 2).sum(1).mean()
@@ -768,7 +768,7 @@ def bad_estimators():
         ),
         ("age", "ridge", fits),
         ("age", Ridge, fits),
-        ("age", evaluation.AttentionPooling(4), "Expected at least 5 training rows, found 4"),
+        ("age", estimators.AttentionPooling(4), "Expected at least 5 training rows, found 4"),
     ]
 
 
@@ -821,8 +821,8 @@ def test_paper_protocol_is_three_splits_of_6_2_2_balanced_over_sites(features):
 
 
 def test_brainmarks_protocol_is_a_hundred_resplits(features, monkeypatch):
-    assert evaluation.RESPLITS["brainmarks"] == 100
-    monkeypatch.setitem(evaluation.RESPLITS, "brainmarks", 6)
+    assert splits.RESPLITS["brainmarks"] == 100
+    monkeypatch.setitem(splits.RESPLITS, "brainmarks", 6)
     scores = probe(features.isel(subject=slice(40)), "group", protocol="brainmarks")
     tested = np.isfinite(scores.output[0, :, :, 0].values)
     assert tested.shape[0] == 6
@@ -838,19 +838,17 @@ def test_subjects_predict_each_other_in_folds_and_not_in_one_split(features):
     assert folds.attrs["mutual"] == pytest.approx(1)
     assert 0 < half.attrs["mutual"] < 0.8
     tested = np.isfinite(paper.output[0, :, :, 0].values)
-    one = evaluation._Splits(
-        [np.nonzero(~tested[0]) + np.nonzero(tested[0])], [], np.arange(90), []
-    )
+    one = splits.Splits([np.nonzero(~tested[0]) + np.nonzero(tested[0])], [], np.arange(90), [])
     assert one.mutual == 0
     assert 0 < paper.attrs["mutual"] < 0.5
 
 
 def test_mutual_counts_pairs_that_predict_each_other():
     rng = np.random.default_rng(0)
-    splits = [np.split(rng.permutation(12), [7, 10]) for _ in range(4)]  # train, test, neither
-    found = evaluation._Splits([s[:2] for s in splits], [], np.arange(12), []).mutual
+    cuts = [np.split(rng.permutation(12), [7, 10]) for _ in range(4)]  # train, test, neither
+    found = splits.Splits([s[:2] for s in cuts], [], np.arange(12), []).mutual
     n = np.zeros((12, 12))
-    for train, test, _ in splits:
+    for train, test, _ in cuts:
         n[np.ix_(test, train)] += 1
     assert found == pytest.approx((n * n.T).sum() / (n**2).sum())
 
@@ -868,10 +866,10 @@ def test_features_may_bring_a_network_or_keep_their_leading_axes(features):
     assert auroc[0] > 0.9 > 0.7 > auroc[1]
     assert "MLPClassifier" in scores.attrs["notes"]
     assert probe(network, "size").score.sel(metric="r").mean() > 0.8
-    leading = evaluation.Rotation(keep=3).fit(features.features.values)
+    leading = estimators.Rotation(keep=3).fit(features.features.values)
     np.testing.assert_allclose(
         leading.transform(features.features.values),
-        evaluation.Rotation().fit_transform(features.features.values)[:, -3:],
+        estimators.Rotation().fit_transform(features.features.values)[:, -3:],
     )
 
 
@@ -909,23 +907,23 @@ def test_attention_pooling_finds_the_token_that_knows():
     tokens[:, 3, 0] += 4  # what marks the informative token, at one place in everyone
     y = (tokens[:, 3, 1] > 0).astype(int)
     x = tokens.reshape(240, -1)
-    fitted = evaluation.AttentionPooling(8, lr=0.05, decay=0.01).fit(x[:180], y[:180])
+    fitted = estimators.AttentionPooling(8, lr=0.05, decay=0.01).fit(x[:180], y[:180])
     share = fitted.attention(x[180:])
     np.testing.assert_allclose(share.sum(1), 1, rtol=1e-6)
     assert share.mean(0).argmax() == 3
     assert (fitted.predict(x[180:]) == y[180:]).mean() > 0.85
     np.testing.assert_allclose(fitted.predict_proba(x).sum(1), 1)
-    again = evaluation.AttentionPooling(8, lr=0.05, decay=0.01).fit(x[:180], y[:180])
+    again = estimators.AttentionPooling(8, lr=0.05, decay=0.01).fit(x[:180], y[:180])
     np.testing.assert_array_equal(again.query_, fitted.query_)
     with pytest.raises(InputError, match="Expected features of 7 tokens, found 48 columns"):
-        evaluation.AttentionPooling(7).fit(x, y)
+        estimators.AttentionPooling(7).fit(x, y)
 
 
 def test_attention_pooling_is_an_estimator_of_probe(features):
     pytest.importorskip("torch")
-    scores = probe(features, "age", estimator=evaluation.AttentionPooling(4))
+    scores = probe(features, "age", estimator=estimators.AttentionPooling(4))
     assert np.isfinite(scores.score).all()
-    labels = probe(features, "group", estimator=evaluation.AttentionPooling(4))
+    labels = probe(features, "group", estimator=estimators.AttentionPooling(4))
     assert labels.score.sel(metric="auroc").mean() > 0.55
 
 
