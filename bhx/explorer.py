@@ -436,13 +436,14 @@ class _Panels:
         self._grey, self._shown, self._sent = grey_levels(template()), None, ()
         cubes = self.explorer.t1_map()
         cubes = None if cubes is None else with_mm(cubes)
-        figure = go.FigureWidget(make_subplots(1, 3, horizontal_spacing=0.06))
+        figure = go.FigureWidget(make_subplots(1, 3, horizontal_spacing=0.08))
         for column, (plane, (_, _, through)) in enumerate(PLANES.items(), 1):
             traces = slices(self._grey, cubes, plane, START[through])
             figure.add_traces(traces, rows=[1] * len(traces), cols=[column] * len(traces))
             figure.update_yaxes(scaleanchor=f"x{column if column > 1 else ''}", col=column)
         for axes in (figure.update_xaxes, figure.update_yaxes):
-            axes(tickangle=0, nticks=3, showgrid=False, zeroline=False, constrain="domain")
+            axes(tickangle=0, tickvals=[-50, 0, 50], tickfont_size=10, constrain="domain")
+            axes(showgrid=False, zeroline=False)
         figure.update_layout(PLAIN, height=230, margin_t=10, meta="slices")
         figure.update_layout(coloraxis=colour_bar(look_of(np.zeros(0))))
         return figure
@@ -506,11 +507,17 @@ class _Panels:
             out[name].continuous_update = False
             out[name].observe(self._typed(act), "value")
         out["colour"].observe(self.colour, "value")
-        out["everyone"].on_click(lambda _: e.reset())
+        out["everyone"].on_click(self._everything)
         out["first"].on_click(lambda _: self._mark(0))
         out["second"].on_click(lambda _: self._mark(1))
         out["code"].on_click(self._write)
         return out
+
+    def _everything(self, _):
+        """Everyone, all tokens, no parcel, and boxes that say so."""
+        for name in ("token", "parcel", "subject"):
+            self.controls[name].value = ""
+        self.explorer.reset()
 
     def _sliders(self, widgets):
         out, style = {}, {"description_width": "15px"}

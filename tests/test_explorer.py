@@ -205,6 +205,7 @@ def test_callbacks_do_what_the_methods_do(explorer, panels):
     panels.controls["subject"].value = "sub-07"
     assert explorer.subjects[explorer.chosen] == ["sub-07"]
     panels.controls["everyone"].click()
+    assert {panels.controls[name].value for name in ("token", "parcel", "subject")} == {""}
     assert explorer.chosen.all()
     assert explorer.token is None
 
