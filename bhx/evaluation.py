@@ -196,6 +196,9 @@ def _check_options(single, whole, train_share, **lists):
     if not isinstance(train_share, Real) or not 0 < train_share <= 1:
         fact = f"Expected train_share above 0 and at most 1, found {train_share!r}"
         raise InputError(fact, "Use 1")
+    if len(lists["preserve"]) and not single["harmonise"]:
+        fact = f"Expected harmonise beside preserve, found preserve={lists['preserve']!r} alone"
+        raise InputError(fact, "It says what ComBat keeps: name harmonise, or leave it out")
 
 
 def _check_protocol(protocol, task, more):
