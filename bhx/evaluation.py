@@ -132,7 +132,7 @@ def probe(
     _check_options(single, whole, train_share, confounds=confounds, preserve=preserve)
     aside = [n for n in (harmonise, *confounds, *preserve) if n]
     needed = [*filter(None, (groups, stratify)), *aside]
-    rows = common_rows(many, target, needed, classes, protocol)
+    rows, many = common_rows(many, target, needed, classes, protocol)
     truth, names = truth_of(rows.labels[target].values, target, task, classes)
     check_leak(rows.labels, aside, target, truth, names)
     task = task or ("number" if names is None else "label")
@@ -425,10 +425,9 @@ def _resplit_people(units, truth, seed):
     counts = np.unique(label, return_counts=True)[1]
     few = 4 * (len(counts) - 1)
     if counts.min() < 2 or len(label) <= few:
-        fact = (
-            f"Expected at least 2 training participants of each label and {few + 1} in all, found "
-        )
-        raise InputError(fact + listed(counts), "Protocol 'brainmarks' splits them again: add some")
+        fact = f"Expected at least 2 training participants of each label and {few + 1} in all, "
+        fact += f"found {listed(counts)}"
+        raise InputError(fact, "Protocol 'brainmarks' splits them again: add some")
     cuts = StratifiedShuffleSplit(5, test_size=0.25, random_state=seed).split(label, label)
     return [tuple(np.flatnonzero(np.isin(person, part)) for part in cut) for cut in cuts]
 
@@ -495,8 +494,8 @@ def _tidy(name, rows, truth, splits, output, decision, plan):
     if plan.names is None:
         prediction, classes = mean[:, 0], ["value"]
     else:
-        votes = np.stack([(decision == k).sum(0) for k in range(len(plan.names))], 1)
-        prediction, classes = plan.names[votes.argmax(1)], list(plan.names)
+        most = metrics.majority(decision, len(plan.names))
+        prediction, classes = plan.names[most], list(plan.names)
         prediction = np.where(known, prediction, "")
     out = xr.Dataset(
         {

@@ -240,6 +240,11 @@ def adjust_p(p, method: str = "holm") -> np.ndarray:
     return out
 
 
+def majority(decision, labels: int) -> np.ndarray:
+    """The code (n,) that most folds decided for, of decisions (fold, n); untested is below 0."""
+    return (np.asarray(decision)[..., None] == np.arange(labels)).sum(0).argmax(1)
+
+
 def calibration(truth, probability, bins: int = 10) -> dict[str, np.ndarray | float]:
     """Predicted against observed frequency in bins of equal count, and their mean distance.
 

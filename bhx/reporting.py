@@ -350,8 +350,7 @@ def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
     plan, truth, rows = plan_of(scores), codes_of(scores), []
     for i, model in enumerate(scores.model.values):
         output = np.nanmean(scores.output.values[i], 0)
-        votes = scores.decision.values[i, :, :, None] == np.arange(scores.sizes["class"])
-        decision = votes.sum(0).argmax(1)
+        decision = metrics.majority(scores.decision.values[i], scores.sizes["class"])
         for value in np.unique(scores[by].values):
             t = np.flatnonzero(scores[by].values == value)
             measured = plan.measure(truth[t], output[t], decision[t])

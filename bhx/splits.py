@@ -40,7 +40,8 @@ class Rows:
 
 
 def common_rows(many, target, names, classes, protocol=None):
-    """The subjects who have every label and every feature, and why the others do not enter."""
+    """The subjects who have every label and every feature, why the others do not enter, and the
+    features, read once."""
     if not many:
         raise InputError("Expected features, found an empty list", "Give at least one Dataset")
     many = [plain_labels(check(features, "features")) for features in many]  # also of a bare store
@@ -59,9 +60,10 @@ def common_rows(many, target, names, classes, protocol=None):
     labels = _merged_labels(many, ids, (target, *names))
     if protocol == "paper" and "site" in labels.coords:
         names = [*names, "site"]
+    many = [_loaded(features) for features in many]
     for features in many:
         if features.sizes["feature"]:
-            values = _checked_values(features).sel(subject=ids).values
+            values = features.features.sel(subject=ids).values
             leave_out(f"no {name_of(features)}", np.isnan(values).all(1))
     for name in dict.fromkeys((target, *names)):
         leave_out(f"no {name}", is_missing(labels[name].sel(subject=ids).values))
@@ -76,7 +78,7 @@ def common_rows(many, target, names, classes, protocol=None):
     units = (labels.participant if "participant" in labels.coords else labels.subject).values
     if "family" in labels.coords:
         families = np.where(is_missing(labels.family.values), units, labels.family.values)
-    return Rows(labels, units.astype(str), excluded, families, given)
+    return Rows(labels, units.astype(str), excluded, families, given), many
 
 
 def _merged_labels(many, ids, names):
@@ -99,15 +101,15 @@ def _merged_labels(many, ids, names):
     return labels
 
 
-def _checked_values(features):
-    """The features of a Dataset that are numbers, finite or NaN."""
+def _loaded(features):
+    """A Dataset with its features in memory: numbers, finite or NaN."""
     values, name = features.features.compute(), name_of(features)
     if values.dtype.kind not in "biuf":
         raise InputError(f"Expected numbers in {name}, found {values.dtype}", "Convert them")
     if np.isinf(values.values).any():
         fact = f"Expected finite numbers in {name}, or NaN, found infinite ones"
         raise InputError(fact, "Put NaN: those are filled with the training mean")
-    return values
+    return features.assign(features=values)
 
 
 def _words(labels):
@@ -190,10 +192,8 @@ def check_leak(labels, aside, target, truth, names):
                 not number or pairs == len(set(truth))
             )
         if tells:
-            fact = (
-                f"Expected confounds, harmonise and preserve without the target, found '{name}', "
-            )
-            fact += f"which tells '{target}' of everyone"
+            fact = "Expected confounds, harmonise and preserve without the target, found "
+            fact += f"'{name}', which tells '{target}' of everyone"
             raise InputError(fact, "What helps to prepare the features leaks into the test fold")
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+import dask
+import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
@@ -200,6 +202,19 @@ def test_same_seed_same_scores_whatever_the_order_of_features(features):
     xr.testing.assert_identical(a, b)
     turned = probe(features.isel(feature=slice(None, None, -1)), "age", repeats=2)
     np.testing.assert_allclose(a.score, turned.score, atol=1e-4)
+
+
+def test_lazy_features_are_read_once(features):
+    reads = []
+
+    def read():
+        reads.append(1)
+        return features.features.values
+
+    lazy = da.from_delayed(dask.delayed(read)(), features.features.shape, np.float32)
+    found = probe(features.assign(features=(("subject", "feature"), lazy)), "age", permutations=2)
+    assert len(reads) == 1
+    xr.testing.assert_allclose(found.score, probe(features, "age").score)
 
 
 def test_boolean_three_label_and_integer_targets(features):
