@@ -347,9 +347,9 @@ def _draw_hemisphere(axis, brain, mesh, side, view, look, outlines):
     screen = np.stack([np.cross(up, eye), up, eye], axis=1)  # right, up, towards the reader
     coords, faces = load_mesh(mesh, side)
     shapes = (coords @ screen)[faces]  # (triangle, corner, 3)
-    facing = _normals(shapes)[:, 2] > 0
-    faces, shapes = faces[facing], shapes[facing]
-    depth, colour = shapes[:, :, 2].mean(1), _shaded(shapes, faces, brain, side, look)
+    tilt = _tilt(shapes)
+    faces, shapes, tilt = (part[tilt > 0] for part in (faces, shapes, tilt))
+    depth, colour = shapes[:, :, 2].mean(1), _shaded(tilt, faces, brain, side, look)
     if outlines:
         points, pairs = _borders(brain, side, faces, coords)
         lines = (points @ screen)[np.c_[pairs, pairs[:, 1]]]
@@ -365,7 +365,7 @@ def _draw_hemisphere(axis, brain, mesh, side, view, look, outlines):
     axis.set_axis_off()
 
 
-def _shaded(shapes, faces, brain, side, look):
+def _shaded(tilt, faces, brain, side, look):
     """Colours of triangles: their value's, or grey by sulcal depth; darker where they tilt."""
 
     here = faces + SIDES["both"].index(side) * N_FSAVERAGE5
@@ -374,14 +374,14 @@ def _shaded(shapes, faces, brain, side, look):
     grey = matplotlib.colormaps["gray"](0.6 - 0.2 * load_sulc(side)[faces].mean(1))
     colour = matplotlib.colormaps[look["cmap"]](norm(value))
     colour = np.where(value.mask[:, None], grey, colour) if value.mask.any() else colour
-    colour[:, :3] *= (0.75 + 0.25 * np.abs(_normals(shapes)[:, 2]))[:, None]
+    colour[:, :3] *= (0.75 + 0.25 * tilt)[:, None]
     return colour
 
 
-def _normals(shapes):
-    """Outward unit normals (triangle, 3) of corners (triangle, corner, 3)."""
+def _tilt(shapes):
+    """How far triangles (triangle, corner, 3) face the reader: 1 straight, below 0 away."""
     normal = np.cross(shapes[:, 1] - shapes[:, 0], shapes[:, 2] - shapes[:, 0])
-    return normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
+    return normal[:, 2] / np.maximum(np.linalg.norm(normal, axis=1), 1e-9)
 
 
 # the volume -------------------------------------------------------------------------------------
