@@ -223,32 +223,24 @@ def cosine(a, b):
 
 
 def tokens_of(cohort, model):
-    """Dynamics tokens (subject, roi, patch, feature) of all scans, read one window long."""
-    return bhx.embed(cohort, model, keep=("dynamics",), progress=False).dynamics.load()
+    """Latents of all scans with their dynamics tokens, read one window long."""
+    return bhx.embed(cohort, model, keep=("dynamics",), progress=False).load()
 
 
 def measured(first, other, trait):
     """Identification rate, cosine of the same parcel's token, and r of a fixed probe."""
-    patches = min(first.sizes["patch"], other.sizes["patch"])
-    a, b = first.isel(patch=slice(patches)), other.isel(patch=slice(patches))
+    patches = slice(min(first.sizes["patch"], other.sizes["patch"]))
+    a, b = (latents.dynamics.isel(patch=patches) for latents in (first, other))
     typical = a.mean("subject")
     a, b = (a - typical).values, (b - typical.values).values
     cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-    found = fingerprint(features_of(first), features_of(other))
+    one, again = (bhx.pool(x, "concatenate", of="dynamics") for x in (first, other))
+    found = fingerprint(one, again)
     return {
         "token cosine": np.nanmean(cosine),
         "identified": found.attrs["rate"],
-        "trait r": probed(features_of(first), features_of(other), trait),
+        "trait r": probed(one, again, trait),
     }
-
-
-def features_of(tokens):
-    """Each parcel's mean token, as features."""
-    values = tokens.mean("patch").values.reshape(tokens.sizes["subject"], -1)
-    people = {name: ("subject", tokens[name].values) for name in ("participant", "site")}
-    return xr.Dataset(
-        {"features": (("subject", "feature"), values)}, {"subject": tokens.subject.values, **people}
-    )
 
 
 def probed(first, other, trait):

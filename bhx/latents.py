@@ -35,18 +35,18 @@ def pool(latents: xr.Dataset, how: str = "mean", *, of: str = "hub", weights=Non
     Dataset with `features` (subject, feature), the subjects' coordinates, and attrs["name"]
     """
     check_choice("of", of, ("hub", "dynamics", "structure"))
-    hub = _as_tokens(check(latents, "latents"), of)
+    every = _as_tokens(check(latents, "latents"), of)
     if (weights is not None) != (how == "weighted"):
         fact = f"Expected weights with how='weighted' and only then, found how='{how}'"
         raise InputError(fact, "Give both or neither: pool(latents, 'weighted', weights=...)")
     check_choice("how", how, ("mean", "concatenate", "weighted"))
     if how == "concatenate":
-        features = hub.stack(flat=("token", "feature")).drop_vars(["flat", "token", "feature"])
+        features = every.stack(flat=("token", "feature")).drop_vars(["flat", "token", "feature"])
         features = features.rename(flat="feature")
     else:
-        tokens = hub if how == "mean" else hub.weighted(weights.fillna(0))
+        tokens = every if how == "mean" else every.weighted(weights.fillna(0))
         features = tokens.mean("token", keep_attrs=True)
-    keep = [name for name, c in hub.coords.items() if "token" not in c.dims]
+    keep = [name for name, c in every.coords.items() if "token" not in c.dims]
     features = features.drop_vars([name for name in features.coords if name not in keep])
     out = features.transpose("subject", "feature").astype("float32").to_dataset(name="features")
     out.attrs = latents.attrs | {"name": f"{of} tokens, {how}"}
