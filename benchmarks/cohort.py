@@ -53,8 +53,8 @@ def main():
 def prepare_rates(folder, n):
     """Scans prepared a second, from reading to the finished store; T1 at 1 mm."""
     import bhx
-    from bhx.catalog import write_derivatives
-    from bhx.cohort import prepare
+    from bhx.data.derivatives import write_derivatives
+    from bhx.data.prepare import prepare
 
     cohort = bhx.synthetic_cohort(n, atlas="schaefer400", voxel_mm=2.0, missing=0)
     write_derivatives(cohort, folder / "study", surface=False)
@@ -72,7 +72,7 @@ def read_ratios(folder, n=24):
     import zarr
 
     import bhx
-    from bhx.cohort import save_cohort
+    from bhx.data.store import save_cohort
 
     cohort = bhx.synthetic_cohort(n, atlas="schaefer400", voxel_mm=1.0, missing=0)
     store = save_cohort(cohort, folder / "read.zarr", t1_dtype="float16")
@@ -114,8 +114,9 @@ def one_size(folder, n):
     """Write, open, select from and read a store of n subjects of 400 parcels x 120 volumes."""
     import dask.array as da
 
-    from bhx.atlas import load_atlas
-    from bhx.cohort import open_cohort, save_cohort
+    from bhx.data.atlas import load_atlas
+    from bhx.data.cohort import open_cohort
+    from bhx.data.store import save_cohort
     from bhx.schema import ROI_COORDS, build_cohort
 
     atlas, ids = load_atlas("schaefer400"), [f"sub-{i:05d}" for i in range(n)]

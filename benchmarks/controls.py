@@ -9,8 +9,8 @@ participants. About two minutes on one core.
 from __future__ import annotations
 
 import bhx
-from bhx.controls import fuse, plain_controls
-from bhx.encoding import random_model
+from bhx.encode.model import random_model
+from bhx.evaluate.features import fuse, plain_controls
 
 LABELS = {"age": "r", "sex": "auroc", "diagnosis": "auroc", "fusion": "auroc"}
 

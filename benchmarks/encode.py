@@ -19,8 +19,8 @@ import time
 import numpy as np
 import torch
 
-from bhx.checkpoints import PRESETS, Harmonix
-from bhx.encoding import encode_parts, read_subject, sequences
+from bhx.encode.inputs import encode_parts, read_subject, sequences
+from bhx.model.config import PRESETS, Harmonix
 
 TR, VOLUMES = 2.0, 150
 PARTS = ("dynamics", "structure", "harmonizer")

@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from bhx import load_atlas, plot_surface
-from bhx.explorer import explore
+from bhx.show.explorer import explore
 
 REPEATS = 7
 

@@ -31,12 +31,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bhx.checkpoints import PRESETS
-from bhx.encoding import Model, Reading, autocast, random_model
-from bhx.feed import NEEDS, Feed, Sample, cube_mask
-from bhx.harmonix_f import jepa_masks
-from bhx.recipes import STAGES, recipe
-from bhx.training import _Run
+from bhx.encode.inputs import Reading, autocast
+from bhx.encode.model import Model, random_model
+from bhx.model.config import PRESETS
+from bhx.model.dynamics import jepa_masks
+from bhx.train.dataset import NEEDS, Feed, Sample, cube_mask
+from bhx.train.loop import _Run
+from bhx.train.recipes import STAGES, recipe
 
 
 def main():

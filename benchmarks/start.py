@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 
 import bhx
-from bhx.encoding import random_model
-from bhx.layers import initialise
+from bhx.encode.model import random_model
+from bhx.model.layers import initialise
 
 
 def main():

@@ -29,12 +29,12 @@ from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
 
 import bhx
-from bhx import harmonix_f
-from bhx.checkpoints import PRESETS
-from bhx.encoding import random_model
-from bhx.evaluation import preparation
-from bhx.latents import fingerprint
-from bhx.synthetic import SITES
+from bhx.data.synthetic import SITES
+from bhx.encode.model import random_model
+from bhx.evaluate.probe import preparation
+from bhx.latents.similarity import fingerprint
+from bhx.model import dynamics as harmonix_f
+from bhx.model.config import PRESETS
 
 FACTORS = (1, 2, 3, 4)
 PATCH, GRID, COMMON = 35.28, 0.735, 2.0  # s

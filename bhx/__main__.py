@@ -14,8 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import bhx
-
-from .errors import InputError
+from bhx.errors import InputError
 
 HERE = Path(__file__).parent
 NEEDED = ("", "notebooks")  # extras that the lessons run on; "" is the core
@@ -106,19 +105,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(**options):
-    from .demo import run_demo
+    from bhx.demo import run_demo
 
     run_demo(**options)
 
 
 def _catalog(catalog):
-    from .catalog import catalog_table
+    from bhx.data.catalog import catalog_table
 
     print(catalog_table(catalog).to_string())
 
 
 def _prepare(quality, **options):
-    from .quality import quality_page
+    from bhx.data.quality_page import quality_page
 
     cohort = bhx.prepare(**options)
     print(f"{cohort.sizes['subject']} subjects in {options['out']}")

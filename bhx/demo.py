@@ -11,13 +11,21 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from .atlas import reparcellate
-from .cohort import open_cohort, save_cohort
-from .encoding import embed, load_model
-from .errors import InputError
-from .evaluation import compare, connectome, probe
-from .latents import pool, project, region_map
-from .surface import plot_latents, plot_surface, plot_tokens, plot_volume
+from bhx.data.atlas import reparcellate
+from bhx.data.cohort import open_cohort
+from bhx.data.store import save_cohort
+from bhx.encode.embed import embed
+from bhx.encode.model import load_model
+from bhx.errors import InputError
+from bhx.evaluate.features import connectome
+from bhx.evaluate.probe import probe
+from bhx.evaluate.scores import compare
+from bhx.latents.maps import region_map
+from bhx.latents.pool import pool, project
+from bhx.show.people import plot_latents
+from bhx.show.surface import plot_surface
+from bhx.show.tokens import plot_tokens
+from bhx.show.volume import plot_volume
 
 TARGETS = ("age", "sex", "diagnosis", "fusion")
 

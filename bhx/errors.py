@@ -1,5 +1,7 @@
 """The one error of bhx, and how its sentences list names. Imports nothing of bhx."""
 
+from __future__ import annotations
+
 
 class InputError(ValueError):
     """Something given to bhx does not fit: one sentence of fact, one of help."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .errors import InputError, listed
+from bhx.errors import InputError, listed
 
 VERSION = "1"  # of the Datasets below, stored as attrs["bhx_schema"]
 

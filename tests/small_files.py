@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from bhx.atlas import load_atlas
-from bhx.scans import read_template_t1
+from bhx.data.anatomy import read_template_t1
+from bhx.data.atlas import load_atlas
 from bhx.schema import t1_grid
 
 ATLAS = "schaefer100"

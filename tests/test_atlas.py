@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from bhx.atlas import load_atlas, load_mesh, load_sample, load_sulc, match_names
-from bhx.geometry import adjacency, gradients, harmonics, parcel_means
-from bhx.schema import InputError
+from bhx.data.atlas import load_atlas, load_mesh, load_sample, load_sulc, match_names
+from bhx.data.geometry import adjacency, gradients, harmonics, parcel_means
+from bhx.errors import InputError
 
 DATA = Path(__file__).parent / "data"
 NETWORKS = ["Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default"]

@@ -22,11 +22,11 @@ from small_files import (
     volume,
 )
 
-import bhx.catalog as catalog
-import bhx.cohort as bc
-import bhx.scans as scans
-from bhx.atlas import load_atlas
-from bhx.schema import InputError
+from bhx.data import anatomy as anatomy_file
+from bhx.data import derivatives as derivatives_file
+from bhx.data import prepare as prepare_file
+from bhx.data.atlas import load_atlas
+from bhx.errors import InputError
 
 SERIES = parcel_series()
 NAMES = load_atlas(ATLAS).roi.values
@@ -44,11 +44,11 @@ def bad(name, message):
 
 
 def refused(path, **options):
-    return scans.read_scan({"bold": str(path)}, **{"atlas": ATLAS, **options})
+    return prepare_file.read_scan({"bold": str(path)}, **{"atlas": ATLAS, **options})
 
 
 def refused_t1(path, mask=""):
-    return scans.read_scan({"t1": str(path), "t1_mask": str(mask)})
+    return prepare_file.read_scan({"t1": str(path), "t1_mask": str(mask)})
 
 
 def bold_volume(folder, name="bold.nii.gz", **options):
@@ -66,7 +66,7 @@ bad("unknown ending", "Expected BOLD in a file ending in .* found a.mat")(
 )
 bad("name too long", "Expected a file at")(lambda d: refused(d / ("x" * 300 + ".tsv")))
 bad("NUL in a path", "Expected a file at")(lambda d: refused("a\0.tsv"))
-bad("row without files", "BOLD or a T1, found neither")(lambda d: scans.read_scan({}))
+bad("row without files", "BOLD or a T1, found neither")(lambda d: prepare_file.read_scan({}))
 
 
 @bad("loop of links", "Too many levels of symbolic links")
@@ -377,7 +377,7 @@ def confounded(folder, lines, **options):
     file = folder / "sub-01_task-rest_desc-confounds_timeseries.tsv"
     file.write_text(lines)
     row = {"bold": str(path), "confounds": str(file)}
-    return scans.read_scan(row, atlas=ATLAS, denoising={"strategy": "columns", **options})
+    return prepare_file.read_scan(row, atlas=ATLAS, denoising={"strategy": "columns", **options})
 
 
 bad("confounds of another run", "confounds for 60 volumes of .*, found 3")(
@@ -393,7 +393,7 @@ bad("preset without its columns", "Expected to read confounds from")(
     lambda d: confounded(d, "a\n" + "1\n" * 60, strategy="simple")
 )
 bad("no confounds", "fMRIPrep confounds beside .*, found none")(
-    lambda d: scans.read_scan(
+    lambda d: prepare_file.read_scan(
         {"bold": str(gifti(d, SERIES))}, atlas=ATLAS, denoising={"strategy": "simple"}
     )
 )
@@ -457,7 +457,7 @@ bad("empty mask", "found 0 everywhere. Check the mask")(
     )
 )
 bad("T1 voxel that does not fit", "5 mm does not divide")(
-    lambda d: scans.read_t1(t1_image(d / "a.nii", 2), voxel_mm=5)
+    lambda d: anatomy_file.read_t1(t1_image(d / "a.nii", 2), voxel_mm=5)
 )
 
 
@@ -468,7 +468,7 @@ def joined(text, name="participants.tsv"):
     def use(folder):
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         people = pd.DataFrame({"subject": ["sub-1"], "participant": ["sub-1"]})
-        return catalog.join_phenotypes(people, folder / name)
+        return derivatives_file.join_phenotypes(people, folder / name)
 
     return use
 
@@ -487,18 +487,18 @@ bad("binary participants", "a table of participants in .*, found UnicodeDecodeEr
     joined(b"\xff\xfe\x00\x81\n")
 )
 bad("no rows", "rows with a column 'subject', found 0 rows")(
-    lambda d: bc.prepare(pd.DataFrame({"subject": []}), d / "c.zarr")
+    lambda d: prepare_file.prepare(pd.DataFrame({"subject": []}), d / "c.zarr")
 )
 bad("rows without ids", "found 1 rows with bold")(
-    lambda d: bc.prepare(pd.DataFrame({"bold": ["a.tsv"]}), d / "c.zarr")
+    lambda d: prepare_file.prepare(pd.DataFrame({"bold": ["a.tsv"]}), d / "c.zarr")
 )
 bad("ids twice", "unique subject ids, found a more than once")(
-    lambda d: bc.prepare(pd.DataFrame({"subject": ["a", "a"]}), d / "c.zarr")
+    lambda d: prepare_file.prepare(pd.DataFrame({"subject": ["a", "a"]}), d / "c.zarr")
 )
 bad("no such folder", "a folder of derivatives, found none")(
-    lambda d: bc.prepare(d / "nowhere", d / "c.zarr")
+    lambda d: prepare_file.prepare(d / "nowhere", d / "c.zarr")
 )
-bad("an empty folder", "found tasks: none")(lambda d: bc.prepare(d, d / "c.zarr"))
+bad("an empty folder", "found tasks: none")(lambda d: prepare_file.prepare(d, d / "c.zarr"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import bhx
-from bhx.atlas import load_atlas
-from bhx.encoding import random_model
+from bhx.data.atlas import load_atlas
+from bhx.encode.model import random_model
 from bhx.schema import build_cohort
 
 PLUGIN = Path(__file__).parents[1] / "benchmarks" / "brainmarks" / "bhx.py"
@@ -91,7 +91,7 @@ def test_registers_are_the_hub_tokens_of_embed(plugin, volumes):
     cohort = build_cohort(
         bold, None, subject, {"roi": names}, {"atlas": "schaefer400", "source": ""}
     )
-    small = bhx.atlas.reparcellate(cohort, "schaefer100")
+    small = bhx.reparcellate(cohort, "schaefer100")
     hub = bhx.embed(small, random_model("workshop", device="cpu")).hub
     np.testing.assert_allclose(registers, hub, atol=1e-4)
 

@@ -10,10 +10,12 @@ from sklearn.utils import Bunch
 from small_files import ATLAS, biobank, dtseries, label_image, parcel_series, t1_image, volume
 from test_prepare import cohort_of
 
-import bhx.catalog as catalog
-import bhx.cohort as bc
-from bhx.atlas import load_atlas
-from bhx.schema import InputError
+from bhx.data import catalog as catalog_file
+from bhx.data import cohort as cohort_file
+from bhx.data import derivatives as derivatives_file
+from bhx.data import prepare as prepare_file
+from bhx.data.atlas import load_atlas
+from bhx.errors import InputError
 
 README = Path(__file__).parents[1] / "data_catalog" / "README.md"
 WANTED = {"synthetic", "sample", "development-fmri", "abide1", "abide2", "adhd200", "hcp-aging"}
@@ -29,7 +31,7 @@ def home(tmp_path, monkeypatch):
 
 
 def test_every_entry_is_valid_and_in_the_readme():
-    table = catalog.catalog_table()
+    table = catalog_file.catalog_table()
     assert set(table.name) == WANTED
     readme = README.read_text(encoding="utf8")
     for row in table.itertuples(index=False):
@@ -38,7 +40,7 @@ def test_every_entry_is_valid_and_in_the_readme():
 
 def test_entries_say_how_to_be_had():
     for name in WANTED:
-        entry = catalog.load_entry(name)
+        entry = catalog_file.load_entry(name)
         assert entry.citation
         assert entry.licence
         assert entry.steps or entry.layout in ("synthetic", "sample", "nilearn")
@@ -48,16 +50,16 @@ def test_entries_say_how_to_be_had():
 
 @pytest.mark.parametrize("name", ["hcp-aging", "uk-biobank", "abcd", "adni", "derivatives"])
 def test_cohorts_to_be_downloaded_say_how(name, home):
-    steps = catalog.load_entry(name).steps
+    steps = catalog_file.load_entry(name).steps
     with pytest.raises(InputError, match="found no such folder") as caught:
-        bc.open_cohort(name)
+        cohort_file.open_cohort(name)
     assert str(home / "data" / name) in str(caught.value)
     assert all(step.rstrip(".") in str(caught.value) for step in steps)
 
 
 def entry(folder, **changes):
     """A local entry in a folder of its own."""
-    content = yaml.safe_load((catalog.shipped_folder() / "local-cohort.yaml").read_text())
+    content = yaml.safe_load((catalog_file.shipped_folder() / "local-cohort.yaml").read_text())
     name = changes.get("name", "mine")
     (folder / f"{name}.yaml").write_text(yaml.safe_dump({**content, "name": name, **changes}))
     return folder
@@ -65,12 +67,12 @@ def entry(folder, **changes):
 
 def test_own_entries_by_argument_and_environment(tmp_path, monkeypatch):
     entry(tmp_path, title="Our clinic")
-    assert catalog.load_entry("mine", tmp_path).title == "Our clinic"
+    assert catalog_file.load_entry("mine", tmp_path).title == "Our clinic"
     with pytest.raises(InputError, match="found 'mine'. The catalogue has"):
-        catalog.load_entry("mine")
+        catalog_file.load_entry("mine")
     monkeypatch.setenv("BHX_CATALOG", str(tmp_path))
-    assert catalog.load_entry("mine").title == "Our clinic"
-    assert "mine" in set(catalog.catalog_table().name)
+    assert catalog_file.load_entry("mine").title == "Our clinic"
+    assert "mine" in set(catalog_file.catalog_table().name)
 
 
 BAD_ENTRIES = {
@@ -98,7 +100,7 @@ BAD_ENTRIES = {
 def test_bad_entries_are_refused(case, tmp_path):
     changes, message = BAD_ENTRIES[case]
     with pytest.raises(InputError, match=message):
-        catalog.load_entry("mine", entry(tmp_path, **changes))
+        catalog_file.load_entry("mine", entry(tmp_path, **changes))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_bad_yaml_is_refused_and_never_run(text, message, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
-        catalog.load_entry("mine", tmp_path)
+        catalog_file.load_entry("mine", tmp_path)
     assert not (tmp_path / "hacked").exists()
 
 
@@ -123,12 +125,12 @@ def test_an_entry_must_be_named_as_its_file(tmp_path):
     entry(tmp_path, name="mine")
     (tmp_path / "mine.yaml").rename(tmp_path / "yours.yaml")
     with pytest.raises(InputError, match="the entry 'yours' .* found the name 'mine'"):
-        catalog.load_entry("yours", tmp_path)
+        catalog_file.load_entry("yours", tmp_path)
 
 
 def test_a_missing_folder_of_entries_is_said(tmp_path):
     with pytest.raises(InputError, match="a folder of catalogue entries, found none"):
-        catalog.catalog_files(tmp_path / "nowhere")
+        catalog_file.catalog_files(tmp_path / "nowhere")
 
 
 # --- cohorts that are fetched: nilearn's functions are replaced, no connection is opened ---
@@ -152,7 +154,7 @@ def fake_fetch(folder, series, phenotypic, confounds=None):
 
 def small(entry_name, tmp_path, **prepare):
     """The shipped entry, on Schaefer-100 and with little T1."""
-    content = yaml.safe_load((catalog.shipped_folder() / f"{entry_name}.yaml").read_text())
+    content = yaml.safe_load((catalog_file.shipped_folder() / f"{entry_name}.yaml").read_text())
     content["prepare"] = {**content.get("prepare", {}), "atlas": ATLAS, "voxel_mm": 16, **prepare}
     folder = tmp_path / "entries"
     folder.mkdir()
@@ -175,8 +177,8 @@ def test_abide_is_fetched_prepared_and_decoded(home, monkeypatch):
         },
     )
     monkeypatch.setattr("nilearn.datasets.fetch_abide_pcp", fetch)
-    monkeypatch.setattr("bhx.cohort.fetch_labels", lambda atlas: labels)
-    cohort = bc.open_cohort("abide1", catalog=small("abide1", home))
+    monkeypatch.setattr("bhx.data.prepare.fetch_labels", lambda atlas: labels)
+    cohort = cohort_file.open_cohort("abide1", catalog=small("abide1", home))
     assert cohort.diagnosis.values.tolist() == ["autism", "control"]
     assert cohort.sex.values.tolist() == ["M", "F"]
     assert cohort.site.values.tolist() == ["PITT", "NYU"]
@@ -193,8 +195,8 @@ def test_development_fmri_is_denoised_with_its_own_columns(home, monkeypatch):
     people["Child_Adult"] = ["adult"]
     labels, fetch = fake_fetch(home / "dev", series, people, {"trans_x": noise})
     monkeypatch.setattr("nilearn.datasets.fetch_development_fmri", fetch)
-    monkeypatch.setattr("bhx.cohort.fetch_labels", lambda atlas: labels)
-    cohort = bc.open_cohort("development-fmri", catalog=small("development-fmri", home))
+    monkeypatch.setattr("bhx.data.prepare.fetch_labels", lambda atlas: labels)
+    cohort = cohort_file.open_cohort("development-fmri", catalog=small("development-fmri", home))
     r = [np.corrcoef(parcel, noise)[0, 1] for parcel in cohort.bold.values[0]]
     assert np.abs(r).max() < 0.01
     assert cohort.group.item() == "adult"
@@ -207,7 +209,7 @@ def test_a_failed_download_is_said(home, monkeypatch):
 
     monkeypatch.setattr("nilearn.datasets.fetch_adhd", fetch)
     with pytest.raises(InputError, match="found ConnectionError: no route. Check the connection"):
-        bc.open_cohort("adhd200")
+        cohort_file.open_cohort("adhd200")
 
 
 # --- cohorts that lie in the data folder ---
@@ -223,7 +225,7 @@ def test_files_are_found_by_pattern(home):
     t1_image(folder / "100301" / "MNINonLinear" / "T1w_restore_brain.nii.gz", 2)
     people = {"participant_id": ["100301", "100302"], "age": [28, 31], "sex": ["F", "M"]}
     pd.DataFrame(people).to_csv(folder / "participants.tsv", sep="\t", index=False)
-    cohort = bc.open_cohort("hcp-ya", catalog=small("hcp-ya", home))
+    cohort = cohort_file.open_cohort("hcp-ya", catalog=small("hcp-ya", home))
     assert cohort.subject.values.tolist() == ["100301", "100302"]
     assert cohort.has_t1.values.tolist() == [True, False]
     np.testing.assert_allclose(cohort.tr, 0.72)
@@ -239,31 +241,31 @@ def test_biobank_tables_say_their_order(home):
     series = parcel_series(60, atlas="schaefer400")
     numbers = [f"ROI_{i + 1}" for i in range(400)]
     biobank(folder / "fMRI.Schaefer17n400p.csv.gz", series[there], numbers)
-    cohort = bc.open_cohort("uk-biobank")
+    cohort = cohort_file.open_cohort("uk-biobank")
     np.testing.assert_allclose(cohort.bold[0], series, rtol=1e-5)
 
 
 def test_derivatives_in_the_data_folder_are_prepared_into_the_cache(home):
     (home / "data").mkdir()
     cohort = cohort_of(2)
-    catalog.write_derivatives(cohort, home / "data" / "mine", surface=False)
+    derivatives_file.write_derivatives(cohort, home / "data" / "mine", surface=False)
     entries = entry(home / "data", path="mine", prepare={"atlas": ATLAS})
-    again = bc.open_cohort("mine", catalog=entries)
+    again = cohort_file.open_cohort("mine", catalog=entries)
     np.testing.assert_allclose(again.bold, cohort.bold, rtol=1e-4, atol=1e-4)
     assert len(list((home / "cache").glob("mine-*.zarr"))) == 1
 
 
 def test_a_folder_is_prepared_into_the_cache(home):
-    folder = catalog.write_derivatives(cohort_of(2), home / "study", surface=False)
+    folder = derivatives_file.write_derivatives(cohort_of(2), home / "study", surface=False)
     with pytest.raises(InputError, match="the 400 parcels of schaefer400"):
-        bc.open_cohort(folder)
+        cohort_file.open_cohort(folder)
 
 
 def test_an_entry_is_prepared_by_its_name(home, monkeypatch):
     (home / "data").mkdir()
-    catalog.write_derivatives(cohort_of(2), home / "data" / "mine", surface=False)
+    derivatives_file.write_derivatives(cohort_of(2), home / "data" / "mine", surface=False)
     folder = entry(home / "data", path="mine", prepare={"atlas": ATLAS, "voxel_mm": 16})
     monkeypatch.setenv("BHX_CATALOG", str(folder))
-    cohort = bc.prepare("mine", home / "here.zarr")
+    cohort = prepare_file.prepare("mine", home / "here.zarr")
     assert cohort.attrs["source"] == "mine"
     assert cohort.attrs["atlas"] == ATLAS

@@ -14,11 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bhx
-from bhx import checkpoints
-from bhx.atlas import load_atlas
-from bhx.checkpoints import PRESETS, RELEASE, Harmonix, HarmonixConfig, build, read_weights
+from bhx.data.atlas import load_atlas
 from bhx.errors import InputError
-from bhx.harmonix_f import patchify
+from bhx.model import checkpoints
+from bhx.model import checkpoints as checkpoints_file
+from bhx.model import released as released_file
+from bhx.model.checkpoints import read_weights
+from bhx.model.config import PRESETS, RELEASE, Harmonix, HarmonixConfig, build
+from bhx.model.dynamics import patchify
 
 TINY = replace(
     PRESETS["workshop"],
@@ -59,7 +62,7 @@ def hub(networks):
 
 @pytest.fixture
 def saved(tmp_path):
-    return checkpoints.save_weights(model(), tmp_path / "model", {"source": "a test"})
+    return checkpoints_file.save_weights(model(), tmp_path / "model", {"source": "a test"})
 
 
 def test_what_is_written_is_read(saved):
@@ -68,7 +71,7 @@ def test_what_is_written_is_read(saved):
     assert torch.equal(hub(read), hub(model()))
     assert read.config == TINY
     assert read.provenance["source"] == "a test"
-    assert read.provenance["weights_sha256"] == checkpoints.sha256(saved / "model.safetensors")
+    assert read.provenance["weights_sha256"] == checkpoints_file.sha256(saved / "model.safetensors")
     assert not read.training
 
 
@@ -93,7 +96,7 @@ def test_shipped_weights_are_small_whole_and_of_the_preset():
     shipped = read_weights("workshop")
     assert shipped.config == PRESETS["workshop"]
     assert all(v.isfinite().all() for v in shipped.state_dict().values())
-    assert sum(p.stat().st_size for p in (checkpoints.SHIPPED / "workshop").iterdir()) < 10e6
+    assert sum(p.stat().st_size for p in (checkpoints_file.SHIPPED / "workshop").iterdir()) < 10e6
     assert shipped.provenance["stages"].keys() >= {"structure", "dynamics", "harmonizer"}
 
 
@@ -168,7 +171,7 @@ def test_damaged_weights_are_refused(saved, name):
 
 def test_a_save_that_was_killed_is_noticed(saved):
     """New weights beside the old description: the checksum tells."""
-    other = checkpoints.save_weights(model(seed=1), saved.parent / "other")
+    other = checkpoints_file.save_weights(model(seed=1), saved.parent / "other")
     os.replace(other / "model.safetensors", saved / "model.safetensors")
     with pytest.raises(InputError, match="not the one its config.json describes"):
         read_weights(saved)
@@ -240,7 +243,7 @@ def write_release(folder, contents, harmonics, gradients):
 def test_what_is_written_in_the_released_layout_is_read(tmp_path):
     """Its keys are those of the published files, and it says its own size."""
     networks = model(seed=3, config=replace(TINY_RELEASE, name="other"))
-    folder = checkpoints.write_release(networks, tmp_path / "written")
+    folder = released_file.write_release(networks, tmp_path / "written")
     for file, keys in zip((F, S, H), published(networks).values(), strict=True):
         found = torch.load(folder / file)
         assert {*found.get("model", found)} == {k for k in keys if ".emb_h_" not in k}
@@ -248,7 +251,7 @@ def test_what_is_written_in_the_released_layout_is_read(tmp_path):
     assert torch.equal(hub(read), hub(networks))
     assert read.config == networks.config
     assert read.provenance["source"] == "other, released layout"
-    again = checkpoints.write_release(networks, tmp_path / "again")
+    again = released_file.write_release(networks, tmp_path / "again")
     assert read_weights(f"release:{again}").provenance == read.provenance
 
 
@@ -258,7 +261,7 @@ def released(tmp_path, monkeypatch):
     networks = model(seed=3, config=TINY_RELEASE)
     tables = networks.dynamics.pos_embed
     write_release(tmp_path, published(networks), tables.harmonics, tables.gradients)
-    monkeypatch.setattr(checkpoints._read_release, "__defaults__", (TINY_RELEASE,))
+    monkeypatch.setattr(checkpoints.read_release, "__defaults__", (TINY_RELEASE,))
     return tmp_path, networks
 
 
@@ -296,7 +299,7 @@ def test_a_masked_autoencoder_in_the_file_is_kept(released):
 
 def test_released_weights_can_be_kept_in_our_format(released, tmp_path):
     folder, networks = released
-    own = checkpoints.save_weights(read_weights(f"release:{folder}"), tmp_path / "own")
+    own = checkpoints_file.save_weights(read_weights(f"release:{folder}"), tmp_path / "own")
     assert torch.equal(hub(read_weights(own)), hub(networks))
 
 

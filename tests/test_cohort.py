@@ -5,8 +5,11 @@ import pytest
 import xarray as xr
 import zarr
 
-import bhx.cohort as bc
-from bhx.schema import InputError, build_cohort, t1_grid
+from bhx.data import cohort as cohort_file
+from bhx.data import splits as splits_file
+from bhx.data import store as store_file
+from bhx.errors import InputError
+from bhx.schema import build_cohort, t1_grid
 
 
 def small_cohort(n=6, rois=5, times=40, voxel_mm=32, seed=0):
@@ -39,8 +42,8 @@ def is_lazy(cohort):
 
 def test_saved_cohort_comes_back_lazily_and_unchanged(tmp_path):
     cohort = small_cohort()
-    path = bc.save_cohort(cohort, tmp_path / "c.zarr")
-    again = bc.open_cohort(path)
+    path = store_file.save_cohort(cohort, tmp_path / "c.zarr")
+    again = cohort_file.open_cohort(path)
     assert is_lazy(again)
     assert again.bold.chunks[0] == (1,) * 6
     xr.testing.assert_equal(again.drop_attrs(), cohort.drop_attrs())
@@ -51,21 +54,23 @@ def test_saved_cohort_comes_back_lazily_and_unchanged(tmp_path):
 
 def test_lazy_and_eager_cohorts_give_the_same_store(tmp_path):
     cohort = small_cohort()
-    eager = bc.open_cohort(bc.save_cohort(cohort, tmp_path / "a.zarr"))
-    lazy = bc.open_cohort(bc.save_cohort(cohort.chunk(subject=1), tmp_path / "b.zarr"))
+    eager = cohort_file.open_cohort(store_file.save_cohort(cohort, tmp_path / "a.zarr"))
+    lazy = cohort_file.open_cohort(
+        store_file.save_cohort(cohort.chunk(subject=1), tmp_path / "b.zarr")
+    )
     xr.testing.assert_identical(eager.compute(), lazy.compute())
 
 
 def test_xarray_alone_opens_the_store(tmp_path):
     cohort = small_cohort()
-    path = bc.save_cohort(cohort, tmp_path / "c.zarr")
+    path = store_file.save_cohort(cohort, tmp_path / "c.zarr")
     again = xr.open_zarr(path, consolidated=False)
     np.testing.assert_array_equal(again.bold, cohort.bold)
     assert again.subject.values.tolist() == cohort.subject.values.tolist()
 
 
 def test_text_is_of_variable_length(tmp_path):
-    path = bc.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    path = store_file.save_cohort(small_cohort(), tmp_path / "c.zarr")
     group = zarr.open_group(path, mode="r")
     assert {str(group[name].metadata.data_type) for name in ("subject", "site", "roi")} == {
         str(zarr.dtype.VariableLengthUTF8())
@@ -73,15 +78,17 @@ def test_text_is_of_variable_length(tmp_path):
 
 
 def test_chunks_of_nan_are_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(bc, "SHARD_BYTES", 1)  # one subject a file
-    path = bc.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    monkeypatch.setattr(store_file, "SHARD_BYTES", 1)  # one subject a file
+    path = store_file.save_cohort(small_cohort(), tmp_path / "c.zarr")
     group = zarr.open_group(path, mode="r")
     assert group["bold"].nchunks_initialized == group["t1"].nchunks_initialized == 5
 
 
 def test_t1_may_be_stored_in_half_precision(tmp_path):
     cohort = small_cohort()
-    again = bc.open_cohort(bc.save_cohort(cohort, tmp_path / "c.zarr", t1_dtype="float16"))
+    again = cohort_file.open_cohort(
+        store_file.save_cohort(cohort, tmp_path / "c.zarr", t1_dtype="float16")
+    )
     assert again.t1.dtype == "float32"
     np.testing.assert_allclose(again.t1, cohort.t1, rtol=1e-3)
 
@@ -95,17 +102,17 @@ def test_half_written_store_is_refused_with_its_count(tmp_path, monkeypatch):
             raise PowerCut
         return block
 
-    monkeypatch.setattr(bc, "SHARD_BYTES", 1)
+    monkeypatch.setattr(store_file, "SHARD_BYTES", 1)
     cohort = small_cohort().chunk(subject=1)
     bold = cohort.bold.copy(data=cohort.bold.data.map_blocks(cut, dtype="float32"))
     with pytest.raises(PowerCut):
-        bc.save_cohort(cohort.assign(bold=bold), tmp_path / "c.zarr")
+        store_file.save_cohort(cohort.assign(bold=bold), tmp_path / "c.zarr")
     with pytest.raises(InputError, match=r"finished store .* found 4 of 6 subjects written"):
-        bc.open_cohort(tmp_path / "c.zarr")
+        cohort_file.open_cohort(tmp_path / "c.zarr")
 
 
 def test_selections_stay_lazy(tmp_path):
-    cohort = bc.open_cohort(bc.save_cohort(small_cohort(), tmp_path / "c.zarr"))
+    cohort = cohort_file.open_cohort(store_file.save_cohort(small_cohort(), tmp_path / "c.zarr"))
     north = cohort.sel(subject=cohort.site == "north")
     assert is_lazy(north)
     assert north.sizes["subject"] == 3
@@ -115,7 +122,7 @@ def test_selections_stay_lazy(tmp_path):
 
 def test_scan_is_trimmed_and_in_seconds():
     cohort = small_cohort()
-    bold = bc.scan(cohort, "sub-003")
+    bold = cohort_file.scan(cohort, "sub-003")
     assert bold.dims == ("roi", "time")
     assert bold.sizes["time"] == cohort.n_volumes[3]
     assert np.isfinite(bold).all()
@@ -132,18 +139,18 @@ def test_scan_is_trimmed_and_in_seconds():
 )
 def test_scan_says_what_is_missing(subject, message):
     with pytest.raises(InputError, match=message):
-        bc.scan(small_cohort(), subject)
+        cohort_file.scan(small_cohort(), subject)
 
 
 def test_coarser_t1_is_a_block_mean_on_the_coarser_grid():
     cohort = small_cohort(voxel_mm=16)
-    coarse = bc.coarsen_t1(cohort, 32)
+    coarse = cohort_file.coarsen_t1(cohort, 32)
     for axis, values in t1_grid(32).items():
         np.testing.assert_allclose(coarse[axis], values)
     blocks = cohort.t1.values.reshape(6, 5, 2, 6, 2, 5, 2).mean((2, 4, 6))
     np.testing.assert_allclose(coarse.t1, blocks, rtol=1e-6)
     with pytest.raises(InputError, match=r"multiple of 16 mm .* found 24 mm"):
-        bc.coarsen_t1(cohort, 24)
+        cohort_file.coarsen_t1(cohort, 24)
 
 
 def _with(**coords):
@@ -171,7 +178,7 @@ BAD_COHORTS = {
 def test_bad_cohorts_are_refused_before_anything_is_written(case, tmp_path):
     spoil, message = BAD_COHORTS[case]
     with pytest.raises(InputError, match=message):
-        bc.save_cohort(spoil(small_cohort()), tmp_path / "c.zarr")
+        store_file.save_cohort(spoil(small_cohort()), tmp_path / "c.zarr")
     assert not (tmp_path / "c.zarr").exists()
 
 
@@ -181,13 +188,13 @@ def test_bad_cohorts_are_refused_before_anything_is_written(case, tmp_path):
 )
 def test_unknown_cohorts_are_named(name, message):
     with pytest.raises(InputError, match=message):
-        bc.open_cohort(name)
+        cohort_file.open_cohort(name)
 
 
 def test_a_store_is_not_written_over(tmp_path):
-    path = bc.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    path = store_file.save_cohort(small_cohort(), tmp_path / "c.zarr")
     with pytest.raises(InputError, match="Expected a new path"):
-        bc.save_cohort(small_cohort(), path)
+        store_file.save_cohort(small_cohort(), path)
 
 
 def two_scans_each(n=40):
@@ -203,7 +210,7 @@ def two_scans_each(n=40):
 
 def test_a_participant_is_never_in_two_parts():
     cohort = two_scans_each()
-    parts = bc.split(cohort, repeats=5, stratify=["site", "sex"])
+    parts = splits_file.split(cohort, repeats=5, stratify=["site", "sex"])
     assert parts.dims == ("repeat", "subject")
     for one in parts:
         assert one.groupby(cohort.participant).map(lambda p: p.isel(subject=0) == p).all()
@@ -211,7 +218,7 @@ def test_a_participant_is_never_in_two_parts():
 
 def test_strata_get_their_shares():
     cohort = two_scans_each()
-    for one in bc.split(cohort, repeats=3, stratify=["site", "sex"]):
+    for one in splits_file.split(cohort, repeats=3, stratify=["site", "sex"]):
         for _, stratum in one.groupby(cohort.site.str.cat(cohort.sex)):
             n = stratum.sizes["subject"] / 2
             for part, share in {"train": 0.6, "validation": 0.2, "test": 0.2}.items():
@@ -220,7 +227,7 @@ def test_strata_get_their_shares():
 
 def test_leave_site_out_tests_each_site_once():
     cohort = two_scans_each()
-    parts = bc.split(cohort, leave_out="site")
+    parts = splits_file.split(cohort, leave_out="site")
     assert parts.repeat.values.tolist() == ["a", "b"]
     for one in parts:
         assert set(cohort.site.values[one == "test"]) == {one.repeat.item()}
@@ -229,18 +236,20 @@ def test_leave_site_out_tests_each_site_once():
 
 def test_splits_repeat_with_their_seed_and_differ_without():
     cohort = two_scans_each()
-    assert bc.split(cohort, seed=3).identical(bc.split(cohort, seed=3))
-    assert not bc.split(cohort, seed=3).equals(bc.split(cohort, seed=4))
+    assert splits_file.split(cohort, seed=3).identical(splits_file.split(cohort, seed=3))
+    assert not splits_file.split(cohort, seed=3).equals(splits_file.split(cohort, seed=4))
 
 
 def test_a_kept_split_is_read_again_and_tied_to_its_cohort(tmp_path):
     cohort = two_scans_each()
-    first = bc.split(cohort, stratify="site", path=tmp_path / "split.json")
-    assert bc.split(cohort, stratify="site", path=tmp_path / "split.json").identical(first)
+    first = splits_file.split(cohort, stratify="site", path=tmp_path / "split.json")
+    assert splits_file.split(cohort, stratify="site", path=tmp_path / "split.json").identical(first)
     with pytest.raises(InputError, match="cohort_sha256"):
-        bc.split(cohort.isel(subject=slice(1, None)), stratify="site", path=tmp_path / "split.json")
+        splits_file.split(
+            cohort.isel(subject=slice(1, None)), stratify="site", path=tmp_path / "split.json"
+        )
     with pytest.raises(InputError, match="made with seed=1, found 0"):
-        bc.split(cohort, stratify="site", seed=1, path=tmp_path / "split.json")
+        splits_file.split(cohort, stratify="site", seed=1, path=tmp_path / "split.json")
 
 
 @pytest.mark.parametrize(
@@ -253,14 +262,14 @@ def test_a_kept_split_is_read_again_and_tied_to_its_cohort(tmp_path):
 )
 def test_bad_splits_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        bc.split(two_scans_each(), **options)
+        splits_file.split(two_scans_each(), **options)
 
 
 def test_the_sample_has_one_scan_and_one_t1():
-    sample = bc.open_cohort("sample", voxel_mm=4)
+    sample = cohort_file.open_cohort("sample", voxel_mm=4)
     assert sample.has_bold.values.tolist() == [True, False]
     assert sample.has_t1.values.tolist() == [False, True]
-    assert bc.scan(sample, "sub-010188").time[-1] == pytest.approx(651 * 1.4)
+    assert cohort_file.scan(sample, "sub-010188").time[-1] == pytest.approx(651 * 1.4)
     t1 = sample.t1.sel(subject="mni152").values
     brain_ml = (t1 > 0).sum() * 0.064
     assert 1500 < brain_ml < 2300
@@ -269,12 +278,12 @@ def test_the_sample_has_one_scan_and_one_t1():
 
 
 def test_opening_reads_no_data(tmp_path):
-    path = bc.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    path = store_file.save_cohort(small_cohort(), tmp_path / "c.zarr")
     for name in ("bold", "t1"):
         for file in (path / name / "c").rglob("*"):
             if file.is_file():
                 file.write_bytes(b"not read")
-    cohort = bc.open_cohort(path)
+    cohort = cohort_file.open_cohort(path)
     chosen = cohort.sel(subject=cohort.age > 30).groupby("site")
     assert cohort.subject.values[0] == "sub-000"
     assert len(chosen) == 2

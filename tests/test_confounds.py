@@ -8,8 +8,8 @@ import pytest
 import xarray as xr
 from sklearn.base import clone
 
-from bhx.confounds import ComBat, ConfoundRegression, match_subjects
 from bhx.errors import InputError
+from bhx.evaluate.confounds import ComBat, ConfoundRegression, match_subjects
 
 DATA = Path(__file__).parent / "data"
 

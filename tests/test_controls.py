@@ -7,7 +7,8 @@ import pytest
 import xarray as xr
 from small_cohorts import make_cohort
 
-from bhx.controls import (
+from bhx.errors import InputError
+from bhx.evaluate.features import (
     Tangent,
     confound_features,
     connectome,
@@ -17,8 +18,8 @@ from bhx.controls import (
     plain_controls,
     raw_signal,
 )
-from bhx.errors import InputError
-from bhx.evaluation import compare, probe
+from bhx.evaluate.probe import probe
+from bhx.evaluate.scores import compare
 from bhx.schema import T1_SHAPE, check
 
 

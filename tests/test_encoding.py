@@ -17,13 +17,17 @@ import zarr
 from test_checkpoints import TINY
 
 import bhx
-from bhx import encoding
-from bhx.atlas import load_atlas
-from bhx.checkpoints import HarmonixConfig
-from bhx.encoding import Model, embed, random_model, read_subject, robust_scaling, scale_bold
-from bhx.encoding import scale_t1 as scaled_t1
-from bhx.harmonix_f import patchify, wiener
-from bhx.schema import CROP, MNI_SHAPE, ROI_COORDS, InputError, build_cohort, check, t1_grid
+from bhx.data.atlas import load_atlas
+from bhx.encode import embed as embed_file
+from bhx.encode import inputs as inputs_file
+from bhx.encode.embed import embed, robust_scaling
+from bhx.encode.inputs import read_subject, scale_bold
+from bhx.encode.inputs import scale_t1 as scaled_t1
+from bhx.encode.model import Model, random_model
+from bhx.errors import InputError
+from bhx.model.config import HarmonixConfig
+from bhx.model.dynamics import patchify, wiener
+from bhx.schema import CROP, MNI_SHAPE, ROI_COORDS, build_cohort, check, t1_grid
 
 SUBJECTS = {  # TR [s], volumes, has T1
     "short": (2.0, 40, True),
@@ -548,17 +552,17 @@ def test_latents_open_with_xarray_alone(stored, full):
 
 KILLED = """
 import os, signal, sys
-from bhx import encoding
+from bhx.encode import embed as embed_file, inputs as inputs_file, model as model_file
 from test_encoding import TINY, make_cohort
-calls, encode = [], encoding.encode
+calls, encode = [], inputs_file.run_networks
 def killing(*args):
     calls.append(0)
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return encode(*args)
-encoding.encode = killing
-model = encoding.random_model(TINY, device="cpu")
-encoding.embed(make_cohort(), model, store=sys.argv[1], keep=("dynamics", "attention"),
+embed_file.run_networks = killing
+model = model_file.random_model(TINY, device="cpu")
+embed_file.embed(make_cohort(), model, store=sys.argv[1], keep=("dynamics", "attention"),
                tokens_at_once=1, progress=False)
 """
 
@@ -577,9 +581,9 @@ def test_a_killed_store_continues_and_equals_an_unbroken_one(cohort, model, tmp_
     assert len(written) == 3
     (path / "hub" / "c" / "1" / "0" / "0").unlink()  # as if killed before its last variable
 
-    computed, encode = [], encoding.encode
+    computed, encode = [], inputs_file.run_networks
     monkeypatch.setattr(
-        encoding, "encode", lambda n, r, *a: computed.append(len(r)) or encode(n, r, *a)
+        embed_file, "run_networks", lambda n, r, *a: computed.append(len(r)) or encode(n, r, *a)
     )
     continued = embed(cohort, model, store=path, progress=False, **options)
     assert computed == [1] * 4  # the second and the last three
@@ -639,7 +643,7 @@ def test_what_is_no_store_is_left_alone(cohort, model, tmp_path, kind):
 MEMORY = """
 import resource, sys, tempfile
 import dask.array as da, numpy as np
-from bhx.encoding import embed, random_model
+from bhx import embed, random_model
 from test_encoding import TINY, make_cohort
 model = random_model(TINY, device="cpu")
 one = make_cohort({"a": (2.0, 40, True)})

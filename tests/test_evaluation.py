@@ -10,10 +10,16 @@ import pytest
 import xarray as xr
 from small_cohorts import make_cohort, noise
 
-from bhx import estimators, evaluation, reporting, splits
-from bhx.controls import confound_features, connectome, fuse, nothing
 from bhx.errors import InputError
-from bhx.evaluation import compare, probe
+from bhx.evaluate import estimators as estimators_file
+from bhx.evaluate import metrics
+from bhx.evaluate import probe as probe_file
+from bhx.evaluate import report as report_file
+from bhx.evaluate import rows as rows_file
+from bhx.evaluate import scores as scores_file
+from bhx.evaluate.features import confound_features, connectome, fuse, nothing
+from bhx.evaluate.probe import probe
+from bhx.evaluate.scores import compare
 from bhx.schema import check
 
 
@@ -86,7 +92,7 @@ def test_rotation_leaves_ridge_and_logistic_predictions_alone():
     rng = np.random.default_rng(0)
     x, new = rng.standard_normal((30, 80)), rng.standard_normal((10, 80))
     y = x[:, 0] + 0.1 * rng.standard_normal(30)
-    turned = estimators.Rotation().fit(x)
+    turned = estimators_file.Rotation().fit(x)
     a, b = turned.transform(x), turned.transform(new)
     assert (a**2).sum(1).mean() == pytest.approx(1)
     size = ((x - x.mean(0)) ** 2).sum(1).mean()
@@ -554,7 +560,7 @@ def test_models_of_one_name_are_still_tested_against_each_other(features, togeth
     named = compare(probe([features, noise(features)], "age"))
     for column in ("score", "diff", "p"):
         np.testing.assert_array_equal(table[column], named[column])
-    assert len(reporting.explained_by(probe([features, other], "age"), ["site"])) == 2
+    assert len(report_file.explained_by(probe([features, other], "age"), ["site"])) == 2
 
 
 @pytest.mark.parametrize(
@@ -719,11 +725,11 @@ def test_exchanged_labels_that_leave_a_fold_without_one_are_drawn_again(features
 
 
 def test_a_label_that_no_model_knows_is_never_decided(features):
-    fold = evaluation._Fold(
+    fold = probe_file._Fold(
         np.arange(60), np.arange(60, 90), np.ones((60, 1)), np.ones((30, 1)), None
     )
-    plan = evaluation._Plan("label", np.array(["a", "b", "c"]), 2, None, None, 0)
-    output, decision = evaluation._fit_fold(fold, np.arange(90) % 2, plan)
+    plan = probe_file.Plan("label", np.array(["a", "b", "c"]), 2, None, None, 0)
+    output, decision = probe_file._fit_fold(fold, np.arange(90) % 2, plan)
     assert (output[:, 2] == 0).all()
     assert set(decision) <= {0, 1}
 
@@ -738,7 +744,7 @@ def test_large_numbers_keep_their_digits(features):
 def test_brainmarks_chooses_its_penalty_on_whole_participants():
     person = np.repeat([f"p{i}" for i in range(20)], 2)[::-1]
     truth = np.repeat(np.arange(20) % 2, 2)
-    cuts = evaluation._resplit_people(person, truth, 0)
+    cuts = probe_file._resplit_people(person, truth, 0)
     assert len(cuts) == 5
     for fit, hold in cuts:
         assert not set(person[fit]) & set(person[hold])
@@ -746,12 +752,12 @@ def test_brainmarks_chooses_its_penalty_on_whole_participants():
     from sklearn.model_selection import StratifiedShuffleSplit
 
     plain = StratifiedShuffleSplit(5, test_size=0.25, random_state=0).split(truth, truth)
-    alone = evaluation._resplit_people(np.arange(40).astype(str), truth, 0)
+    alone = probe_file._resplit_people(np.arange(40).astype(str), truth, 0)
     for (fit, hold), (a, b) in zip(alone, plain, strict=True):
         np.testing.assert_array_equal(fit, np.sort(a))
         np.testing.assert_array_equal(hold, np.sort(b))
     with pytest.raises(InputError, match="Expected at least 2 training participants of each"):
-        evaluation._resplit_people(person[:6], truth[:6], 0)
+        probe_file._resplit_people(person[:6], truth[:6], 0)
 
 
 def test_words_that_are_numbers_or_dates_are_refused(features):
@@ -790,7 +796,7 @@ def bad_estimators():
         ),
         ("age", "ridge", fits),
         ("age", Ridge, fits),
-        ("age", estimators.AttentionPooling(4), "Expected at least 5 training rows, found 4"),
+        ("age", estimators_file.AttentionPooling(4), "Expected at least 5 training rows, found 4"),
     ]
 
 
@@ -843,8 +849,8 @@ def test_paper_protocol_is_three_splits_of_6_2_2_balanced_over_sites(features):
 
 
 def test_brainmarks_protocol_is_a_hundred_resplits(features, monkeypatch):
-    assert splits.RESPLITS["brainmarks"] == 100
-    monkeypatch.setitem(splits.RESPLITS, "brainmarks", 6)
+    assert rows_file.RESPLITS["brainmarks"] == 100
+    monkeypatch.setitem(rows_file.RESPLITS, "brainmarks", 6)
     scores = probe(features.isel(subject=slice(40)), "group", protocol="brainmarks")
     tested = np.isfinite(scores.output[0, :, :, 0].values)
     assert tested.shape[0] == 6
@@ -860,7 +866,7 @@ def test_subjects_predict_each_other_in_folds_and_not_in_one_split(features):
     assert folds.attrs["mutual"] == pytest.approx(1)
     assert 0 < half.attrs["mutual"] < 0.8
     tested = np.isfinite(paper.output[0, :, :, 0].values)
-    one = splits.Splits([np.nonzero(~tested[0]) + np.nonzero(tested[0])], [], np.arange(90), [])
+    one = rows_file.Splits([np.nonzero(~tested[0]) + np.nonzero(tested[0])], [], np.arange(90), [])
     assert one.mutual == 0
     assert 0 < paper.attrs["mutual"] < 0.5
 
@@ -868,7 +874,7 @@ def test_subjects_predict_each_other_in_folds_and_not_in_one_split(features):
 def test_mutual_counts_pairs_that_predict_each_other():
     rng = np.random.default_rng(0)
     cuts = [np.split(rng.permutation(12), [7, 10]) for _ in range(4)]  # train, test, neither
-    found = splits.Splits([s[:2] for s in cuts], [], np.arange(12), []).mutual
+    found = rows_file.Splits([s[:2] for s in cuts], [], np.arange(12), []).mutual
     n = np.zeros((12, 12))
     for train, test, _ in cuts:
         n[np.ix_(test, train)] += 1
@@ -888,10 +894,10 @@ def test_features_may_bring_a_network_or_keep_their_leading_axes(features):
     assert auroc[0] > 0.9 > 0.7 > auroc[1]
     assert "MLPClassifier" in scores.attrs["notes"]
     assert probe(network, "size").score.sel(metric="r").mean() > 0.8
-    leading = estimators.Rotation(keep=3).fit(features.features.values)
+    leading = estimators_file.Rotation(keep=3).fit(features.features.values)
     np.testing.assert_allclose(
         leading.transform(features.features.values),
-        estimators.Rotation().fit_transform(features.features.values)[:, -3:],
+        estimators_file.Rotation().fit_transform(features.features.values)[:, -3:],
     )
 
 
@@ -907,8 +913,8 @@ def test_less_training_data_same_test_subjects(features):
 def test_less_training_data_has_as_many_of_each_label(features, options, monkeypatch):
     """Participants are left out, not sites, and validation rows with them."""
     seen = []
-    fold = evaluation._Fold
-    monkeypatch.setattr(evaluation, "_Fold", lambda *a: seen.append(fold(*a)) or seen[-1])
+    fold = probe_file._Fold
+    monkeypatch.setattr(probe_file, "_Fold", lambda *a: seen.append(fold(*a)) or seen[-1])
     third = np.array(["low", "mid", "high"])[np.digitize(features.age.values, [40, 72])]
     some = features.assign_coords(third=("subject", third))
     n = probe(some, "third", **options).sizes["fold"]
@@ -929,23 +935,23 @@ def test_attention_pooling_finds_the_token_that_knows():
     tokens[:, 3, 0] += 4  # what marks the informative token, at one place in everyone
     y = (tokens[:, 3, 1] > 0).astype(int)
     x = tokens.reshape(240, -1)
-    fitted = estimators.AttentionPooling(8, lr=0.05, decay=0.01).fit(x[:180], y[:180])
+    fitted = estimators_file.AttentionPooling(8, lr=0.05, decay=0.01).fit(x[:180], y[:180])
     share = fitted.attention(x[180:])
     np.testing.assert_allclose(share.sum(1), 1, rtol=1e-6)
     assert share.mean(0).argmax() == 3
     assert (fitted.predict(x[180:]) == y[180:]).mean() > 0.85
     np.testing.assert_allclose(fitted.predict_proba(x).sum(1), 1)
-    again = estimators.AttentionPooling(8, lr=0.05, decay=0.01).fit(x[:180], y[:180])
+    again = estimators_file.AttentionPooling(8, lr=0.05, decay=0.01).fit(x[:180], y[:180])
     np.testing.assert_array_equal(again.query_, fitted.query_)
     with pytest.raises(InputError, match="Expected features of 7 tokens, found 48 columns"):
-        estimators.AttentionPooling(7).fit(x, y)
+        estimators_file.AttentionPooling(7).fit(x, y)
 
 
 def test_attention_pooling_is_an_estimator_of_probe(features):
     pytest.importorskip("torch")
-    scores = probe(features, "age", estimator=estimators.AttentionPooling(4))
+    scores = probe(features, "age", estimator=estimators_file.AttentionPooling(4))
     assert np.isfinite(scores.score).all()
-    labels = probe(features, "group", estimator=estimators.AttentionPooling(4))
+    labels = probe(features, "group", estimator=estimators_file.AttentionPooling(4))
     assert labels.score.sel(metric="auroc").mean() > 0.55
 
 
@@ -967,12 +973,12 @@ def test_intervals_cover_the_expected_score(effect):
 
     studies = [study(seed) for seed in range(200)]
     estimate = np.array([s.score.sel(metric=["r", "mae"]).mean("fold")[0] for s in studies])
-    draws = np.array([evaluation.resample(s, 150).sel(metric=["r", "mae"])[0] for s in studies])
-    low, high = evaluation.metrics.interval(estimate, draws, mutual=1.0)
+    draws = np.array([scores_file.resample(s, 150).sel(metric=["r", "mae"])[0] for s in studies])
+    low, high = metrics.interval(estimate, draws, mutual=1.0)
     covered = ((low <= estimate.mean(0)) & (estimate.mean(0) <= high)).mean(0)
     assert (covered > 0.9).all(), covered
     assert covered[0] < 1, covered  # of r; that of the error is wider than it need be
-    bare = evaluation.metrics.interval(estimate[:, 0], draws[:, 0])
+    bare = metrics.interval(estimate[:, 0], draws[:, 0])
     missed = (bare[0] > estimate[:, 0].mean()) | (bare[1] < estimate[:, 0].mean())
     assert effect or missed.mean() > 0.1, missed.mean()
 

@@ -6,8 +6,9 @@ import pytest
 import xarray as xr
 
 from bhx import explore, load_atlas, region_map
-from bhx.schema import InputError, t1_grid
-from bhx.surface import token_table
+from bhx.errors import InputError
+from bhx.schema import t1_grid
+from bhx.show.tokens import token_table
 
 matplotlib.use("agg")
 BAD = "<img src=x onerror=alert(1)>"

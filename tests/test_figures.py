@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 import pytest
 
 from bhx.errors import InputError
-from bhx.figures import check_figure
+from bhx.show.figures import check_figure
 
 
 def drawn(change=0.0):

@@ -10,14 +10,24 @@ import torch
 from tiny_runs import TINY, tiny_cohort
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bhx import fine_tuning
-from bhx.controls import nothing
-from bhx.encoding import embed, random_model
+from bhx.encode.embed import embed
+from bhx.encode.model import random_model
 from bhx.errors import InputError
-from bhx.evaluation import compare, probe
-from bhx.fine_tuning import FineTuning, Tuned, fine_tune, optimiser_of, predict, tuned_model
-from bhx.objectives import digest
+from bhx.evaluate import fine_tuning as fine_tuning_file
+from bhx.evaluate.features import nothing
+from bhx.evaluate.fine_tuning import (
+    FineTuning,
+    Tuned,
+    fine_tune,
+    optimiser_of,
+    predict,
+    tuned_model,
+)
+from bhx.evaluate.probe import probe
+from bhx.evaluate.scores import compare
 from bhx.schema import check
+from bhx.train import loop as loop_file
+from bhx.train.objectives import digest
 
 N = 24
 BLOCKS = 2
@@ -77,7 +87,7 @@ def same(a, b):
 # ------------------------------------------------------------------- what learns
 
 
-@pytest.mark.parametrize("trains", fine_tuning.TRAINS)
+@pytest.mark.parametrize("trains", fine_tuning_file.TRAINS)
 def test_only_what_was_named_learns(tune, model, tmp_path, trains):
     before = digest(model.networks)
     tune(trains=trains, out=tmp_path)
@@ -102,7 +112,7 @@ def test_only_what_was_named_learns(tune, model, tmp_path, trains):
 
 def test_rates_fall_from_the_head_down(tune, monkeypatch, tmp_path, model):
     seen = []
-    monkeypatch.setattr(fine_tuning, "write_whole", lambda state, path: seen.append(state))
+    monkeypatch.setattr(fine_tuning_file, "write_whole", lambda state, path: seen.append(state))
     tune(out=tmp_path, layer_decay=0.5, rate=1e-3)
     groups = seen[0]["optimiser"]["param_groups"]
     rates = sorted({round(g["lr"] / groups[-1]["lr"], 9) for g in groups})
@@ -136,7 +146,7 @@ def test_the_head_reads_the_mean_hub_token_before_the_norm(cohort, model):
     hub = embed(cohort, bare, missing_parcels="leave out").hub.values
     plan = FineTuning()
     gaps = cohort.drop_isel(subject=1)  # fine_tune refuses parcels without a signal
-    tokens = fine_tuning._Tokens(gaps, model, plan, gaps.subject.values)
+    tokens = fine_tuning_file._Tokens(gaps, model, plan, gaps.subject.values)
     tuned = Tuned(model.networks.harmonizer, 2, plan).eval()
     with torch.no_grad():
         pooled = tuned.pool(*tokens._batch(range(N - 1)))
@@ -257,7 +267,7 @@ def test_half_precision_is_near(tune):
 def test_a_killed_run_goes_on_to_the_same_bits(tune, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     whole = tune("age", out=tmp_path / "whole")
-    write, written = fine_tuning.write_whole, []
+    write, written = loop_file.write_whole, []
 
     def killed(state, path):
         write(state, path)
@@ -265,11 +275,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(tune, tmp_path, monkeypatch):
         if len(written) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fine_tuning, "write_whole", killed)
+    monkeypatch.setattr(fine_tuning_file, "write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
         tune("age", out=tmp_path / "killed")
     assert written[-1] == "fold_1.pt"  # in the midst of the second fold
-    monkeypatch.setattr(fine_tuning, "write_whole", write)
+    monkeypatch.setattr(fine_tuning_file, "write_whole", write)
     went_on = tune("age", out=tmp_path / "killed", resume=True)
     for name in ("output", "training_loss", "inner_loss", "epoch_kept"):
         assert np.array_equal(whole[name], went_on[name], equal_nan=True), name
@@ -368,7 +378,7 @@ def test_numbers_are_learnt_in_single_precision(tune):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("target", ["side", "age"])
-@pytest.mark.parametrize("trains", fine_tuning.TRAINS)
+@pytest.mark.parametrize("trains", fine_tuning_file.TRAINS)
 def test_a_gpu_finds_what_the_cpu_finds(tune, cohort, target, trains):
     gpu = random_model(SMALL, device="cuda")
     options = {**FAST, "trains": trains, "epochs": 1}

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from lapy import Solver, TriaMesh
 from scipy.spatial import ConvexHull
 
-from bhx import atlas
-from bhx.geometry import (
+from bhx.data import atlas as atlas_file
+from bhx.data.geometry import (
     MIRROR,
     adjacency,
     gradients,
@@ -18,7 +18,7 @@ from bhx.geometry import (
     random_rotations,
     spins,
 )
-from bhx.schema import InputError
+from bhx.errors import InputError
 
 
 def ball(n, stretch=(1.0, 1.0, 1.0)):
@@ -41,8 +41,8 @@ SQUARE = (
 @pytest.fixture(scope="module")
 def cortex():
     """Left fsaverage5 white surface and the mask without the medial wall."""
-    coords, faces = atlas.load_mesh("white", "left")
-    return coords, faces, atlas.load_atlas("schaefer400").labels_fsaverage5.values[:10_242] > 0
+    coords, faces = atlas_file.load_mesh("white", "left")
+    return coords, faces, atlas_file.load_atlas("schaefer400").labels_fsaverage5.values[:10_242] > 0
 
 
 def test_eigenvalues_equal_lapy_on_the_masked_cortex(cortex):
@@ -273,7 +273,7 @@ def test_rotations_keep_distances_and_hands_and_cover_all_directions():
 
 @pytest.fixture(scope="module")
 def parcels():
-    told = atlas.load_atlas("schaefer200")
+    told = atlas_file.load_atlas("schaefer200")
     return told.sphere.values, told.hemi.values
 
 

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from bhx import latents as space
-from bhx.schema import InputError
+from bhx.errors import InputError
+from bhx.latents import lesions as lesions_file
+from bhx.latents import maps as maps_file
+from bhx.latents import pool as pool_file
+from bhx.latents import similarity as similarity_file
 
 SITES = np.array(["A", "B"])
 
@@ -47,7 +50,7 @@ def toy(n=24, tokens=6, features=5, rois=8, seed=0, lazy=False):
 
 @pytest.mark.parametrize("how, width", [("mean", 5), ("concatenate", 30)])
 def test_pool_keeps_subjects_and_stays_lazy(how, width):
-    eager, lazy = space.pool(toy(), how), space.pool(toy(lazy=True), how)
+    eager, lazy = pool_file.pool(toy(), how), pool_file.pool(toy(lazy=True), how)
     assert eager.features.dims == ("subject", "feature")
     assert eager.sizes["feature"] == width
     assert lazy.features.chunks is not None
@@ -68,49 +71,49 @@ def test_pool_of_an_encoder_takes_parcels_and_cubes_as_tokens():
             structure=(("subject", "cx", "cy", "cz", "feature"), t1),
         )
     )
-    found = space.pool(data, "concatenate", of="dynamics")
+    found = pool_file.pool(data, "concatenate", of="dynamics")
     np.testing.assert_allclose(found.features, bold.mean(2).reshape(24, -1), rtol=1e-6)
     assert found.features.isnull().all("feature").sum() == 1
-    found = space.pool(data, of="structure")
+    found = pool_file.pool(data, of="structure")
     np.testing.assert_allclose(found.features, t1.mean((1, 2, 3)), rtol=1e-5)
     assert found.attrs["name"] == "structure tokens, mean"
 
 
 def test_concatenate_is_token_major():
     data = toy()
-    features = space.pool(data, "concatenate").features
+    features = pool_file.pool(data, "concatenate").features
     np.testing.assert_array_equal(features[3, 5:10], data.hub[3, 1])
 
 
 def test_equal_weights_are_the_mean_and_one_weight_is_the_token():
     data = toy()
-    equal = space.pool(data, "weighted", weights=xr.ones_like(data.token))
-    xr.testing.assert_allclose(equal.features, space.pool(data).features)
-    one = space.pool(data, "weighted", weights=(data.token == 4).astype(float))
+    equal = pool_file.pool(data, "weighted", weights=xr.ones_like(data.token))
+    xr.testing.assert_allclose(equal.features, pool_file.pool(data).features)
+    one = pool_file.pool(data, "weighted", weights=(data.token == 4).astype(float))
     np.testing.assert_allclose(one.features, data.hub.sel(token=4), rtol=1e-6)
 
 
 def test_permuting_subjects_permutes_the_projection_and_nothing_else():
     data = toy()
     order = np.random.default_rng(1).permutation(data.sizes["subject"])
-    straight = space.project(data, n=3)
-    mixed = space.project(data.isel(subject=order), n=3)
+    straight = pool_file.project(data, n=3)
+    mixed = pool_file.project(data.isel(subject=order), n=3)
     xr.testing.assert_allclose(straight.isel(subject=order), mixed)
 
 
 def test_projection_signs_do_not_depend_on_the_solver():
-    data = space.pool(toy())
+    data = pool_file.pool(toy())
     negated = data.assign(features=-data.features)
-    np.testing.assert_allclose(space.project(data), -space.project(negated), atol=1e-6)
+    np.testing.assert_allclose(pool_file.project(data), -pool_file.project(negated), atol=1e-6)
 
 
 def test_projection_is_fitted_on_the_chosen_subjects_only():
-    data = space.pool(toy())
+    data = pool_file.pool(toy())
     chosen = data.site.values == "A"
     changed = data.copy(deep=True)
     changed.features.values[~chosen] *= 100
-    fitted = space.project(data, fit_on=chosen)
-    other = space.project(changed, fit_on=data.subject.values[chosen])
+    fitted = pool_file.project(data, fit_on=chosen)
+    other = pool_file.project(changed, fit_on=data.subject.values[chosen])
     np.testing.assert_allclose(fitted[chosen], other[chosen])
     assert float(fitted.explained.sum()) <= 1
     np.testing.assert_allclose(fitted[chosen].mean("subject"), 0, atol=1e-6)
@@ -119,18 +122,18 @@ def test_projection_is_fitted_on_the_chosen_subjects_only():
 def test_neighbours_find_the_planted_copy():
     data = toy()
     data.hub.values[7] = data.hub.values[0] + 1e-4
-    near = space.neighbours(data, k=3)
+    near = similarity_file.neighbours(data, k=3)
     assert near.neighbour.sel(subject="sub-00", rank=1) == "sub-07"
     assert near.neighbour.sel(subject="sub-07", rank=1) == "sub-00"
     assert not (near.neighbour == near.subject).any()
-    one = space.neighbours(data, "sub-00", k=3)
+    one = similarity_file.neighbours(data, "sub-00", k=3)
     np.testing.assert_array_equal(one.neighbour, near.neighbour[0])
 
 
 def test_similarity_is_the_correlation():
-    data = space.pool(toy())
+    data = pool_file.pool(toy())
     expected = np.corrcoef(data.features)
-    np.testing.assert_allclose(space.similarity(data), expected, atol=1e-6)
+    np.testing.assert_allclose(similarity_file.similarity(data), expected, atol=1e-6)
 
 
 def test_fingerprint_finds_people_with_something_of_their_own_and_no_others():
@@ -138,16 +141,16 @@ def test_fingerprint_finds_people_with_something_of_their_own_and_no_others():
     a, b, noise = toy(), toy(), toy(seed=9)
     b = b.assign(hub=b.hub + 0.1 * rng.standard_normal(b.hub.shape).astype("float32"))
     b = b.isel(subject=rng.permutation(24))
-    found = space.fingerprint(a, b)
+    found = similarity_file.fingerprint(a, b)
     assert found.attrs["rate"] == 1
     assert (found.within > found.between).all()
-    lost = space.fingerprint(a, noise.assign(hub=noise.hub * (toy().diagnosis == "none")))
+    lost = similarity_file.fingerprint(a, noise.assign(hub=noise.hub * (toy().diagnosis == "none")))
     assert lost.attrs["rate"] <= 2 * lost.attrs["chance"]
 
 
 def test_contrast_finds_the_planted_token_only():
     data = toy(n=40)
-    found = space.contrast(data, "diagnosis", n_permutations=200)
+    found = similarity_file.contrast(data, "diagnosis", n_permutations=200)
     assert found.F.values.argmax() == 2
     assert found.q[2] < 0.05
     assert (found.q.drop_sel(token=2) > 0.05).all()
@@ -161,14 +164,14 @@ def test_contrast_statistic_is_the_anova_f_for_one_feature():
     from scipy.stats import f_oneway
 
     data = toy(features=1)
-    found = space.contrast(data, "diagnosis", n_permutations=1)
+    found = similarity_file.contrast(data, "diagnosis", n_permutations=1)
     groups = [g.values[..., 0] for _, g in data.hub.groupby("diagnosis")]
     np.testing.assert_allclose(found.F, f_oneway(*groups).statistic, rtol=1e-4)
 
 
 def test_contrast_p_values_are_uniform_without_an_effect():
     data = toy(n=20, tokens=60).isel(token=slice(3, None))
-    p = space.contrast(data, "diagnosis", n_permutations=99).p
+    p = similarity_file.contrast(data, "diagnosis", n_permutations=99).p
     assert 0.3 < float(p.mean()) < 0.7
 
 
@@ -176,7 +179,7 @@ def test_contrast_within_sites_never_crosses_them():
     """A label that is the site itself cannot be exchanged inside sites: p is 1."""
     data = toy()
     data.hub.values[data.site == "A"] += 5
-    found = space.contrast(data, "site", within="site", n_permutations=50)
+    found = similarity_file.contrast(data, "site", within="site", n_permutations=50)
     np.testing.assert_array_equal(found.p, 1)
 
 
@@ -185,47 +188,51 @@ def test_rows_of_one_person_count_once():
     twice = xr.concat(
         [data, data.assign_coords(subject=[f"{s}/run-2" for s in data.subject.values])], "subject"
     )
-    once = space.contrast(data, "diagnosis", n_permutations=20)
-    both = space.contrast(twice, "diagnosis", n_permutations=20)
+    once = similarity_file.contrast(data, "diagnosis", n_permutations=20)
+    both = similarity_file.contrast(twice, "diagnosis", n_permutations=20)
     xr.testing.assert_allclose(once, both, rtol=1e-4)
 
 
 def test_region_map_is_the_plain_mean_over_those_who_have_the_modality():
     data = toy()
     expected = data.hub_to_roi.sel(token=[1, 3], subject=["sub-01", "sub-05"])
-    got = space.region_map(data, [1, 3], subjects=["sub-01", "sub-05"])
+    got = maps_file.region_map(data, [1, 3], subjects=["sub-01", "sub-05"])
     np.testing.assert_allclose(got, expected.mean(["token", "subject"]), rtol=1e-6)
     assert "network" in got.coords
-    t1 = space.region_map(data, 0, of="t1")
+    t1 = maps_file.region_map(data, 0, of="t1")
     np.testing.assert_allclose(t1, data.hub_to_t1[data.has_t1.values, 0].mean("subject"))
     assert t1.attrs["n_subjects"] == int(data.has_t1.sum())
-    lazy = space.region_map(toy(lazy=True), 2)
+    lazy = maps_file.region_map(toy(lazy=True), 2)
     assert lazy.chunks is not None
-    xr.testing.assert_allclose(lazy.compute(), space.region_map(data, 2))
+    xr.testing.assert_allclose(lazy.compute(), maps_file.region_map(data, 2))
 
 
 def bad_calls():
     data = toy()
     bare = data.drop_vars("hub_to_roi")
-    yield "no attention", lambda: space.region_map(bare, 0), 'keep=("attention",)'
-    yield "token", lambda: space.region_map(data, 99), "tokens among 0 to 5, found 99"
-    yield "subject", lambda: space.region_map(data, 0, subjects=["who"]), "found who"
-    yield "mask", lambda: space.region_map(data, 0, subjects=[True]), "length 1"
-    yield "nobody", lambda: space.region_map(data, 0, subjects=["sub-00"], of="t1"), "none"
-    yield "of", lambda: space.region_map(data, 0, of="pet"), "found 'pet'"
-    yield "how", lambda: space.pool(data, "median"), "found 'median'"
-    yield "weights", lambda: space.pool(data, "weighted"), "weights"
-    yield "method", lambda: space.project(data, method="tsne"), "found 'tsne'"
-    yield "n", lambda: space.project(data, n=6), "found n=6"
-    yield "k", lambda: space.neighbours(data, k=24), "found k=24"
-    yield "label", lambda: space.contrast(data, "handedness"), "'handedness'"
+    yield "no attention", lambda: maps_file.region_map(bare, 0), 'keep=("attention",)'
+    yield "token", lambda: maps_file.region_map(data, 99), "tokens among 0 to 5, found 99"
+    yield "subject", lambda: maps_file.region_map(data, 0, subjects=["who"]), "found who"
+    yield "mask", lambda: maps_file.region_map(data, 0, subjects=[True]), "length 1"
+    yield "nobody", lambda: maps_file.region_map(data, 0, subjects=["sub-00"], of="t1"), "none"
+    yield "of", lambda: maps_file.region_map(data, 0, of="pet"), "found 'pet'"
+    yield "how", lambda: pool_file.pool(data, "median"), "found 'median'"
+    yield "weights", lambda: pool_file.pool(data, "weighted"), "weights"
+    yield "method", lambda: pool_file.project(data, method="tsne"), "found 'tsne'"
+    yield "n", lambda: pool_file.project(data, n=6), "found n=6"
+    yield "k", lambda: similarity_file.neighbours(data, k=24), "found k=24"
+    yield "label", lambda: similarity_file.contrast(data, "handedness"), "'handedness'"
     yield (
         "one group",
-        lambda: space.contrast(data[{"subject": slice(0, None, 2)}], "diagnosis"),
+        lambda: similarity_file.contrast(data[{"subject": slice(0, None, 2)}], "diagnosis"),
         "two",
     )
-    yield "not latents", lambda: space.pool(data.drop_vars("hub")), "'hub'"
-    yield "others", lambda: space.fingerprint(data, data[{"subject": slice(3)}]), "missing"
+    yield "not latents", lambda: pool_file.pool(data.drop_vars("hub")), "'hub'"
+    yield (
+        "others",
+        lambda: similarity_file.fingerprint(data, data[{"subject": slice(3)}]),
+        "missing",
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,7 +248,7 @@ def test_bad_input_is_named(call, says):
 def brains():
     """Four short scans with T1, in memory, and an untrained workshop model."""
     from bhx import synthetic_cohort
-    from bhx.encoding import random_model
+    from bhx.encode.model import random_model
 
     cohort = synthetic_cohort(4, seed=3, sites=("C", "D"), minutes=4, missing=0).compute()
     return cohort, random_model("workshop", seed=1)
@@ -258,7 +265,7 @@ def test_lesion_of_a_modality_is_the_cohort_without_it(brains, intact):
     from bhx import embed
 
     cohort, model = brains
-    gone = space.lesion(cohort, model, modality="t1", intact=intact)
+    gone = lesions_file.lesion(cohort, model, modality="t1", intact=intact)
     alone = embed(cohort.drop_vars("t1").assign_coords(has_t1=~cohort.has_bold), model)
     np.testing.assert_allclose(gone.hub, alone.hub, atol=1e-5)
     expected = np.linalg.norm(alone.hub.values - intact.hub.values, axis=-1)
@@ -268,11 +275,11 @@ def test_lesion_of_a_modality_is_the_cohort_without_it(brains, intact):
 def test_lesion_by_network_names_its_parcels_and_box_finds_them(brains, intact):
     cohort, model = brains
     by_name = cohort.roi.values[cohort.network == "Limbic"]
-    network = space.lesion(cohort, model, network="Limbic", intact=intact)
-    named = space.lesion(cohort, model, roi=by_name, intact=intact)
+    network = lesions_file.lesion(cohort, model, network="Limbic", intact=intact)
+    named = lesions_file.lesion(cohort, model, roi=by_name, intact=intact)
     xr.testing.assert_identical(network, named)
     assert (network.moved > 0).all()
-    boxed = space._without(cohort, None, None, None, None, {"x": (0, 100), "z": (40, 100)})
+    boxed = lesions_file._without(cohort, None, None, None, None, {"x": (0, 100), "z": (40, 100)})
     gone = np.isnan(boxed.bold).all(["time", "subject"])
     np.testing.assert_array_equal(gone, (cohort.mni_x >= 0) & (cohort.mni_z >= 40))
     inside = (boxed.x >= 0) & (boxed.z >= 40)
@@ -282,7 +289,7 @@ def test_lesion_by_network_names_its_parcels_and_box_finds_them(brains, intact):
 
 def test_lesion_of_a_span_leaves_the_other_volumes(brains):
     cohort, _ = brains
-    cut = space._without(cohort, None, None, None, (60, 120), None)
+    cut = lesions_file._without(cohort, None, None, None, (60, 120), None)
     onset = cohort.tr * xr.DataArray(np.arange(cohort.sizes["time"]), dims="time")
     gone = (onset >= 60) & (onset < 120)
     assert np.isnan(cut.bold.where(gone)).all()
@@ -292,10 +299,10 @@ def test_lesion_of_a_span_leaves_the_other_volumes(brains):
 def test_lesion_tells_how_predictions_move(brains, intact):
     cohort, model = brains
     weights = np.random.default_rng(0).standard_normal(intact.sizes["feature"])
-    found = space.lesion(
+    found = lesions_file.lesion(
         cohort, model, modality="bold", intact=intact, predict=lambda f: f.features.values @ weights
     )
-    expected = space.pool(intact).features.values @ weights
+    expected = pool_file.pool(intact).features.values @ weights
     np.testing.assert_allclose(found.prediction.sel(state="intact"), expected, rtol=1e-5)
     assert (abs(found.prediction.diff("state")) > 0).all()
 
@@ -303,13 +310,13 @@ def test_lesion_tells_how_predictions_move(brains, intact):
 def test_who_has_nothing_left_is_left_out(brains):
     cohort, _ = brains
     some = cohort.assign_coords(has_t1=("subject", [True, False, True, True]))
-    left = space._without(some, None, None, "bold", None, None)
+    left = lesions_file._without(some, None, None, "bold", None, None)
     np.testing.assert_array_equal(left.subject, some.subject[[0, 2, 3]])
 
 
 def test_integrated_gradients_add_up_to_the_distance(brains):
     cohort, model = brains
-    found = space.integrated_gradients(cohort, model, cohort.subject.values[0], 5, steps=24)
+    found = maps_file.integrated_gradients(cohort, model, cohort.subject.values[0], 5, steps=24)
     assert abs(found.attrs["gap"]) < 1e-3
     total = float(found.roi_part.sum() + found.t1_part.sum())
     assert total == pytest.approx(found.attrs["distance"], rel=1e-3)
@@ -321,7 +328,7 @@ def test_integrated_gradients_follow_parcel_names(brains):
     order = np.random.default_rng(0).permutation(100)
     who = cohort.subject.values[1]
     straight, mixed = (
-        space.integrated_gradients(
+        maps_file.integrated_gradients(
             c.isel(time=slice(0, 80)).drop_vars("t1"), model, who, 0, steps=2
         )
         for c in (cohort, cohort.isel(roi=order))
@@ -332,7 +339,7 @@ def test_integrated_gradients_follow_parcel_names(brains):
 def test_controls_of_an_untrained_model_are_itself(brains):
     """Random weights agree with themselves wholly, and every agreement is a correlation."""
     cohort, model = brains
-    found = space.map_controls(cohort, model, subjects=cohort.subject.values[:2], seed=1)
+    found = maps_file.map_controls(cohort, model, subjects=cohort.subject.values[:2], seed=1)
     np.testing.assert_allclose(found.agreement.sel(control="random weights"), 1, atol=1e-5)
     retest = found.agreement.sel(control="retest", token=4)
     halves = found["map"].sel(token=4, version=["first half", "second half"])
@@ -360,12 +367,12 @@ def bad_lesions():
 @pytest.mark.parametrize("asked, says", list(bad_lesions()))
 def test_bad_lesions_are_named(brains, asked, says):
     with pytest.raises(InputError) as caught:
-        space.lesion(*brains, **asked)
+        lesions_file.lesion(*brains, **asked)
     assert says in str(caught.value)
 
 
 def spinning(seed):
-    from bhx.atlas import load_atlas
+    from bhx.data.atlas import load_atlas
 
     atlas = load_atlas("schaefer100")
     values = np.random.default_rng(seed).standard_normal(100)
@@ -374,17 +381,19 @@ def spinning(seed):
 
 def test_spin_test_finds_a_map_in_itself_and_not_in_noise():
     atlas, noise = spinning(0)
-    same = space.spin_test(noise, noise, atlas, n_spins=99)
+    same = maps_file.spin_test(noise, noise, atlas, n_spins=99)
     assert float(same.statistic) == pytest.approx(1)
     assert float(same.p) == 0.01
-    p = [float(space.spin_test(noise, spinning(i)[1], atlas, n_spins=99).p) for i in range(1, 9)]
+    p = [
+        float(maps_file.spin_test(noise, spinning(i)[1], atlas, n_spins=99).p) for i in range(1, 9)
+    ]
     assert np.mean(p) > 0.2
 
 
 def test_spin_test_of_networks_is_the_difference_of_means():
     atlas, noise = spinning(0)
     raised = noise + 3 * (atlas.network == "Vis").values
-    found = space.spin_test(raised[::-1], "network", atlas, n_spins=99)
+    found = maps_file.spin_test(raised[::-1], "network", atlas, n_spins=99)
     inside = raised.values[atlas.network.values == "Vis"].mean()
     outside = raised.values[atlas.network.values != "Vis"].mean()
     assert float(found.statistic.sel(network="Vis")) == pytest.approx(inside - outside)
@@ -395,11 +404,11 @@ def test_integrated_gradients_are_captums(brains):
     import torch
 
     captum = pytest.importorskip("captum.attr")
-    from bhx.encoding import encode_parts, sequences
+    from bhx.encode.inputs import encode_parts, sequences
 
     cohort, model = brains
     who, token = cohort.subject.values[2], 7
-    reading = space._reading(cohort, model, who)
+    reading = maps_file.reading(cohort, model, who)
     whole = [reading.windows[0].nan_to_num(), reading.t1.nan_to_num()]
 
     def hub(bold, t1):
@@ -417,7 +426,7 @@ def test_integrated_gradients_are_captums(brains):
     bold, t1 = captum.IntegratedGradients(output).attribute(
         tuple(x[None] for x in whole), n_steps=8, method="gausslegendre", internal_batch_size=1
     )
-    found = space.integrated_gradients(cohort, model, who, token, steps=8)
+    found = maps_file.integrated_gradients(cohort, model, who, token, steps=8)
     np.testing.assert_allclose(found.roi_part, bold[0].sum((1, 2)).detach(), atol=1e-5)
     assert float(found.t1_part.sum()) == pytest.approx(float(t1.sum()), abs=1e-4)
 
@@ -425,7 +434,7 @@ def test_integrated_gradients_are_captums(brains):
 def test_umap_repeats_itself():
     pytest.importorskip("umap")
     data = toy(n=30)
-    first, again = (space.project(data, method="umap", seed=3) for _ in range(2))
+    first, again = (pool_file.project(data, method="umap", seed=3) for _ in range(2))
     xr.testing.assert_identical(first, again)
     assert first.dims == ("subject", "component")
     assert "explained" not in first.coords

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn import metrics as oracle
 
-from bhx import metrics
 from bhx.errors import InputError
+from bhx.evaluate import metrics as metrics_file
 
 
 def cases(seed, n, labels):
@@ -23,7 +23,7 @@ def cases(seed, n, labels):
 def test_binary_metrics_equal_scikit_learn(seed, n):
     truth, output, weight = cases(seed, n, 2)
     decision = output.argmax(1)
-    got = metrics.measure_labels(truth, output, decision, weight)
+    got = metrics_file.measure_labels(truth, output, decision, weight)
     kw = {"sample_weight": weight}
     score = output[:, 1]
     wanted = {
@@ -43,7 +43,7 @@ def test_binary_metrics_equal_scikit_learn(seed, n):
 def test_metrics_of_three_labels_equal_scikit_learn(seed):
     truth, output, weight = cases(seed, 30, 3)
     decision = output.argmax(1)
-    got = metrics.measure_labels(truth, output, decision, weight, ordinal=True)
+    got = metrics_file.measure_labels(truth, output, decision, weight, ordinal=True)
     kw = {"sample_weight": weight}
     one_against_rest = [oracle.roc_auc_score(truth == k, output[:, k], **kw) for k in range(3)]
     assert got["auroc"][0] == pytest.approx(np.mean(one_against_rest))
@@ -59,9 +59,9 @@ def test_metrics_of_three_labels_equal_scikit_learn(seed):
 def test_number_metrics_equal_references(seed, n):
     rng = np.random.default_rng(seed)
     y, p, w = rng.normal(50, 10, n), rng.normal(50, 10, n), rng.integers(1, 4, n)
-    got = metrics.measure_numbers(y, p, w)
+    got = metrics_file.measure_numbers(y, p, w)
     assert got["r"][0] == pytest.approx(pearsonr(np.repeat(y, w), np.repeat(p, w))[0])
-    assert metrics.measure_numbers(y, p)["r2"][0] == pytest.approx(oracle.r2_score(y, p))
+    assert metrics_file.measure_numbers(y, p)["r2"][0] == pytest.approx(oracle.r2_score(y, p))
     assert got["mae"][0] == pytest.approx(oracle.mean_absolute_error(y, p, sample_weight=w))
 
 
@@ -70,9 +70,9 @@ def test_number_metrics_equal_references(seed, n):
 def test_number_metrics_do_not_depend_on_where_zero_is(offset, scale):
     rng = np.random.default_rng(0)
     y = rng.normal(size=50)
-    p, weights = y + rng.normal(size=50), metrics.bootstrap_weights(np.arange(50), 20)
-    moved = metrics.measure_numbers(offset + scale * y, offset + scale * p, weights)
-    for name, values in metrics.measure_numbers(y, p, weights).items():
+    p, weights = y + rng.normal(size=50), metrics_file.bootstrap_weights(np.arange(50), 20)
+    moved = metrics_file.measure_numbers(offset + scale * y, offset + scale * p, weights)
+    for name, values in metrics_file.measure_numbers(y, p, weights).items():
         wanted = values * (scale if name == "mae" else 1)
         np.testing.assert_allclose(moved[name], wanted, rtol=1e-4, err_msg=name)
 
@@ -80,30 +80,30 @@ def test_number_metrics_do_not_depend_on_where_zero_is(offset, scale):
 @pytest.mark.parametrize("level", [0.0, 0.1, 3.7e6, -1e9])
 def test_numbers_that_differ_by_rounding_only_are_constant(level):
     jitter = np.nextafter(level, np.where(np.arange(40) % 2, np.inf, -np.inf))
-    y, weights = np.arange(40.0), metrics.bootstrap_weights(np.arange(40), 20)
-    assert (metrics.measure_numbers(y, jitter, weights)["r"] == 0).all()
+    y, weights = np.arange(40.0), metrics_file.bootstrap_weights(np.arange(40), 20)
+    assert (metrics_file.measure_numbers(y, jitter, weights)["r"] == 0).all()
     for constant in (jitter, np.full(40, level)):
-        assert np.isnan(metrics.measure_numbers(constant, y, weights)["r"]).all()
+        assert np.isnan(metrics_file.measure_numbers(constant, y, weights)["r"]).all()
 
 
 def test_undefined_scores_are_nan_not_a_number_that_looks_fine():
-    one = metrics.measure_labels(np.zeros(5, int), np.full((5, 2), 0.5), np.zeros(5, int))
+    one = metrics_file.measure_labels(np.zeros(5, int), np.full((5, 2), 0.5), np.zeros(5, int))
     assert np.isnan(one["auroc"][0])
     assert np.isnan(one["auprc"][0])
-    same = metrics.measure_numbers(np.full(5, 3.0), np.arange(5))
+    same = metrics_file.measure_numbers(np.full(5, 3.0), np.arange(5))
     assert np.isnan(same["r"][0])
     assert np.isnan(same["r2"][0])
-    flat = metrics.measure_numbers(np.arange(5), np.full(5, 2.0))
+    flat = metrics_file.measure_numbers(np.arange(5), np.full(5, 2.0))
     assert flat["r"][0] == 0
     assert flat["r2"][0] == 0
 
 
 def test_many_rows_of_weights_equal_one_at_a_time():
     truth, output, _ = cases(0, 25, 2)
-    weights = metrics.bootstrap_weights(np.arange(25), 20)
-    together = metrics.measure_labels(truth, output, output.argmax(1), weights)
+    weights = metrics_file.bootstrap_weights(np.arange(25), 20)
+    together = metrics_file.measure_labels(truth, output, output.argmax(1), weights)
     for b in range(20):
-        alone = metrics.measure_labels(truth, output, output.argmax(1), weights[b])
+        alone = metrics_file.measure_labels(truth, output, output.argmax(1), weights[b])
         for name, values in alone.items():
             np.testing.assert_allclose(together[name][b], values[0], err_msg=name)
 
@@ -111,7 +111,7 @@ def test_many_rows_of_weights_equal_one_at_a_time():
 def test_bootstrap_draws_whole_participants_within_strata():
     people = np.repeat(["a", "b", "c", "d"], [1, 2, 3, 4])
     strata = np.repeat([0, 0, 1, 1], [1, 2, 3, 4])
-    weights = metrics.bootstrap_weights(people, 200, strata=strata)
+    weights = metrics_file.bootstrap_weights(people, 200, strata=strata)
     per_person = np.stack([weights[:, people == p] for p in "d"])[0]
     assert (per_person == per_person[:, :1]).all()
     first = np.array([0, 1, 3, 6])
@@ -122,12 +122,12 @@ def test_bootstrap_draws_whole_participants_within_strata():
 
 def test_interval_sets_the_draws_about_the_estimate_and_widens_them():
     draws = np.random.default_rng(0).normal(size=(2, 4001)) + [[0.0], [3.0]]
-    low, high = metrics.interval(np.array([0.0, 0.0]), draws)
+    low, high = metrics_file.interval(np.array([0.0, 0.0]), draws)
     np.testing.assert_allclose(low, -1.96, atol=0.1)  # the second one's bias is gone
     np.testing.assert_allclose(high, 1.96, atol=0.1)
-    wide = metrics.interval(np.array([0.0, 0.0]), draws, mutual=0.25)
+    wide = metrics_file.interval(np.array([0.0, 0.0]), draws, mutual=0.25)
     np.testing.assert_allclose(wide[1] - wide[0], (high - low) * np.sqrt(1.25))
-    assert np.isnan(metrics.interval(np.array([np.nan]), np.full((1, 9), np.nan))).all()
+    assert np.isnan(metrics_file.interval(np.array([np.nan]), np.full((1, 9), np.nan))).all()
 
 
 def test_permutations_keep_participants_whole_and_within_their_site():
@@ -138,7 +138,7 @@ def test_permutations_keep_participants_whole_and_within_their_site():
     values = np.array([label[u] for u in units])
     seen = set()
     for _ in range(50):
-        order = metrics.permuted_rows(units, sites, rng)
+        order = metrics_file.permuted_rows(units, sites, rng)
         assert sorted(order) == list(range(12))
         np.testing.assert_array_equal(sites[order], sites)
         moved = values[order]
@@ -151,7 +151,7 @@ def test_permutations_exchange_families_whole():
     rng = np.random.default_rng(0)
     family = np.array(["f1", "f1", "f2", "f2", "f3", "f4"])
     units, sites = np.array(list("abcdef")), np.full(6, "X")
-    orders = {tuple(metrics.permuted_rows(units, sites, rng, family)) for _ in range(400)}
+    orders = {tuple(metrics_file.permuted_rows(units, sites, rng, family)) for _ in range(400)}
     for order in orders:
         origin = family[list(order)]
         assert origin[0] == origin[1]
@@ -160,10 +160,10 @@ def test_permutations_exchange_families_whole():
 
 
 def test_permutation_p_counts_the_observation():
-    assert metrics.permutation_p(5.0, np.arange(99) / 100) == pytest.approx(0.01)
-    assert metrics.permutation_p(0.5, [0.4, np.nan, 0.6], lower_is_better=True) == pytest.approx(
-        2 / 3
-    )
+    assert metrics_file.permutation_p(5.0, np.arange(99) / 100) == pytest.approx(0.01)
+    assert metrics_file.permutation_p(
+        0.5, [0.4, np.nan, 0.6], lower_is_better=True
+    ) == pytest.approx(2 / 3)
 
 
 def test_corrected_t_is_the_t_test_without_overlap_and_keeps_its_level_with_it():
@@ -171,27 +171,27 @@ def test_corrected_t_is_the_t_test_without_overlap_and_keeps_its_level_with_it()
     from scipy.stats import ttest_1samp
 
     plain = ttest_1samp(d, 0)
-    np.testing.assert_allclose(metrics.corrected_t(d, 0), [plain.statistic, plain.pvalue])
-    assert metrics.corrected_t(d, 0.25)[1] > plain.pvalue
-    assert metrics.corrected_t(np.zeros(5), 0.25) == (0.0, 1.0)
-    assert np.isnan(metrics.corrected_t([1.0], 0.25)).all()
+    np.testing.assert_allclose(metrics_file.corrected_t(d, 0), [plain.statistic, plain.pvalue])
+    assert metrics_file.corrected_t(d, 0.25)[1] > plain.pvalue
+    assert metrics_file.corrected_t(np.zeros(5), 0.25) == (0.0, 1.0)
+    assert np.isnan(metrics_file.corrected_t([1.0], 0.25)).all()
 
 
 def test_adjusted_p_values_by_hand():
     p = [0.01, 0.04, np.nan, 0.03]
-    np.testing.assert_allclose(metrics.adjust_p(p), [0.03, 0.06, np.nan, 0.06])
-    np.testing.assert_allclose(metrics.adjust_p(p, "fdr"), [0.03, 0.04, np.nan, 0.04])
+    np.testing.assert_allclose(metrics_file.adjust_p(p), [0.03, 0.06, np.nan, 0.06])
+    np.testing.assert_allclose(metrics_file.adjust_p(p, "fdr"), [0.03, 0.04, np.nan, 0.04])
     with pytest.raises(InputError, match="Expected method to be holm, fdr, found 'none'"):
-        metrics.adjust_p(p, "none")
+        metrics_file.adjust_p(p, "none")
 
 
 def test_calibration_error_is_small_for_true_probabilities_only():
     rng = np.random.default_rng(0)
     p = rng.random(20_000)
     truth = rng.random(20_000) < p
-    assert metrics.calibration(truth, p)["error"] < 0.02
-    assert metrics.calibration(truth, p**3)["error"] > 0.15
-    assert metrics.calibration(truth, p)["count"].sum() == 20_000
+    assert metrics_file.calibration(truth, p)["error"] < 0.02
+    assert metrics_file.calibration(truth, p**3)["error"] > 0.15
+    assert metrics_file.calibration(truth, p)["count"].sum() == 20_000
 
 
 @settings(max_examples=40, deadline=None)
@@ -200,20 +200,20 @@ def test_calibration_never_depends_on_the_order_of_rows(seed, decimals, bins):
     rng = np.random.default_rng(seed)
     p = np.round(rng.random(50), decimals)  # the fewer decimals, the more ties
     truth = rng.random(50) < p
-    sorted_ = metrics.calibration(np.sort(truth), p[np.argsort(truth)], bins)
-    for name, values in metrics.calibration(truth, p, bins).items():
+    sorted_ = metrics_file.calibration(np.sort(truth), p[np.argsort(truth)], bins)
+    for name, values in metrics_file.calibration(truth, p, bins).items():
         np.testing.assert_allclose(sorted_[name], values, atol=1e-12, err_msg=name)
 
 
 def test_calibration_of_one_probability_is_one_bin():
-    found = metrics.calibration(np.r_[np.zeros(50), np.ones(50)], np.full(100, 0.5))
+    found = metrics_file.calibration(np.r_[np.zeros(50), np.ones(50)], np.full(100, 0.5))
     assert found["error"] == 0
     assert found["count"].tolist() == [100]
 
 
 def test_calibration_bins_are_of_equal_count_without_ties():
     p = np.random.default_rng(0).permutation(95) / 95
-    assert metrics.calibration(p > 0.5, p)["count"].tolist() == [10] * 5 + [9] * 5
+    assert metrics_file.calibration(p > 0.5, p)["count"].tolist() == [10] * 5 + [9] * 5
 
 
 @settings(max_examples=30, deadline=None)
@@ -222,7 +222,7 @@ def test_threshold_reaches_the_sensitivity_and_no_higher_one_does(seed, share):
     rng = np.random.default_rng(seed)
     truth, score = rng.random(40) < 0.4, rng.random(40)
     truth[0] = True
-    at = metrics.threshold_for(truth, score, share)
+    at = metrics_file.threshold_for(truth, score, share)
     assert (score[truth] >= at).mean() >= share - 1e-9
     above = score[truth][score[truth] > at]
     assert len(above) == 0 or (score[truth] >= above.min()).mean() < share

@@ -16,10 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bhx import harmonix_f
-from bhx.checkpoints import PRESETS, Harmonix, build, load_strictly
 from bhx.errors import InputError
-from bhx.harmonix_f import (
+from bhx.model import dynamics as dynamics_file
+from bhx.model.checkpoints import load_strictly
+from bhx.model.config import PRESETS, Harmonix, build
+from bhx.model.dynamics import (
     DynamicsConfig,
     DynamicsEncoder,
     DynamicsPredictor,
@@ -31,7 +32,16 @@ from bhx.harmonix_f import (
     unpatchify,
     wiener,
 )
-from bhx.harmonix_s import (
+from bhx.model.harmonizer import Harmonizer, HarmonizerConfig, line_positions
+from bhx.model.layers import (
+    Attention,
+    attend_alike,
+    attention_weights,
+    initialise,
+    packed_attention,
+    sincos,
+)
+from bhx.model.structure import (
     StructureConfig,
     StructureEncoder,
     cube_positions,
@@ -40,15 +50,6 @@ from bhx.harmonix_s import (
     normalised_cubes,
     reconstruct,
     volume,
-)
-from bhx.harmonizer import Harmonizer, HarmonizerConfig, line_positions
-from bhx.layers import (
-    Attention,
-    attend_alike,
-    attention_weights,
-    initialise,
-    packed_attention,
-    sincos,
 )
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "golden.npz")
@@ -324,7 +325,7 @@ def test_scans_shorter_than_a_patch_are_refused(config, volumes, tr):
 def test_wiener_weights_are_the_best_linear_interpolation(tr):
     """No other weights on the same volumes have a smaller expected error under the prior."""
     index, weights = wiener(tr, 60, 40)
-    grid = np.arange(40) * harmonix_f.GRID_SECONDS
+    grid = np.arange(40) * dynamics_file.GRID_SECONDS
     rng = np.random.default_rng(0)
     for at, near_by, w in zip(grid, index.numpy(), weights.numpy(), strict=True):
         among = autocovariance(tr * np.subtract.outer(near_by, near_by))
@@ -359,7 +360,7 @@ def test_a_resized_kernel_answers_a_resized_patch(k):
 
 def test_kernels_are_resized_once_until_the_weights_change(monkeypatch):
     encoder, calls = dynamics_encoder(TAPE), []
-    monkeypatch.setattr(harmonix_f, "resizing", lambda *a: calls.append(a) or resizing(*a))
+    monkeypatch.setattr(dynamics_file, "resizing", lambda *a: calls.append(a) or resizing(*a))
     patches = [patchify(random(6, 200), tr, TAPE) for tr in (2.0, 1.5, 2.0, 0.735)]
     with torch.no_grad():
         before, _ = encoder(patches)

@@ -28,7 +28,8 @@ from test_layout import FORBIDDEN
 from traitlets.config import Config
 
 import bhx
-from bhx import checkpoints, figures
+from bhx.model import checkpoints as checkpoints_file
+from bhx.show import figures as figures_file
 
 REPO = Path(bhx.__file__).parents[1]
 FOLDER = REPO / "notebooks"
@@ -138,7 +139,7 @@ def test_first_cell_installs_and_last_cell_says_what_was_used(name):
     code = read(name).code
     assert (code[0].source, code[0].metadata.get("tags")) == (INSTALL, ["install"])
     assert code[0].outputs == []
-    assert any("from bhx.reporting import" in cell.source for cell in code)
+    assert any("bhx.made_with(" in cell.source for cell in code)
     assert re.fullmatch(r"print\(made_with\(\w.*\)\)", code[-1].source)
 
 
@@ -225,7 +226,7 @@ def test_outputs_belong_to_the_code_and_the_weights(name):
     assert fresh, "code or weights are newer than the outputs: make notebooks"
     shipped = {
         json.loads(path.read_text())["sha256"][:12]
-        for path in checkpoints.SHIPPED.glob("*/config.json")
+        for path in checkpoints_file.SHIPPED.glob("*/config.json")
     }
     said = told(notebook.code[-1])
     assert re.match(rf"Python 3\.\d+.*, bhx {bhx.__version__}, torch 2\.", said)
@@ -293,7 +294,7 @@ def test_stored_figures_are_those_that_were_checked(name):
     for reference in references(name):
         for figure in shown:
             try:
-                figures.check_figure(figure, reference, folder=FOLDER / "figures")
+                figures_file.check_figure(figure, reference, folder=FOLDER / "figures")
                 break
             except AssertionError:
                 continue
@@ -341,21 +342,21 @@ def test_solutions_are_right(name, copy):
     assert re.findall(r"(?m)^(right|not yet)$", said) == ["right"] * len(solved)
 
 
-OTHER_WEIGHTS = (
-    "import bhx.checkpoints; from pathlib import Path\nbhx.checkpoints.SHIPPED = Path({!r})"
-)
+OTHER_WEIGHTS = """import bhx.model.checkpoints
+from pathlib import Path
+bhx.model.checkpoints.SHIPPED = Path({!r})"""
 
 
 def altered_weights(folder, change) -> Path:
     """The shipped weights, one matrix of the harmonizer a little off and all else in order."""
-    source = checkpoints.SHIPPED / "workshop"
+    source = checkpoints_file.SHIPPED / "workshop"
     shutil.copytree(source, folder / "workshop")
     path = folder / "workshop" / "model.safetensors"
     state = load_file(path)
     state["harmonizer.blocks.1.mlp.fc1.weight"] *= 1 + change
     save_file(state, path)
     about = json.loads((source / "config.json").read_text())
-    about["sha256"] = checkpoints.sha256(path)
+    about["sha256"] = checkpoints_file.sha256(path)
     (folder / "workshop" / "config.json").write_text(json.dumps(about))
     return folder
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 import bhx
-from bhx.encoding import random_model, scale_t1
+from bhx.encode.inputs import scale_t1
+from bhx.encode.model import random_model
 from bhx.errors import InputError
-from bhx.feed import cube_mask
-from bhx.harmonix_s import mae_loss
-from bhx.pictures import hidden_cubes
+from bhx.model.structure import mae_loss
+from bhx.show.hidden import hidden_cubes
+from bhx.train.dataset import cube_mask
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,14 @@ import pytest
 import xarray as xr
 from small_files import ATLAS, parcel_series, t1_image
 
-import bhx.cohort as bc
-from bhx.atlas import load_atlas
-from bhx.catalog import find_scans, join_phenotypes, write_derivatives
-from bhx.scans import read_t1, read_template_t1
-from bhx.schema import ROI_COORDS, InputError, build_cohort, t1_grid
+from bhx.data import cohort as cohort_file
+from bhx.data import prepare as prepare_file
+from bhx.data import store as store_file
+from bhx.data.anatomy import read_t1, read_template_t1
+from bhx.data.atlas import load_atlas
+from bhx.data.derivatives import find_scans, join_phenotypes, write_derivatives
+from bhx.errors import InputError
+from bhx.schema import ROI_COORDS, build_cohort, t1_grid
 
 OPTIONS = {"atlas": ATLAS, "voxel_mm": 16.0}
 
@@ -57,7 +60,7 @@ def derivatives(tmp_path_factory):
 
 @pytest.fixture
 def one_file_each(monkeypatch):
-    monkeypatch.setattr(bc, "SHARD_BYTES", 1)
+    monkeypatch.setattr(store_file, "SHARD_BYTES", 1)
 
 
 def files_of(store):
@@ -68,7 +71,7 @@ def files_of(store):
 def test_a_folder_becomes_its_cohort(tmp_path):
     cohort = cohort_of(2, t1=[0])
     folder = write_derivatives(cohort, tmp_path / "derivatives", surface=False)
-    again = bc.prepare(folder, tmp_path / "c.zarr", **OPTIONS)
+    again = prepare_file.prepare(folder, tmp_path / "c.zarr", **OPTIONS)
     assert all(v.chunks is not None for v in again.data_vars.values())
     np.testing.assert_allclose(again.bold, cohort.bold, rtol=1e-4, atol=1e-4)
     for name in (
@@ -83,7 +86,7 @@ def test_a_folder_becomes_its_cohort(tmp_path):
         "network",
     ):
         np.testing.assert_array_equal(again[name], cohort[name])
-    coarse = bc.coarsen_t1(cohort, 16).t1[0]
+    coarse = cohort_file.coarsen_t1(cohort, 16).t1[0]
     assert np.corrcoef(again.t1[0].values.ravel(), coarse.values.ravel())[0, 1] > 0.99
     assert np.isnan(again.t1[1:]).all()
     for axis, values in t1_grid(16).items():
@@ -95,7 +98,7 @@ def test_a_folder_becomes_its_cohort(tmp_path):
 def test_surfaces_are_denoised_and_become_the_same_parcels(tmp_path):
     cohort = cohort_of(2)
     folder = write_derivatives(cohort.isel(time=slice(0, 60)), tmp_path / "derivatives")
-    raw = bc.prepare(folder, tmp_path / "raw.zarr", **OPTIONS, denoising=None)
+    raw = prepare_file.prepare(folder, tmp_path / "raw.zarr", **OPTIONS, denoising=None)
     np.testing.assert_allclose(raw.bold, cohort.bold + 1000, rtol=1e-5)
     assert raw.bold_scale.values.tolist() == ["raw", "raw"]
     assert (raw.mean_fd > 0).all()
@@ -103,16 +106,16 @@ def test_surfaces_are_denoised_and_become_the_same_parcels(tmp_path):
 
 KILLED = """
 import os, signal, sys
-import bhx.cohort as bc
-bc.SHARD_BYTES = 1
-calls, original = [], getattr(bc, sys.argv[3])
+from bhx.data import prepare as prepare_file, store as store_file
+store_file.SHARD_BYTES = 1
+calls, original = [], getattr(prepare_file, sys.argv[3])
 def dies(*args):
     calls.append(1)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args)
-setattr(bc, sys.argv[3], dies)
-bc.prepare(sys.argv[1], sys.argv[2], atlas="schaefer100", voxel_mm=16.0, workers=1)
+setattr(prepare_file, sys.argv[3], dies)
+prepare_file.prepare(sys.argv[1], sys.argv[2], atlas="schaefer100", voxel_mm=16.0, workers=1)
 """
 
 
@@ -130,32 +133,34 @@ def test_a_killed_run_continues_and_equals_an_unbroken_one(
     )
     if broken.exists():
         with pytest.raises(InputError, match="found 2 of 6 subjects written"):
-            bc.open_cohort(broken)
-    bc.prepare(derivatives, broken, **OPTIONS)
-    bc.prepare(derivatives, whole, **OPTIONS)
+            cohort_file.open_cohort(broken)
+    prepare_file.prepare(derivatives, broken, **OPTIONS)
+    prepare_file.prepare(derivatives, whole, **OPTIONS)
     assert files_of(broken) == files_of(whole)
 
 
 def test_a_continued_run_reads_only_what_is_missing(derivatives, tmp_path, monkeypatch):
     read = []
-    original = bc.read_scan
-    monkeypatch.setattr(bc, "read_scan", lambda row, **o: read.append(row) or original(row, **o))
+    original = prepare_file.read_scan
+    monkeypatch.setattr(
+        prepare_file, "read_scan", lambda row, **o: read.append(row) or original(row, **o)
+    )
     rows = find_scans(derivatives)
-    bc.prepare(rows.iloc[:4], tmp_path / "c.zarr", **OPTIONS)
+    prepare_file.prepare(rows.iloc[:4], tmp_path / "c.zarr", **OPTIONS)
     assert len(read) == 4
-    bc.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
+    prepare_file.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
     assert len(read) == 6
-    bc.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
+    prepare_file.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
     assert len(read) == 6
 
 
 @pytest.mark.parametrize("shard", [1, 1e9])
 def test_added_subjects_follow_and_longer_scans_fit(shard, derivatives, tmp_path, monkeypatch):
-    monkeypatch.setattr(bc, "SHARD_BYTES", shard)
+    monkeypatch.setattr(store_file, "SHARD_BYTES", shard)
     rows = find_scans(derivatives)
-    at_once = bc.prepare(rows, tmp_path / "a.zarr", **OPTIONS).compute()
+    at_once = prepare_file.prepare(rows, tmp_path / "a.zarr", **OPTIONS).compute()
     for some in ([0, 1, 2], [0, 1, 2, 3], range(6)):
-        grown = bc.prepare(rows.iloc[list(some)], tmp_path / "b.zarr", **OPTIONS)
+        grown = prepare_file.prepare(rows.iloc[list(some)], tmp_path / "b.zarr", **OPTIONS)
     xr.testing.assert_identical(grown.compute(), at_once)
 
 
@@ -167,13 +172,13 @@ def test_broken_subjects_are_left_out_and_named(derivatives, tmp_path):
             file.write_text("no numbers here")
         if file.parts[-3] == "sub-04" and "confounds" not in file.name:
             file.write_bytes(b"")
-    cohort = bc.prepare(folder, tmp_path / "c.zarr", **OPTIONS)
+    cohort = prepare_file.prepare(folder, tmp_path / "c.zarr", **OPTIONS)
     assert cohort.subject.values.tolist() == ["sub-00", "sub-01", "sub-03", "sub-05"]
     assert {*cohort.attrs["refused"]} == {"sub-02", "sub-04"}
     assert "found 0 bytes" in cohort.attrs["refused"]["sub-04"]
     for file, was in content.items():
         file.write_bytes(was)
-    mended = bc.prepare(folder, tmp_path / "c.zarr", **OPTIONS)
+    mended = prepare_file.prepare(folder, tmp_path / "c.zarr", **OPTIONS)
     assert mended.subject.values.tolist()[4:] == ["sub-02", "sub-04"]
     assert mended.attrs["refused"] == {}
 
@@ -181,34 +186,39 @@ def test_broken_subjects_are_left_out_and_named(derivatives, tmp_path):
 def test_nothing_usable_is_an_error_and_leaves_no_store(derivatives, tmp_path):
     rows = find_scans(derivatives).assign(bold=str(tmp_path / "nowhere.tsv"), t1="")
     with pytest.raises(InputError, match="usable subject, found none among 6; the first: Expected"):
-        bc.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
+        prepare_file.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
     assert not (tmp_path / "c.zarr").exists()
 
 
 def test_other_options_for_the_same_store_are_refused(derivatives, tmp_path):
     rows = find_scans(derivatives).iloc[1:3]
-    bc.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
+    prepare_file.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
     with pytest.raises(InputError, match=r"voxel_mm=8.0, found voxel_mm=16.0"):
-        bc.prepare(rows, tmp_path / "c.zarr", atlas=ATLAS, voxel_mm=8.0)
+        prepare_file.prepare(rows, tmp_path / "c.zarr", atlas=ATLAS, voxel_mm=8.0)
 
 
 def test_a_second_writer_is_refused(derivatives, tmp_path):
     out = tmp_path / "c.zarr"
-    with bc._only_writer(out), pytest.raises(InputError, match="only writer of .* found another"):
-        bc.prepare(derivatives, out, **OPTIONS)
+    with (
+        store_file.only_writer(out),
+        pytest.raises(InputError, match="only writer of .* found another"),
+    ):
+        prepare_file.prepare(derivatives, out, **OPTIONS)
 
 
 def test_the_lock_of_a_dead_process_is_free(tmp_path):
-    hold = "import sys, time, pathlib, bhx.cohort as bc\n"
-    hold += "with bc._only_writer(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
+    hold = "import sys, time, pathlib\nfrom bhx.data import store as store_file\n"
+    hold += (
+        "with store_file.only_writer(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
+    )
     hold += "    time.sleep(60)"
     out = tmp_path / "c.zarr"
     with subprocess.Popen([sys.executable, "-c", hold, str(out)], stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(InputError, match="only writer"), bc._only_writer(out):
+        with pytest.raises(InputError, match="only writer"), store_file.only_writer(out):
             pass
         holder.kill()
-    with bc._only_writer(out):
+    with store_file.only_writer(out):
         assert out.parent.is_dir()
 
 
@@ -219,10 +229,10 @@ def test_a_cluster_gives_what_threads_give(derivatives, tmp_path):
     with Client(
         n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
     ) as client:
-        bc.prepare(rows, tmp_path / "a.zarr", **OPTIONS, client=client)
+        prepare_file.prepare(rows, tmp_path / "a.zarr", **OPTIONS, client=client)
         address = client.scheduler.address
         assert address.startswith("inproc")
-    bc.prepare(rows, tmp_path / "b.zarr", **OPTIONS)
+    prepare_file.prepare(rows, tmp_path / "b.zarr", **OPTIONS)
     assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "b.zarr")
 
 
@@ -231,7 +241,7 @@ def test_a_cluster_gives_what_threads_give(derivatives, tmp_path):
 )
 def test_any_subject_name_is_safe(name, derivatives, tmp_path):
     rows = find_scans(derivatives).iloc[1:2].assign(subject=name)
-    cohort = bc.prepare(rows, tmp_path / "here" / "c.zarr", **OPTIONS)
+    cohort = prepare_file.prepare(rows, tmp_path / "here" / "c.zarr", **OPTIONS)
     assert cohort.subject.item() == name
     assert sorted(p.name for p in tmp_path.iterdir()) == ["here"]
     assert sorted(p.name for p in (tmp_path / "here").iterdir()) == [".c.zarr.lock", "c.zarr"]
@@ -323,24 +333,24 @@ def test_scans_of_other_parcels_do_not_mix(tmp_path):
     rows = pd.DataFrame({"subject": ["a", "b"], "tr": 2.0})
     rows["bold"] = [str(tmp_path / f"{name}.tsv") for name in "ab"]
     with pytest.raises(InputError, match="the same parcels in every scan, found others in b"):
-        bc.prepare(rows, tmp_path / "both.zarr", atlas=None)
-    bc.prepare(rows[:1], tmp_path / "c.zarr", atlas=None)
+        prepare_file.prepare(rows, tmp_path / "both.zarr", atlas=None)
+    prepare_file.prepare(rows[:1], tmp_path / "c.zarr", atlas=None)
     with pytest.raises(InputError, match="found others in the new subjects"):
-        bc.prepare(rows, tmp_path / "c.zarr", atlas=None)
-    assert bc.open_cohort(tmp_path / "c.zarr").sizes["subject"] == 1
+        prepare_file.prepare(rows, tmp_path / "c.zarr", atlas=None)
+    assert cohort_file.open_cohort(tmp_path / "c.zarr").sizes["subject"] == 1
 
 
 def test_a_folder_named_like_an_entry_does_not_hide_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sample").mkdir()
-    assert bc.open_cohort("sample").attrs["source"] == "sample"
+    assert cohort_file.open_cohort("sample").attrs["source"] == "sample"
 
 
 @pytest.mark.parametrize("scale", [600, 1e6, 1e-6])
 def test_half_precision_keeps_the_t1_at_any_scale(scale, tmp_path):
     path = t1_image(tmp_path / "a.nii", 4, scale=scale)
     rows = pd.DataFrame({"subject": ["a"], "t1": [str(path)]})
-    cohort = bc.prepare(rows, tmp_path / "c.zarr", voxel_mm=4)
+    cohort = prepare_file.prepare(rows, tmp_path / "c.zarr", voxel_mm=4)
     t1, _ = read_t1(path, voxel_mm=4)
     np.testing.assert_allclose(cohort.t1[0] / cohort.t1[0].max(), t1 / t1.max(), atol=1e-3)
     assert (cohort.warnings.item() != "") == (scale != 600)
@@ -351,7 +361,7 @@ def test_labels_of_any_kind_survive(derivatives, tmp_path):
     rows["visit"] = pd.to_datetime(["2020-01-01", "2021-05-05"])
     rows["score"] = np.array([1, 2], "int16")
     rows["smoker"] = [True, None]
-    cohort = bc.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
+    cohort = prepare_file.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
     assert cohort.visit.values[1].startswith("2021-05-05")
     assert cohort.score.values.tolist() == [1, 2]
     assert cohort.smoker.values.tolist() == ["True", ""]

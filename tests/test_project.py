@@ -118,7 +118,7 @@ def site(wheel, tmp_path_factory) -> Path:
 
 OFFLINE = {
     "atlases": 'print([bhx.load_atlas(f"schaefer{n}").harmonics.shape for n in (100, 200, 400)])',
-    "catalogue": "import bhx.catalog; print(bhx.catalog.shipped_folder())",
+    "catalogue": "import bhx.data.catalog; print(bhx.data.catalog.shipped_folder())",
     "sample": 'print(bhx.open_cohort("sample").bold.shape)',
     "weights": 'print(bhx.load_model("workshop"))',
 }

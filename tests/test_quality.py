@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_prepare import cohort_of
 
-from bhx.quality import quality_page
-from bhx.schema import InputError
+from bhx.data.quality_page import quality_page
+from bhx.errors import InputError
 
 NASTY = "<script>alert('x')</script>"
 

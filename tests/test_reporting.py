@@ -12,12 +12,21 @@ import pytest
 from small_cohorts import make_cohort, noise
 
 import bhx
-from bhx import reporting
-from bhx.cohort import cohort_hash
-from bhx.controls import connectome, nothing
+from bhx.data.splits import cohort_hash
 from bhx.errors import InputError
-from bhx.evaluation import compare, probe
-from bhx.reporting import age_gap, explained_by, learning_curve, operating_point, report, within
+from bhx.evaluate import report as report_file
+from bhx.evaluate.features import connectome, nothing
+from bhx.evaluate.probe import probe
+from bhx.evaluate.report import (
+    age_gap,
+    explained_by,
+    learning_curve,
+    operating_point,
+    report,
+    within,
+)
+from bhx.evaluate.scores import compare
+from bhx.settings import PACKAGE
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +103,8 @@ READ = {
     "explained_by": ("age", lambda s: explained_by(s, ["n_volumes", "site"])),
     "operating_point": ("group", operating_point),
     "age_gap": ("age", lambda s: age_gap(s).to_dataframe()[["gap", "corrected"]]),
-    "calibration": ("group", lambda s: points(reporting.plot_calibration(s))),
-    "predictions": ("age", lambda s: points(reporting.plot_predictions(s))),
+    "calibration": ("group", lambda s: points(report_file.plot_calibration(s))),
+    "predictions": ("age", lambda s: points(report_file.plot_predictions(s))),
 }
 
 
@@ -190,7 +199,7 @@ def test_page_counts_those_that_no_split_tested(split, tmp_path):
 def test_markdown_keeps_its_columns_whatever_the_names():
     names = pd.MultiIndex.from_tuples([("a|b", "r"), ("c\nd", "r")], names=["model", "metric"])
     table = pd.DataFrame({"score": [0.5, np.nan]}, names).rename_axis(columns="x|\ny")
-    assert reporting.as_markdown(table).splitlines() == [
+    assert report_file.as_markdown(table).splitlines() == [
         "**x\\| y**",
         "",
         "| model | metric | score |",
@@ -210,13 +219,13 @@ def test_methods_name_every_choice(features):
     scores = probe(
         features, "group", groups="site", harmonise="site", preserve=["age"], train_share=0.8
     )
-    text = reporting.methods(scores)
+    text = report_file.methods(scores)
     for part in ("held out whole values of site", "ComBat", "age", "80%"):
         assert part in text
-    paper = reporting.methods(probe(features, "age", protocol="paper"))
+    paper = report_file.methods(probe(features, "age", protocol="paper"))
     assert "three splits of 6:2:2" in paper
     assert "no interval" not in paper
-    assert "have no interval" in reporting.methods(probe(features, "group", protocol="paper"))
+    assert "have no interval" in report_file.methods(probe(features, "group", protocol="paper"))
 
 
 @pytest.mark.parametrize(
@@ -269,14 +278,14 @@ ALONE, KIN = ["participant"], {"family": ("subject", np.arange(90) // 4)}
 )
 def test_methods_claim_only_what_was_done(features, options, lacks, adds, said, unsaid):
     given = features.drop_vars(lacks).assign_coords(adds)
-    text = reporting.methods(probe(given, "age", **options))
+    text = report_file.methods(probe(given, "age", **options))
     assert said in text
     assert unsaid not in text
 
 
 def test_methods_say_what_read_which_features(features):
     own = noise(features).assign_attrs(name="wave", estimator="MLP")
-    text = reporting.methods(probe([features, own, nothing(features)], "age"))
+    text = report_file.methods(probe([features, own, nothing(features)], "age"))
     for part in (
         "from connectome by ridge regression, nested penalty",
         "from wave by TransformedTargetRegressor(",
@@ -288,13 +297,13 @@ def test_methods_say_what_read_which_features(features):
 
 def test_figures_show_the_numbers_of_the_table(ages, labels):
     table = compare(ages)
-    figure = reporting.plot_scores(table, "r")
+    figure = report_file.plot_scores(table, "r")
     np.testing.assert_allclose(figure.data[0].x, table.xs("r", level="metric").score)
     ends = figure.data[0].x + figure.data[0].error_x.array
     np.testing.assert_allclose(ends, table.xs("r", level="metric").high)
-    curves = reporting.plot_calibration(labels)
+    curves = report_file.plot_calibration(labels)
     assert [t.name.split(" (")[0] for t in curves.data[1:]] == ["connectome", "noise"]
-    dots = reporting.plot_predictions(ages)
+    dots = report_file.plot_predictions(ages)
     np.testing.assert_array_equal(dots.data[1].x, ages.truth)
     assert json.loads(figure.to_json())["layout"]["title"]["text"] == "age"
 
@@ -309,22 +318,22 @@ def test_made_with_names_weights_rows_and_seeds_once(ages):
     cohort = make_cohort()
     rows = f"{cohort.sizes['subject']} rows {cohort_hash(cohort)[:12]}"
     trained, random = a_model("ab" * 32), a_model("", "random weights, seed 4")
-    lines = reporting.made_with(cohort, cohort, trained, random, ages).splitlines()
+    lines = report_file.made_with(cohort, cohort, trained, random, ages).splitlines()
     assert lines[1:] == [
         f"test cohort: {rows}",
         "weights tiny: made here abababababab",
         "weights tiny: random weights, seed 4",
         f"age: seed 0, {rows}",
     ]
-    other = reporting.made_with(cohort[{"subject": slice(0, 89)}]).splitlines()[1]
+    other = report_file.made_with(cohort[{"subject": slice(0, 89)}]).splitlines()[1]
     assert other.startswith("test cohort: 89 rows ")
     assert rows.split()[-1] not in other
 
 
 def test_made_with_knows_the_shipped_weights():
-    described = Path(reporting.__file__).with_name("weights") / "workshop" / "config.json"
+    described = PACKAGE / "weights" / "workshop" / "config.json"
     digest = json.loads(described.read_text())["sha256"]
-    assert reporting.made_with(a_model(digest)).endswith(
+    assert report_file.made_with(a_model(digest)).endswith(
         f"\nweights workshop: shipped {digest[:12]}"
     )
 
@@ -339,7 +348,7 @@ def test_another_machines_versions_compare_equal_and_its_rows_do_not():
             text = re.sub(rules[name]["regex"], rules[name]["replace"], text)
         return text
 
-    said = clean(reporting.made_with(make_cohort(), a_model("ab" * 32)))
+    said = clean(report_file.made_with(make_cohort(), a_model("ab" * 32)))
     versions, rows, weights = said.splitlines()
     assert not re.search(r"\d", versions)
     assert weights == "weights tiny: made here HASH"
@@ -351,4 +360,4 @@ def test_another_machines_versions_compare_equal_and_its_rows_do_not():
 def test_made_with_reads_attributes_that_bhx_did_not_write():
     named = make_cohort(n=4).assign_attrs(cohort="my clinic")
     weighted = connectome(named).assign_attrs(weights_sha256="a" * 64)
-    assert "weights model: made here aaaaaaaaaaaa" in reporting.made_with(named, weighted)
+    assert "weights model: made here aaaaaaaaaaaa" in report_file.made_with(named, weighted)

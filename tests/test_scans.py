@@ -25,10 +25,12 @@ from small_files import (
     volume,
 )
 
-import bhx.quality as quality
-import bhx.scans as scans
-from bhx.atlas import load_atlas, load_sample
-from bhx.schema import InputError, t1_grid
+from bhx.data import anatomy as anatomy_file
+from bhx.data import bold as bold_file
+from bhx.data import quality as quality_file
+from bhx.data.atlas import load_atlas, load_sample
+from bhx.errors import InputError
+from bhx.schema import t1_grid
 
 SERIES = parcel_series()
 NAMES = load_atlas(ATLAS).roi.values
@@ -71,7 +73,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_scan(form, tmp_path):
     path = FORMS[form](tmp_path)
-    bold = scans.read_bold(path, ATLAS, labels=tmp_path / "labels.nii.gz")
+    bold = bold_file.read_bold(path, ATLAS, labels=tmp_path / "labels.nii.gz")
     assert bold.dims == ("roi", "time")
     assert bold.roi.values.tolist() == NAMES.tolist()
     assert bold.attrs["tr"] == pytest.approx(TR)
@@ -82,17 +84,17 @@ def test_every_form_gives_the_same_scan(form, tmp_path):
 def test_a_right_hemisphere_finds_its_left(tmp_path):
     left = gifti(tmp_path, SERIES)
     right = left.with_name(left.name.replace("hemi-L", "hemi-R"))
-    xr.testing.assert_equal(scans.read_bold(left, ATLAS), scans.read_bold(right, ATLAS))
+    xr.testing.assert_equal(bold_file.read_bold(left, ATLAS), bold_file.read_bold(right, ATLAS))
 
 
 def test_tables_without_names_need_an_order(tmp_path):
     path = table(tmp_path / "a.csv", SERIES, separator=",")
     np.save(tmp_path / "b.npy", SERIES.T)
     for file in (path, tmp_path / "b.npy"):
-        bold = scans.read_bold(file, ATLAS, order="7networks", tr=TR)
+        bold = bold_file.read_bold(file, ATLAS, order="7networks", tr=TR)
         np.testing.assert_allclose(bold, SERIES)
         with pytest.raises(InputError, match="parcel names in .*, found none"):
-            scans.read_bold(file, ATLAS, tr=TR)
+            bold_file.read_bold(file, ATLAS, tr=TR)
 
 
 def test_the_17_network_order_is_aligned_by_name(tmp_path):
@@ -100,16 +102,16 @@ def test_the_17_network_order_is_aligned_by_name(tmp_path):
     seventeen = load_atlas("schaefer400", order="17networks")
     there = load_atlas("schaefer400").indexes["roi"].get_indexer(seventeen.name7)
     path = table(tmp_path / "a.tsv", bold[there], seventeen.roi.values)
-    np.testing.assert_allclose(scans.read_bold(path), bold)
+    np.testing.assert_allclose(bold_file.read_bold(path), bold)
     path = table(tmp_path / "b.csv", bold[there], separator=",")
-    np.testing.assert_allclose(scans.read_bold(path, order="17networks"), bold)
+    np.testing.assert_allclose(bold_file.read_bold(path, order="17networks"), bold)
 
 
 def test_other_atlases_keep_their_columns(tmp_path):
     path = tmp_path / "rois_cc200.1D"
     rows = "\n".join("\t".join(f"{v:.6f}" for v in volume) for volume in SERIES[:7].T)
     path.write_text("\t".join(f"#{i}" for i in range(1, 8)) + "\n" + rows)
-    bold = scans.read_bold(path, None, tr=1.5)
+    bold = bold_file.read_bold(path, None, tr=1.5)
     assert bold.roi.values.tolist() == [str(i) for i in range(1, 8)]
     np.testing.assert_allclose(bold, SERIES[:7], atol=1e-6)
 
@@ -126,7 +128,7 @@ def test_volumes_are_parcelled_as_nilearn_does(tmp_path):
         path,
     )
     theirs = NiftiLabelsMasker(labels, standardize=None).fit_transform(path)
-    ours = scans.read_bold(path, ATLAS, labels=labels)
+    ours = bold_file.read_bold(path, ATLAS, labels=labels)
     np.testing.assert_allclose(ours, theirs.T, rtol=1e-5)
 
 
@@ -138,7 +140,7 @@ def test_voxels_without_signal_are_left_out_of_the_mean(tmp_path):
     mine = np.argwhere(numbers == 5)
     data[tuple(mine[: len(mine) // 4].T)] = 0
     nib.save(nib.Nifti1Image(data, image.affine, image.header), path)
-    bold = scans.read_bold(path, ATLAS, labels=labels)
+    bold = bold_file.read_bold(path, ATLAS, labels=labels)
     np.testing.assert_allclose(bold, SERIES, rtol=1e-6)
     assert bold.covered[4] == pytest.approx(1 - len(mine) // 4 / len(mine))
 
@@ -149,20 +151,20 @@ def test_voxels_without_signal_are_left_out_of_the_mean(tmp_path):
 def test_the_repetition_time_is_found_and_checked(tmp_path):
     path = tmp_path / "sub-01" / "func" / "sub-01_task-rest_bold.nii.gz"
     path.parent.mkdir(parents=True)
-    assert scans.read_tr(path, 0.8) == 0.8
-    assert scans.read_tr(path, None, 0.72) == 0.72
+    assert bold_file.read_tr(path, 0.8) == 0.8
+    assert bold_file.read_tr(path, None, 0.72) == 0.72
     (tmp_path / "task-rest_bold.json").write_text('{"RepetitionTime": 2.5}')
-    assert scans.read_tr(path, 1.0) == 2.5  # 1 s is what writers leave in an unfilled header
+    assert bold_file.read_tr(path, 1.0) == 2.5  # 1 s is what writers leave in an unfilled header
     sidecar(path, 3.0)
-    assert scans.read_tr(path) == 3.0
+    assert bold_file.read_tr(path) == 3.0
     with pytest.raises(InputError, match="found 3 s in the sidecar and 2 s in the header"):
-        scans.read_tr(path, 2.0)
+        bold_file.read_tr(path, 2.0)
 
 
 def test_milliseconds_in_the_header_are_understood_when_it_says_so(tmp_path):
     labels = label_image(tmp_path / "labels.nii.gz")
     path = volume(tmp_path / "bold.nii", SERIES, labels, tr=2000, units="msec")
-    assert scans.read_bold(path, ATLAS, labels=labels).attrs["tr"] == pytest.approx(2)
+    assert bold_file.read_bold(path, ATLAS, labels=labels).attrs["tr"] == pytest.approx(2)
 
 
 # --- denoising ---
@@ -191,8 +193,8 @@ def test_denoising_removes_confounds_and_keeps_signal_and_mean(tmp_path):
     table_path, frame = fmriprep_confounds(tmp_path, n)
     clean = parcel_series(n)
     noisy = clean + 50 * frame["trans_x"].to_numpy()
-    bold = scans.read_bold(gifti(tmp_path, noisy), ATLAS)
-    out = scans.denoise(bold, gifti(tmp_path, noisy), table_path)
+    bold = bold_file.read_bold(gifti(tmp_path, noisy), ATLAS)
+    out = bold_file.denoise(bold, gifti(tmp_path, noisy), table_path)
     before, after = (np.abs(np.corrcoef(b, frame["trans_x"])[-1, :-1]).max() for b in (noisy, out))
     assert before > 0.9
     assert after < 0.01
@@ -206,8 +208,8 @@ def test_scrubbed_volumes_are_filled_so_that_time_stays_regular(tmp_path):
     spiked = parcel_series(n)
     spiked[:, bad] += 500
     path = gifti(tmp_path, spiked)
-    out = scans.denoise(
-        scans.read_bold(path, ATLAS), path, table_path, strategy="scrubbing", scrub=0
+    out = bold_file.denoise(
+        bold_file.read_bold(path, ATLAS), path, table_path, strategy="scrubbing", scrub=0
     )
     assert out.sizes["time"] == n
     assert out.attrs["n_scrubbed"] >= 2
@@ -218,15 +220,15 @@ def test_the_filter_keeps_its_band():
     time = TR * np.arange(300)
     slow, fast = (np.sin(2 * np.pi * hz * time) for hz in (0.03, 0.2))
     bold = xr.DataArray((slow + fast)[None] + 5, dims=("roi", "time"), attrs={"tr": TR})
-    out = scans.denoise(bold, "a.tsv", strategy=None, low_pass=0.1, high_pass=0.01)
+    out = bold_file.denoise(bold, "a.tsv", strategy=None, low_pass=0.1, high_pass=0.01)
     inner = slice(30, -30)
     assert np.corrcoef(out[0, inner], slow[inner])[0, 1] > 0.99
 
 
 def test_denoised_files_and_tables_are_left_alone():
-    assert scans.needs_denoising("sub-01_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
+    assert bold_file.needs_denoising("sub-01_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
     for name in ("a_desc-denoised_bold.dtseries.nii", "a_timeseries.tsv", "a.ptseries.nii"):
-        assert not scans.needs_denoising(name)
+        assert not bold_file.needs_denoising(name)
 
 
 # --- verdicts on BOLD ---
@@ -241,20 +243,20 @@ def bold_of(series=SERIES, atlas=ATLAS, tr=TR):
 def test_a_real_scan_betrays_the_order_of_its_parcels():
     sample, parcels = load_sample(), load_atlas("schaefer400")
     seven = bold_of(sample.bold.values, "schaefer400", 1.4)
-    assert quality.homotopy(seven) > 0.9
+    assert quality_file.homotopy(seven) > 0.9
     for start in range(0, 600, 100):
         window = seven.isel(time=slice(start, start + 60))
         swapped = window.copy(data=window.values[np.r_[200:400, 0:200]])
         seventeen = window.copy(data=window.values[np.argsort(parcels.label17.values)])
-        assert quality.better_order(window) == ""
-        assert quality.better_order(swapped) == "the other hemisphere"
-        assert quality.better_order(seventeen) == "the 17-network order"
+        assert quality_file.better_order(window) == ""
+        assert quality_file.better_order(swapped) == "the other hemisphere"
+        assert quality_file.better_order(seventeen) == "the 17-network order"
 
 
 def test_homotopy_of_noise_is_a_half():
     noise = bold_of(np.random.default_rng(0).standard_normal((400, 200)), "schaefer400")
-    assert quality.homotopy(noise) == pytest.approx(0.5, abs=0.07)
-    assert quality.better_order(noise) == ""
+    assert quality_file.homotopy(noise) == pytest.approx(0.5, abs=0.07)
+    assert quality_file.better_order(noise) == ""
 
 
 @pytest.mark.parametrize(
@@ -266,13 +268,13 @@ def test_homotopy_of_noise_is_a_half():
     ],
 )
 def test_scales_are_told_apart(change, scale):
-    assert quality.scale_of(change(SERIES)) == scale
+    assert quality_file.scale_of(change(SERIES)) == scale
 
 
 def test_lost_parcels_become_zeros_and_a_warning():
     series = parcel_series(200)
     series[3], series[7, 5] = 1000, np.nan
-    out, facts, warnings = quality.judge_bold(bold_of(series), mean_fd=0.8)
+    out, facts, warnings = quality_file.judge_bold(bold_of(series), mean_fd=0.8)
     assert facts["coverage"] == pytest.approx(0.98)
     assert (out[[3, 7]] == 0).all()
     np.testing.assert_allclose(out[8], series[8], rtol=1e-6)
@@ -285,10 +287,10 @@ def test_lost_parcels_become_zeros_and_a_warning():
 
 
 def test_a_t1_in_any_orientation_and_file_is_the_same_t1(tmp_path):
-    template = scans.read_template_t1()
+    template = anatomy_file.read_template_t1()
     for orientation, suffix in (("LAS", ".nii"), ("RAS", ".nii.gz")):
         path = t1_image(tmp_path / f"{orientation}_T1w{suffix}", 1, orientation)
-        t1, warnings = scans.read_t1(path)
+        t1, warnings = anatomy_file.read_t1(path)
         assert warnings == []
         np.testing.assert_allclose(t1, 600 * template, rtol=1e-5, atol=1e-3)
     for axis, values in t1_grid(1).items():
@@ -297,8 +299,8 @@ def test_a_t1_in_any_orientation_and_file_is_the_same_t1(tmp_path):
 
 @pytest.mark.parametrize("step", [2, 3])
 def test_coarser_t1_images_are_close(step, tmp_path):
-    fine, _ = scans.read_t1(t1_image(tmp_path / "fine.nii"), voxel_mm=4)
-    coarse, _ = scans.read_t1(t1_image(tmp_path / "coarse.nii", step), voxel_mm=4)
+    fine, _ = anatomy_file.read_t1(t1_image(tmp_path / "fine.nii"), voxel_mm=4)
+    coarse, _ = anatomy_file.read_t1(t1_image(tmp_path / "coarse.nii", step), voxel_mm=4)
     assert fine.shape == (40, 48, 40)
     assert np.corrcoef(fine.values.ravel(), coarse.values.ravel())[0, 1] > 0.98
 
@@ -311,15 +313,15 @@ def test_a_mask_cuts_the_skull_away(tmp_path):
     )
     head = brain.get_fdata() + 300
     nib.save(nib.Nifti1Image(head.astype("float32"), brain.affine), tmp_path / "head.nii")
-    t1, _ = scans.read_t1(tmp_path / "head.nii", tmp_path / "mask.nii")
-    np.testing.assert_array_equal(t1 > 0, scans.read_template_t1() > 0)
+    t1, _ = anatomy_file.read_t1(tmp_path / "head.nii", tmp_path / "mask.nii")
+    np.testing.assert_array_equal(t1 > 0, anatomy_file.read_template_t1() > 0)
     with pytest.raises(InputError, match="Skull-strip it or give its brain mask"):
-        scans.read_t1(tmp_path / "head.nii")
+        anatomy_file.read_t1(tmp_path / "head.nii")
 
 
 def test_t1_voxels_are_block_means_of_the_1_mm_grid(tmp_path):
     path = t1_image(tmp_path / "a.nii")
-    fine, coarse = (scans.read_t1(path, voxel_mm=v)[0] for v in (1, 16))
+    fine, coarse = (anatomy_file.read_t1(path, voxel_mm=v)[0] for v in (1, 16))
     blocks = fine.coarsen(x=16, y=16, z=16).mean()
     xr.testing.assert_allclose(coarse, blocks.astype("float32"))
 
@@ -350,7 +352,7 @@ FILES = st.sampled_from(["a.csv", "a.tsv", "a.1D", "a.csv.gz", "a.npy", "a.nii",
 @example(b"\xff\xfe1\t2", "a.tsv")
 def test_any_bytes_are_read_or_refused(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
-    bold, why = outcome(scans.read_bold, tmp_path / name, None, tr=2.0)
+    bold, why = outcome(bold_file.read_bold, tmp_path / name, None, tr=2.0)
     assert name in why if bold is None else bold.size > 0
 
 
@@ -361,7 +363,7 @@ CELL = st.floats(allow_nan=False, width=32).map(str) | st.sampled_from(["", "n/a
 @given(st.lists(st.lists(CELL, min_size=1, max_size=4), min_size=1, max_size=6))
 def test_any_table_is_read_or_refused(tmp_path, rows):
     (tmp_path / "a.csv").write_text("\n".join(",".join(row) for row in rows))
-    bold, why = outcome(scans.read_bold, tmp_path / "a.csv", None, tr=2.0)
+    bold, why = outcome(bold_file.read_bold, tmp_path / "a.csv", None, tr=2.0)
     assert "a.csv" in why if bold is None else bold.size > 0
 
 
@@ -381,7 +383,7 @@ JSON = st.recursive(
 @example({"RepetitionTime": 10**400})
 def test_any_sidecar_is_read_or_refused(tmp_path, content):
     (tmp_path / "a.json").write_text(json.dumps(content))
-    tr, why = outcome(scans.read_tr, tmp_path / "a.nii.gz")
+    tr, why = outcome(bold_file.read_tr, tmp_path / "a.nii.gz")
     assert why.startswith("Expected") if tr is None else 0 < tr <= 20
 
 
@@ -391,9 +393,9 @@ def test_memory_does_not_grow_with_the_length_of_a_volume(tmp_path):
     labels = label_image(tmp_path / "labels.nii.gz")
     path = volume(tmp_path / "bold.nii.gz", parcel_series(240), labels)
     whole = 4 * np.prod(nib.load(path).shape)  # bytes
-    scans.read_bold(path, ATLAS, labels=labels)  # so that no import is counted
+    bold_file.read_bold(path, ATLAS, labels=labels)  # so that no import is counted
     tracemalloc.start()
-    scans.read_bold(path, ATLAS, labels=labels)
+    bold_file.read_bold(path, ATLAS, labels=labels)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < whole / 4

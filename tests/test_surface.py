@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from bhx import surface as pictures
-from bhx.atlas import load_atlas, load_mesh
-from bhx.latents import project, region_map
-from bhx.schema import InputError, t1_grid
+from bhx.data.atlas import load_atlas, load_mesh
+from bhx.errors import InputError
+from bhx.latents.maps import region_map
+from bhx.latents.pool import project
+from bhx.schema import t1_grid
+from bhx.show import people as people_file
+from bhx.show import surface as surface_file
+from bhx.show import tokens as tokens_file
+from bhx.show import volume as volume_file
 
 LIMIT = 1.3e6  # bytes of plotly JSON
 HALF = 10_242  # vertices of a hemisphere
@@ -64,7 +69,7 @@ def mesh_traces(figure, part="values"):
 
 
 def test_every_vertex_has_its_parcels_value_and_name(atlas, values):
-    brain = pictures.on_vertices(values)
+    brain = surface_file.on_vertices(values)
     labels = atlas.labels_fsaverage5.values
     for i in (0, 57, 399):
         here = labels == int(atlas.label[i])
@@ -76,41 +81,41 @@ def test_every_vertex_has_its_parcels_value_and_name(atlas, values):
 
 
 def test_parcels_are_placed_by_name_in_any_order(atlas, values):
-    straight = pictures.on_vertices(values)
+    straight = surface_file.on_vertices(values)
     mixed = values[np.random.default_rng(0).permutation(400)]
-    xr.testing.assert_identical(straight, pictures.on_vertices(mixed))
+    xr.testing.assert_identical(straight, surface_file.on_vertices(mixed))
     seventeen = load_atlas("schaefer400", order="17networks")
     renamed = xr.DataArray(seventeen.mni_y.values, {"roi": seventeen.roi.values}, ["roi"])
-    np.testing.assert_allclose(pictures.on_vertices(renamed), straight)
+    np.testing.assert_allclose(surface_file.on_vertices(renamed), straight)
 
 
 def test_missing_parcels_stay_grey(values):
-    whole, part = pictures.plot_surface(values), pictures.plot_surface(values[:150])
+    whole, part = surface_file.plot_surface(values), surface_file.plot_surface(values[:150])
     drawn = [sum(len(t.x) for t in mesh_traces(f)) for f in (whole, part)]
     assert drawn[1] < drawn[0]
-    brain = pictures.on_vertices(values[:150])
+    brain = surface_file.on_vertices(values[:150])
     assert np.isnan(brain.values[brain.hemi.values == "right"]).all()
 
 
 @pytest.mark.parametrize("mesh", ["inflated", "pial", "white", "flat"])
 def test_both_hemispheres_fit_into_the_limit_with_outlines(values, mesh):
-    figure = pictures.plot_surface(values, mesh=mesh, outlines=True)
+    figure = surface_file.plot_surface(values, mesh=mesh, outlines=True)
     assert len(figure.to_json()) <= LIMIT
 
 
 @pytest.mark.parametrize("mesh", ["inflated", "pial", "flat"])
 def test_left_is_left_and_nothing_overlaps(values, mesh):
-    left, right = mesh_traces(pictures.plot_surface(values, mesh=mesh))
+    left, right = mesh_traces(surface_file.plot_surface(values, mesh=mesh))
     assert (left.name, right.name) == ("left values", "right values")
     assert np.mean(left.x) < 0 < np.mean(right.x)
     if mesh != "pial":
         assert max(left.x) < min(right.x)
 
 
-@pytest.mark.parametrize("view", list(pictures.VIEWS))
+@pytest.mark.parametrize("view", list(surface_file.VIEWS))
 def test_standard_views_are_the_right_way_up(view):
     """The camera's right-hand side and up, from its eye and up vectors."""
-    camera = pictures.camera(view)
+    camera = surface_file.camera(view)
     eye, up = (np.array([camera[k][a] for a in "xyz"]) for k in ("eye", "up"))
     right = np.cross(up, eye / np.linalg.norm(eye))
     if view == "top":
@@ -123,9 +128,9 @@ def test_standard_views_are_the_right_way_up(view):
 
 
 def test_buttons_show_one_hemisphere_from_its_side(values):
-    figure = pictures.plot_surface(values)
+    figure = surface_file.plot_surface(values)
     buttons = {b.label: b.args for b in figure.layout.updatemenus[0].buttons}
-    assert list(buttons) == list(pictures.VIEWS)
+    assert list(buttons) == list(surface_file.VIEWS)
     visible = buttons["left medial"][0]["visible"]
     shown = [t.name for t, on in zip(figure.data, visible, strict=True) if on]
     assert shown == ["left values", "left grey"]
@@ -133,46 +138,46 @@ def test_buttons_show_one_hemisphere_from_its_side(values):
 
 
 def test_hover_names_parcel_network_and_value(atlas, values):
-    left, _ = mesh_traces(pictures.plot_surface(values))
+    left, _ = mesh_traces(surface_file.plot_surface(values))
     prefix = left.hovertemplate.split("%{text}")[0]
     assert "%{intensity" in left.hovertemplate
-    brain = pictures.on_vertices(values)
+    brain = surface_file.on_vertices(values)
     names = [prefix + text for text in left.text]
     assert set(names) <= set(atlas.roi.values) | {prefix + "no parcel"}
     value_of = dict(zip(atlas.roi.values.tolist(), values.values.tolist(), strict=True))
     assert all(value_of[n] == v for n, v in zip(names, left.intensity, strict=True))
     network = dict(zip(atlas.roi.values.tolist(), atlas.network.values.tolist(), strict=True))
     assert all(network[n] in n for n in set(names))
-    assert brain.sizes[pictures.VERTEX] == 2 * HALF
+    assert brain.sizes[surface_file.VERTEX] == 2 * HALF
 
 
 def test_all_triangles_are_drawn_once(values):
-    figure = pictures.plot_surface(values, hemi="left")
+    figure = surface_file.plot_surface(values, hemi="left")
     assert sum(len(t.i) for t in figure.data) == len(load_mesh("inflated", "left")[1])
 
 
 def test_threshold_leaves_the_small_values_out(values):
-    for trace in mesh_traces(pictures.plot_surface(values, threshold=30)):
+    for trace in mesh_traces(surface_file.plot_surface(values, threshold=30)):
         assert np.abs(trace.intensity).min() >= 30
 
 
 def test_maps_of_both_signs_are_symmetric_and_others_are_not(values):
-    axis = pictures.plot_surface(values).layout.coloraxis
+    axis = surface_file.plot_surface(values).layout.coloraxis
     assert axis.cmin == -axis.cmax == -float(abs(values).max())
-    axis = pictures.plot_surface(values + 200).layout.coloraxis
+    axis = surface_file.plot_surface(values + 200).layout.coloraxis
     assert axis.cmin == pytest.approx(float(values.min() + 200))
-    axis = pictures.plot_surface(values, limits=(-5, 10), cmap="cividis").layout.coloraxis
+    axis = surface_file.plot_surface(values, limits=(-5, 10), cmap="cividis").layout.coloraxis
     assert (axis.cmin, axis.cmax) == (-5, 10)
 
 
 def test_outlines_lie_on_borders_between_networks(values):
     """Every point of an outline is the middle of an edge, or of a triangle, between networks."""
-    figure = pictures.plot_surface(values, hemi="left", mesh="pial", outlines=True)
+    figure = surface_file.plot_surface(values, hemi="left", mesh="pial", outlines=True)
     line = next(t for t in figure.data if t.type == "scatter3d")
     points = np.stack([line.x, line.y, line.z], 1)
     points = points[np.isfinite(points).all(1)]
     coords, faces = load_mesh("pial", "left")
-    network = pictures.on_vertices(values).network.values[:HALF]
+    network = surface_file.on_vertices(values).network.values[:HALF]
     edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     border = edges[network[edges[:, 0]] != network[edges[:, 1]]]
     meet = faces[[len(set(n)) == 3 for n in network[faces]]]
@@ -183,18 +188,18 @@ def test_outlines_lie_on_borders_between_networks(values):
 
 def test_strokes_use_every_pair_once():
     pairs = [(0, 1), (1, 2), (2, 0), (5, 6), (6, 7), (6, 8)]
-    walked = [tuple(sorted(step)) for s in pictures._strokes(pairs) for step in pairwise(s)]
+    walked = [tuple(sorted(step)) for s in surface_file._strokes(pairs) for step in pairwise(s)]
     assert sorted(walked) == sorted(tuple(sorted(p)) for p in pairs)
 
 
 def test_nilearn_images_are_drawn(values):
     from nilearn.surface import InMemoryMesh, PolyMesh, SurfaceImage
 
-    brain = pictures.on_vertices(values)
+    brain = surface_file.on_vertices(values)
     sides = {s: InMemoryMesh(*load_mesh("inflated", s)) for s in ("left", "right")}
     parts = {"left": brain.values[:HALF], "right": brain.values[HALF:]}
     image = SurfaceImage(PolyMesh(**sides), parts)
-    np.testing.assert_array_equal(pictures.on_vertices(image), brain)
+    np.testing.assert_array_equal(surface_file.on_vertices(image), brain)
 
 
 def painted(figure):
@@ -206,7 +211,7 @@ def painted(figure):
 
 def test_static_brain_shows_the_front_where_it_is(values):
     """Red (front) lies left in the left lateral view and right in the right lateral one."""
-    figure = pictures.plot_surface(values, static=True, cmap="RdBu_r", outlines=True)
+    figure = surface_file.plot_surface(values, static=True, cmap="RdBu_r", outlines=True)
     assert [a.get_title() for a in figure.axes[:2]] == ["left lateral", "right lateral"]
     picture = painted(figure)
     reddish = picture[..., 0] - picture[..., 2]
@@ -223,7 +228,7 @@ def test_volume_planes_have_left_on_the_left_and_fit(latents):
     t1 = xr.DataArray(np.zeros([len(v) for v in grid.values()], "f4"), grid, ("x", "y", "z"))
     t1 = t1 + (t1.x < 0) + (t1.z > 50)  # bright on the left and at the top
     overlay = region_map(latents, 2, of="t1")
-    figure = pictures.plot_volume(t1, overlay=overlay)
+    figure = volume_file.plot_volume(t1, overlay=overlay)
     assert len(figure.to_json()) <= LIMIT
     axial = next(t for t in figure.data if t.name == "axial" and t.visible)
     picture = np.asarray(axial.z)
@@ -235,8 +240,8 @@ def test_volume_planes_have_left_on_the_left_and_fit(latents):
 
 
 def test_volume_sliders_show_one_position_of_their_plane(latents):
-    figure = pictures.plot_volume(overlay=region_map(latents, 0, of="t1"), n_slices=5)
-    for plane, slider in zip(pictures.PLANES, figure.layout.sliders, strict=True):
+    figure = volume_file.plot_volume(overlay=region_map(latents, 0, of="t1"), n_slices=5)
+    for plane, slider in zip(volume_file.PLANES, figure.layout.sliders, strict=True):
         assert len(slider.steps) == 5
         for step in slider.steps:
             shown, traces = step.args[0]["visible"], step.args[1]
@@ -247,7 +252,7 @@ def test_volume_sliders_show_one_position_of_their_plane(latents):
 
 def test_cube_map_lies_where_its_cubes_are(latents):
     """Cube (i, j, k) covers the T1 voxels of block (i, j, k)."""
-    cubes = pictures.with_mm(region_map(latents, 0, of="t1"))
+    cubes = volume_file.with_mm(region_map(latents, 0, of="t1"))
     for axis, n in zip("xyz", (5, 6, 5), strict=True):
         blocks = t1_grid()[axis].reshape(n, -1)
         assert (cubes[axis].values > blocks.min(1)).all()
@@ -256,20 +261,20 @@ def test_cube_map_lies_where_its_cubes_are(latents):
 
 def test_tokens_are_sorted_by_bold_and_even_attention_is_one(latents):
     even = latents.assign(hub_to_roi=xr.full_like(latents.hub_to_roi, 0.01))
-    table = pictures.token_table(even)
+    table = tokens_file.token_table(even)
     np.testing.assert_allclose(table.preference, 1)
     assert (np.diff(table.share.sel(modality="bold")) <= 0).all()
-    figure = pictures.plot_tokens(latents)
+    figure = tokens_file.plot_tokens(latents)
     assert list(figure.data[0].x) == list(table.network.values)
     assert len(figure.to_json()) <= LIMIT
 
 
 def test_latents_are_coloured_by_numbers_or_names(latents):
     points = project(latents)
-    by_age = pictures.plot_latents(points, color="age")
+    by_age = people_file.plot_latents(points, color="age")
     np.testing.assert_allclose(by_age.data[0].marker.color, latents.age)
     assert "[years]" in by_age.data[0].marker.colorbar.title.text
-    by_site = pictures.plot_latents(points, color="site")
+    by_site = people_file.plot_latents(points, color="site")
     assert [t.name for t in by_site.data] == ["A", "B"]
     np.testing.assert_allclose(by_site.data[1].x, points[1::2, 0], rtol=1e-5)
 
@@ -280,10 +285,10 @@ def test_names_cannot_inject_html(latents, values):
     named["site"] = ("subject", [bad] * 6 + ["B"] * 6)
     points = project(named)
     figures = [
-        pictures.plot_latents(points, color="site", title=bad),
-        pictures.plot_surface(values, title=bad),
-        pictures.plot_volume(title=bad),
-        pictures.plot_tokens(latents, title=bad),
+        people_file.plot_latents(points, color="site", title=bad),
+        surface_file.plot_surface(values, title=bad),
+        volume_file.plot_volume(title=bad),
+        tokens_file.plot_tokens(latents, title=bad),
     ]
     for figure in figures:
         assert "<img" not in json.dumps(figure.to_dict(), default=str)
@@ -292,27 +297,27 @@ def test_names_cannot_inject_html(latents, values):
 @pytest.mark.parametrize("name", ["volume", "tokens", "age", "site"])
 def test_static_twins_are_drawn(latents, name):
     figure = {
-        "volume": lambda: pictures.plot_volume(
+        "volume": lambda: volume_file.plot_volume(
             overlay=region_map(latents, 1, of="t1"), static=True
         ),
-        "tokens": lambda: pictures.plot_tokens(latents, static=True),
-        "age": lambda: pictures.plot_latents(project(latents), color="age", static=True),
-        "site": lambda: pictures.plot_latents(project(latents), color="site", static=True),
+        "tokens": lambda: tokens_file.plot_tokens(latents, static=True),
+        "age": lambda: people_file.plot_latents(project(latents), color="age", static=True),
+        "site": lambda: people_file.plot_latents(project(latents), color="site", static=True),
     }[name]()
     assert painted(figure).std() > 10
 
 
 def bad_calls():
-    yield "shape", lambda v: pictures.plot_surface(np.zeros(77)), "(77,)"
-    yield "dims", lambda v: pictures.plot_surface(v.expand_dims("subject")), "'subject'"
-    yield "names", lambda v: pictures.plot_surface(v.assign_coords(roi=np.arange(400))), "0, 1"
-    yield "hemi", lambda v: pictures.plot_surface(v, hemi="l"), "found 'l'"
-    yield "view", lambda v: pictures.plot_surface(v, view="back"), "found 'back'"
-    yield "mesh", lambda v: pictures.plot_surface(v, mesh="round"), "found 'round'"
-    yield "limits", lambda v: pictures.plot_surface(v, limits=(1, 0)), "(1, 0)"
-    yield "t1", lambda v: pictures.plot_volume(v), "('roi',)"
-    yield "cubes", lambda v: pictures.plot_volume(overlay=v), "('roi',)"
-    yield "points", lambda v: pictures.plot_latents(v), "('roi',)"
+    yield "shape", lambda v: surface_file.plot_surface(np.zeros(77)), "(77,)"
+    yield "dims", lambda v: surface_file.plot_surface(v.expand_dims("subject")), "'subject'"
+    yield "names", lambda v: surface_file.plot_surface(v.assign_coords(roi=np.arange(400))), "0, 1"
+    yield "hemi", lambda v: surface_file.plot_surface(v, hemi="l"), "found 'l'"
+    yield "view", lambda v: surface_file.plot_surface(v, view="back"), "found 'back'"
+    yield "mesh", lambda v: surface_file.plot_surface(v, mesh="round"), "found 'round'"
+    yield "limits", lambda v: surface_file.plot_surface(v, limits=(1, 0)), "(1, 0)"
+    yield "t1", lambda v: volume_file.plot_volume(v), "('roi',)"
+    yield "cubes", lambda v: volume_file.plot_volume(overlay=v), "('roi',)"
+    yield "points", lambda v: people_file.plot_latents(v), "('roi',)"
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from bhx import synthetic
-from bhx.atlas import load_atlas
-from bhx.schema import InputError, check, t1_grid
-from bhx.synthetic import EFFECTS, SIZES, Site, synthetic_cohort
+from bhx.data import synthetic as synthetic_file
+from bhx.data.atlas import load_atlas
+from bhx.data.synthetic import EFFECTS, SIZES, Site, synthetic_cohort
+from bhx.errors import InputError
+from bhx.schema import check, t1_grid
 
 
 def computed(n, *variables, **options):
@@ -130,8 +131,8 @@ def test_nothing_is_computed_before_it_is_read(monkeypatch):
     def computed_too_early(*_, **__):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(synthetic, "_bold", computed_too_early)
-    monkeypatch.setattr(synthetic, "_t1", computed_too_early)
+    monkeypatch.setattr(synthetic_file, "_bold", computed_too_early)
+    monkeypatch.setattr(synthetic_file, "_t1", computed_too_early)
     cohort = synthetic_cohort(3)
     with pytest.raises(AssertionError, match="computed"):
         cohort.bold[0].compute()
@@ -231,7 +232,7 @@ def test_cortex_is_lost_with_age():
     with_age, without = (
         computed(30, "t1", effects=each, sites=["A"]) for each in (only(age=1), False)
     )
-    template = synthetic._template(4.0)
+    template = synthetic_file._template(4.0)
     grey = float(template["cortex"].sum() / template["image"].sum())
     signal = with_age.t1.sum(("x", "y", "z")) / without.t1.sum(("x", "y", "z"))
     loss = -np.polyfit(with_age.age / 10, signal, 1)[0]
@@ -261,11 +262,13 @@ def test_men_have_larger_heads(clean, none):
 
 def test_couplings_change_by_exactly_what_was_planted():
     """Ratios of ratios of the model's coupling: the common normalisation falls out."""
-    brain = synthetic._group_brain("schaefer100")
-    row = synthetic._participant(1, 0, (synthetic.SITES["A"],), dict.fromkeys(EFFECTS, 1.0), 0, 0)[
-        0
-    ]
-    on, off = (synthetic._coupling(row, brain, dict.fromkeys(EFFECTS, size)) for size in (1.0, 0.0))
+    brain = synthetic_file._group_brain("schaefer100")
+    row = synthetic_file._participant(
+        1, 0, (synthetic_file.SITES["A"],), dict.fromkeys(EFFECTS, 1.0), 0, 0
+    )[0]
+    on, off = (
+        synthetic_file._coupling(row, brain, dict.fromkeys(EFFECTS, size)) for size in (1.0, 0.0)
+    )
     change = np.log(np.divide(on, off, where=off > 0, out=np.ones_like(on)))
     network = load_atlas("schaefer100").network.values
     between = off[:, network == "Vis"] > 0
@@ -283,7 +286,7 @@ def test_sites_differ_in_noise_gain_and_bias():
         assert low < float(level.max() / level.min()) < high
     ratio = (cohort.t1 / neutral.t1.where(neutral.t1 > 0)).sel(subject=cohort.site == "D")
     front, back = (ratio.sel(y=y, method="nearest").median() for y in (50, -90))
-    planted = synthetic.SITES["D"].bias[1] * 140 / 192
+    planted = synthetic_file.SITES["D"].bias[1] * 140 / 192
     assert float(np.log(front / back)) == pytest.approx(planted, abs=0.02)
 
 

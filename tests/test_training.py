@@ -16,17 +16,19 @@ import torch
 from scipy import signal
 from tiny_runs import QUICK, TINY, tiny_cohort
 
-from bhx import objectives, training
-from bhx.checkpoints import PRESETS
-from bhx.cohort import save_cohort
-from bhx.encoding import Model, load_model, random_model
+from bhx.data.store import save_cohort
+from bhx.encode.model import Model, load_model, random_model
 from bhx.errors import InputError
-from bhx.feed import Feed, cropped, cube_mask, decimated, held_out_rows, opened
-from bhx.monitor import collapse, plot_log, read_log
-from bhx.objectives import OBJECTIVES
-from bhx.recipes import Recipe, recipe
-from bhx.token_cache import TokenCache
-from bhx.training import _Run, pretrain, schedule
+from bhx.model import structure as structure_file
+from bhx.model.config import PRESETS
+from bhx.train import loop as loop_file
+from bhx.train import objectives as objectives_file
+from bhx.train.dataset import Feed, cropped, cube_mask, decimated, held_out_rows, opened
+from bhx.train.log import collapse, plot_log, read_log
+from bhx.train.loop import _Run, pretrain, schedule
+from bhx.train.objectives import OBJECTIVES
+from bhx.train.recipes import Recipe, recipe
+from bhx.train.token_cache import TokenCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:The representation is collapsing")  # of course
 
@@ -523,14 +525,14 @@ def test_stages_build_on_one_another(cohort, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(cohort, tmp_path, monkeypatch):
     whole = train(cohort, tmp_path / "whole")
-    real, calls = objectives.mae_loss, []
+    real, calls = structure_file.mae_loss, []
 
     def poisoned(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) > 5 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(objectives, "mae_loss", poisoned)
+        patch.setattr(objectives_file, "mae_loss", poisoned)
         with pytest.raises(InputError) as caught:
             train(cohort, tmp_path / "run", evaluate_every=100)
     text = str(caught.value)
@@ -806,13 +808,13 @@ def test_checkpoints_say_what_they_are(cohort, tmp_path):
         "random",
     }  # fmt: skip
     assert json.loads(json.dumps(state["plan"]))["stage"] == "structure"
-    assert training.FREE[0] in state["plan"]
+    assert loop_file.FREE[0] in state["plan"]
 
 
 def test_live_draws_the_log_and_a_brain_coming_back(cohort, tmp_path, monkeypatch):
     import IPython.display
 
-    from bhx.pictures import live
+    from bhx.show.hidden import live
 
     drawn, again = [], []
 

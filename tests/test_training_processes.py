@@ -14,12 +14,12 @@ import pytest
 import torch
 from tiny_runs import QUICK, TINY, tiny_cohort
 
-from bhx.cohort import save_cohort
-from bhx.encoding import load_model
-from bhx.feed import Feed
-from bhx.monitor import read_log
-from bhx.recipes import STAGES, recipe
-from bhx.training import pretrain
+from bhx.data.store import save_cohort
+from bhx.encode.model import load_model
+from bhx.train.dataset import Feed
+from bhx.train.log import read_log
+from bhx.train.loop import pretrain
+from bhx.train.recipes import STAGES, recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:The representation is collapsing")  # of course
 
@@ -177,8 +177,8 @@ def test_an_error_keeps_its_sentence_on_the_way_from_a_worker(tmp_path):
 def test_a_feed_travels_without_its_open_store(store):
     import pickle
 
-    from bhx.encoding import random_model
-    from bhx.feed import opened
+    from bhx.encode.model import random_model
+    from bhx.train.dataset import opened
 
     aligned, path = opened(store, None, random_model(TINY, device="cpu"))
     feed = Feed(aligned, TINY, recipe("dynamics"), path)

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from bhx import metrics
-from bhx.confounds import match_subjects
-from bhx.controls import connectome, cube_means, fuse
-from bhx.encoding import embed, load_model
-from bhx.evaluation import compare, probe, resample
-from bhx.latents import pool
-from bhx.reporting import explained_by, plot_scores
-from bhx.synthetic import synthetic_cohort
+from bhx.data.synthetic import synthetic_cohort
+from bhx.encode.embed import embed
+from bhx.encode.model import load_model
+from bhx.evaluate import metrics as metrics_file
+from bhx.evaluate.confounds import match_subjects
+from bhx.evaluate.features import connectome, cube_means, fuse
+from bhx.evaluate.probe import probe
+from bhx.evaluate.report import explained_by, plot_scores
+from bhx.evaluate.scores import compare, resample
+from bhx.latents.pool import pool
 
 PEOPLE, FAMILY = 120, 28  # intervals judged together: 7 targets x 2 features x 2 cohorts
 LIGHT = {"minutes": 4, "tr": 2.0, "voxel_mm": 16.0, "missing": 0, "seed": 7}
@@ -171,7 +173,9 @@ def gained(one, other):
     scores = probe([fuse(one, other), one, other], "fusion", stratify="site")
     mean = scores.score.sel(metric="auroc").mean("fold").values
     draws = resample(scores, 2000).sel(metric="auroc").values
-    gain = metrics.interval(mean[0] - mean[1:], draws[0] - draws[1:], 0.975, scores.attrs["mutual"])
+    gain = metrics_file.interval(
+        mean[0] - mean[1:], draws[0] - draws[1:], 0.975, scores.attrs["mutual"]
+    )
     return gain[0], compare(scores).xs("auroc", level="metric")
 
 
@@ -197,7 +201,7 @@ def test_permuted_labels_score_at_chance(features):
     rng = np.random.default_rng(0)
     missed = []
     for _ in range(3):
-        at = metrics.permuted_rows(
+        at = metrics_file.permuted_rows(
             *[features["one"][0][n].values for n in ("subject", "site")], rng
         )
         for target in ("age", "trait_function", "sex", "fusion"):

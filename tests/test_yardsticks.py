@@ -5,12 +5,12 @@ import pytest
 import torch
 from tiny_runs import QUICK, TINY, tiny_cohort
 
-from bhx.encoding import random_model
+from bhx.encode.model import random_model
 from bhx.errors import InputError
-from bhx.harmonix_f import jepa_masks
-from bhx.monitor import read_log
-from bhx.training import pretrain
-from bhx.yardsticks import _axes_of_people, _from_visible, held_out_errors
+from bhx.model.dynamics import jepa_masks
+from bhx.train.log import read_log
+from bhx.train.loop import pretrain
+from bhx.train.yardsticks import _axes_of_people, _from_visible, held_out_errors
 
 HELD_OUT = ["s09", "s10", "s11"]
 

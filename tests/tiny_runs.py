@@ -8,11 +8,11 @@ import sys
 
 import numpy as np
 
-from bhx.atlas import load_atlas
-from bhx.checkpoints import HarmonixConfig
-from bhx.harmonix_f import DynamicsConfig
-from bhx.harmonix_s import StructureConfig
-from bhx.harmonizer import HarmonizerConfig
+from bhx.data.atlas import load_atlas
+from bhx.model.config import HarmonixConfig
+from bhx.model.dynamics import DynamicsConfig
+from bhx.model.harmonizer import HarmonizerConfig
+from bhx.model.structure import StructureConfig
 from bhx.schema import ROI_COORDS, build_cohort, t1_grid
 
 WIDTH = {"width": 24, "depth": 1, "heads": 2}
@@ -61,7 +61,7 @@ def tiny_cohort(n=12, seed=0, t1_only=(3,), bold_only=(5,)):
 
 
 if __name__ == "__main__":
-    from bhx.training import pretrain
+    from bhx.train.loop import pretrain
 
     store, *runs = sys.argv[1:]
     for out, settings in zip(runs[::2], runs[1::2], strict=True):

@@ -14,8 +14,9 @@ import torch
 from brainmarks.models.base import Embeddings
 from brainmarks.models.registry import register_model
 
-from bhx.atlas import load_atlas, reparcellate
-from bhx.encoding import encode_parts, load_model, random_model, read_subject, sequences
+from bhx.data.atlas import load_atlas, reparcellate
+from bhx.encode.inputs import encode_parts, read_subject, sequences
+from bhx.encode.model import load_model, random_model
 from bhx.errors import InputError, listed
 from bhx.schema import build_cohort
 

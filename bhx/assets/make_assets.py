@@ -17,7 +17,7 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
-from bhx import atlas, geometry
+from bhx.data import atlas, geometry
 
 HERE = Path(__file__).parent
 PUBLISHED = HERE.parents[1] / "tests" / "data" / "schaefer400_fsaverage5_published.npz"

@@ -15,10 +15,10 @@ from pathlib import Path
 import pandas as pd
 
 import bhx
-from bhx.controls import fuse
-from bhx.encoding import random_model
-from bhx.recipes import STAGES
-from bhx.yardsticks import held_out_errors
+from bhx.encode.model import random_model
+from bhx.evaluate.features import fuse
+from bhx.train.recipes import STAGES
+from bhx.train.yardsticks import held_out_errors
 
 HERE = Path(__file__).parent
 TARGET = HERE / "workshop"

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 import bhx
-from bhx.latents import region_map
-from bhx.pictures import hidden_cubes
-from bhx.surface import plane_of
+from bhx.latents.maps import region_map
+from bhx.show.hidden import hidden_cubes
+from bhx.show.volume import plane_of
 
 HERE = Path(__file__).parent
 

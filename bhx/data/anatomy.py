@@ -1,0 +1,90 @@
+"""A T1 file to the MNI152 grid."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import xarray as xr
+
+from bhx.data.files import MNI_AFFINE, check_affine, check_file, check_space, reading
+from bhx.data.quality import judge_t1
+from bhx.errors import InputError
+from bhx.schema import CROP, MNI_SHAPE, t1_grid
+
+# --- T1 -----------------------------------------------------------------------------------------
+
+
+def read_t1(path, mask=None, *, voxel_mm: float = 1.0) -> tuple[xr.DataArray, list[str]]:
+    """A T1 in MNI152 space as `(x, y, z)` on `schema.t1_grid(voxel_mm)`, with its warnings.
+
+    It is resampled to FSL's 182 x 218 x 182 grid of 1 mm, set to 0 outside the mask, cropped by 11,
+    13 and 11 voxels and averaged in blocks. It is not z-scored: embedding scales, and records it.
+
+    Parameters
+    ----------
+    path : image aligned to MNI152, as fMRIPrep and sMRIPrep write with --output-spaces MNI152...
+    mask : image, > 0.5 inside the brain; not needed for a skull-stripped T1
+    voxel_mm : 1, 2, 4, 8, 16 or 32 [mm]
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, is not in MNI152 space, still has its skull, or is no brain.
+    """
+
+    grid = t1_grid(voxel_mm)
+    images = []
+    for file in filter(None, (path, mask)):
+        file = check_file(file)
+        with reading(file, "a T1"):
+            image = nib.squeeze_image(nib.load(file))
+            values = np.asarray(image.dataobj, "float32")
+            image = nib.Nifti1Image(values, image.affine, image.header)
+        if image.ndim != 3:
+            raise InputError(
+                f"Expected 3 dims in {file.name}, found {image.shape}", "Give one volume"
+            )
+        check_affine(image, file)
+        if not np.isfinite(image.dataobj).all():
+            raise InputError(f"Expected numbers in {file.name}, found NaN or infinity", "Repair it")
+        images.append(image)
+    check_space(path)
+    t1 = t1_to_grid(*images)
+    warnings = judge_t1(t1, read_template_t1(), Path(path).name)
+    t1 = xr.DataArray(t1, t1_grid(1), ("x", "y", "z"), "t1")
+    if voxel_mm != 1:
+        t1 = t1.coarsen(x=int(voxel_mm), y=int(voxel_mm), z=int(voxel_mm)).mean()
+    return t1.assign_coords(grid).astype("float32"), warnings
+
+
+def t1_to_grid(image, mask=None) -> np.ndarray:
+    """A T1 image on `schema.t1_grid(1)` (trilinear): masked, cropped, unscaled.
+
+    `mask` is an image, > 0.5 inside the brain; None keeps what is above 0.
+    """
+    from nibabel import as_closest_canonical
+    from nilearn.image import resample_img
+
+    ras = MNI_AFFINE @ np.array([[-1, 0, 0, MNI_SHAPE[0] - 1], *np.eye(4)[1:]])
+
+    def on_grid(img, how):  # both sides left to right: a shift by whole voxels is then a copy
+        out = resample_img(as_closest_canonical(img), ras, MNI_SHAPE, interpolation=how)
+        return np.asarray(out.dataobj, dtype="float32")[::-1]
+
+    t1 = on_grid(image, "linear")
+    inside = t1 > 0 if mask is None else on_grid(mask, "nearest") > 0.5
+    crop = tuple(slice(c, n - c) for c, n in zip(CROP, MNI_SHAPE, strict=True))
+    return np.where(inside, t1, 0).astype("float32")[crop]
+
+
+@cache
+def read_template_t1() -> np.ndarray:
+    """nilearn's MNI152 2009a T1 template, skull-stripped, on `schema.t1_grid(1)`."""
+    from nilearn.datasets import load_mni152_template
+
+    template = t1_to_grid(load_mni152_template(resolution=1))
+    template.setflags(write=False)
+    return template

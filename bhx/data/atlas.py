@@ -1,0 +1,212 @@
+"""A parcellation as a Dataset: names, networks, centroids, vertex labels, harmonics, gradients.
+
+Everything is read from files shipped with bhx (`bhx/assets`) or with nilearn (fsaverage5), offline.
+Nothing about subjects is known here and no atlas array is computed; `assets/make_assets.py` does.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import xarray as xr
+from scipy.spatial.distance import squareform
+
+from bhx.errors import InputError, check_choice, listed
+from bhx.schema import ROI_COORDS, UNITS
+
+ATLASES = {"schaefer100": 100, "schaefer200": 200, "schaefer400": 400}
+N_FSAVERAGE5 = 10_242  # vertices of one hemisphere
+SURFACES = ("inflated", "pial", "white", "flat", "sphere")
+HEMISPHERES = {"left": "left", "right": "right", "L": "left", "R": "right"}
+
+
+def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Dataset:
+    """A Schaefer parcellation with everything bhx knows of it.
+
+    Parameters
+    ----------
+    name : "schaefer100", "schaefer200" or "schaefer400"
+    order : "7networks", or "17networks" (Schaefer-400 only): the names on `roi` and their order
+
+    Returns
+    -------
+    Dataset with the parcel names on `roi` and, along it, `network` (of the 7), `hemi`, `mni_x`,
+    `mni_y`, `mni_z` [mm], `label` (its number in the vertex labels), `name7` and, for 400,
+    `name17` and `label17`; the variables
+        harmonics (roi, mode), gradients (roi, component), connectome (roi, roi_other),
+        sphere (roi, axis), labels_fsaverage5 (vertex_fsaverage5),
+        labels_fslr32k (vertex_fslr32k); left hemisphere first, 0 = no parcel.
+    """
+    _check_choice(name, order)
+    parcels, arrays = _parcels(ATLASES[name]), _arrays(name)
+    connectome = squareform(arrays["connectome"])  # its upper triangle is stored
+    out = xr.Dataset(
+        {
+            "harmonics": (("roi", "mode"), arrays["harmonics"]),
+            "gradients": (("roi", "component"), arrays["gradients"]),
+            "connectome": (("roi", "roi_other"), connectome + np.eye(len(connectome), dtype="f4")),
+            "sphere": (("roi", "axis"), arrays["sphere"]),
+            "labels_fsaverage5": ("vertex_fsaverage5", arrays["labels_fsaverage5"]),
+            "labels_fslr32k": ("vertex_fslr32k", arrays["labels_fslr32k"]),
+        },
+        {key: ("roi", values) for key, values in parcels.items()}
+        | {
+            "roi": parcels["name7"],
+            "roi_other": parcels["name7"],
+            "mode": np.arange(1, arrays["harmonics"].shape[1] + 1),
+            "eigenvalue": ("mode", arrays["eigenvalue"], {"units": "mm^-2"}),
+            "component": np.arange(1, arrays["gradients"].shape[1] + 1),
+            "axis": list("xyz"),
+        },
+        {"atlas": name, "order": "7networks"},
+    )
+    out = _with_provenance(out, float(arrays["agreement"]))
+    return out if order == "7networks" else _reordered(out)
+
+
+def _with_provenance(atlas, agreement):
+    told = _provenance()
+    for name, variable in atlas.data_vars.items():
+        variable.attrs |= told[name]
+    for name in ("mni_x", "mni_y", "mni_z"):
+        atlas[name].attrs |= {"units": UNITS[name], **told["mni"]}
+    atlas["labels_fsaverage5"].attrs["agreement"] = agreement
+    return atlas.assign_attrs(told["atlas"])
+
+
+def _reordered(atlas):
+    """The same parcels in the 17-network order, under their 17-network names."""
+    rank = atlas.label17.argsort().values
+    out = atlas.isel(roi=rank, roi_other=rank)
+    names = out.name17.values
+    return out.assign_coords(roi=names, roi_other=names).assign_attrs(order="17networks")
+
+
+def match_names(names, atlas: xr.Dataset | str) -> list[str]:
+    """The atlas's own name of each parcel in `names`, in the order given.
+
+    Names may be in any order, of the 7- or the 17-network kind, with or without the prefix
+    "7Networks_" or "17Networks_". Raises InputError unless they are the atlas's parcels, each once.
+    """
+    atlas = load_atlas(atlas) if isinstance(atlas, str) else atlas
+    known = aliases(atlas)
+    given = [n.decode() if isinstance(n, bytes) else str(n) for n in np.asarray(names).tolist()]
+    found = [known.get(n) for n in given]
+    unknown = [n for n, f in zip(given, found, strict=True) if f is None]
+    missing = atlas.indexes["roi"].difference(found, sort=False)
+    twice = [n for i, n in enumerate(given) if found[i] is not None and found[i] in found[:i]]
+    wrong = {"unknown": unknown, "missing": missing, "repeated": twice}
+    if wrong := [f"{kind}: {listed(names)}" for kind, names in wrong.items() if len(names)]:
+        raise InputError(
+            f"Expected the {atlas.sizes['roi']} parcels of {atlas.attrs.get('atlas', 'the atlas')}"
+            f", found {len(given)} names; {'; '.join(wrong)}",
+            "Name the ROIs as bhx.load_atlas(name).roi does, or choose the atlas they come from",
+        )
+    return found
+
+
+def aliases(atlas: xr.Dataset) -> dict[str, str]:
+    """The atlas's own name of a parcel by each name it has: 7- or 17-network, prefixed or not."""
+    own, known = atlas.roi.values.tolist(), {}
+    for kind in {"name7", "name17"} & {*atlas.coords}:
+        names = atlas[kind].values.tolist()
+        known |= dict(zip(names, own, strict=True))
+        known |= dict(zip((name.split("_", 1)[1] for name in names), own, strict=True))
+    return known
+
+
+def reparcellate(cohort: xr.Dataset, atlas: str) -> xr.Dataset:
+    """The cohort's parcel series as those of another Schaefer atlas, lazily.
+
+    Each new parcel is the mean of the old ones weighted by the vertices they share on fsLR-32k;
+    volumes in which fewer than half of those vertices were measured are NaN. Schaefer's scales
+    are not nested, so this approximates parcellating the scans again.
+    """
+    old, new = load_atlas(cohort.attrs["atlas"]), load_atlas(atlas)
+    names = match_names(cohort.roi.values, old)
+    share = np.zeros((new.sizes["roi"] + 1, old.sizes["roi"] + 1), np.float32)
+    np.add.at(share, (new.labels_fslr32k.values, old.labels_fslr32k.values), 1)
+    order = old.indexes["roi"].get_indexer(names)
+    share = share[1:, 1:][:, order] / share[1:].sum(1, keepdims=True)
+    share = xr.DataArray(share, dims=("roi_new", "roi"), coords={"roi": cohort.roi.values})
+    bold = cohort.bold.drop_vars([c for c in cohort.coords if cohort[c].dims == ("roi",)])
+    share = share.drop_vars("roi")
+    measured = xr.dot(bold.notnull().astype("float32"), share, dim="roi")
+    bold = xr.dot(bold.fillna(0), share, dim="roi") / measured.where(measured >= 0.5)
+    bold = bold.rename(roi_new="roi").transpose(*cohort.bold.dims).astype("float32")
+    coords = {c: ("roi", new[c].values) for c in ("roi", *ROI_COORDS)}
+    attrs = {"atlas": atlas, "parcellated_from": cohort.attrs["atlas"]}
+    return cohort.drop_dims("roi").assign(bold=bold).assign_coords(coords).assign_attrs(attrs)
+
+
+def load_sample() -> xr.Dataset:
+    """One real resting-state scan, Schaefer-400 parcels: bold (roi, time), TR in `attrs["tr"]`."""
+    arrays = _arrays("sample")
+    bold = arrays["bold"] * arrays["scale"][:, None]
+    return xr.Dataset(
+        {"bold": (("roi", "time"), bold.astype(np.float32))},
+        {"roi": _parcels(400)["name7"], "time": np.arange(bold.shape[1])},
+        {"tr": float(arrays["tr"]), **_provenance()["sample"]},
+    )
+
+
+def load_mesh(surface: str = "inflated", hemi: str = "left") -> tuple[np.ndarray, np.ndarray]:
+    """fsaverage5 from nilearn's wheel: coords (10242, 3) float32 [mm, MNI305], faces int32.
+
+    `surface` is "inflated", "pial", "white", "flat" or "sphere"; `hemi` is "left" or "right".
+    The flat surface is cut open, so some vertices are in no triangle of it.
+    """
+    check_choice("the surface", surface, SURFACES)
+    coords, faces = _gifti("infl" if surface == "inflated" else surface, hemi)
+    return coords.astype(np.float32), faces.astype(np.int32)
+
+
+def load_sulc(hemi: str = "left") -> np.ndarray:
+    """Sulcal depth of fsaverage5 (10242,) float32, positive in sulci, from nilearn's wheel."""
+    return _gifti("sulc", hemi)[0].astype(np.float32)
+
+
+@cache
+def _gifti(name, hemi):
+    import nibabel  # heavy, and importing nilearn.datasets instead takes two seconds more
+
+    check_choice("hemi", hemi, HEMISPHERES)
+    folder = files("nilearn") / "datasets" / "data" / "fsaverage5"
+    image = nibabel.load(str(folder / f"{name}_{HEMISPHERES[hemi]}.gii.gz"))
+    return tuple(array.data for array in image.darrays)
+
+
+def _arrays(name):
+    with _asset(f"{name}.npz").open("rb") as raw, np.load(raw) as file:
+        return dict(file)
+
+
+def _parcels(scale):
+    with _asset("parcels.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if int(row["scale"]) == scale]
+    kinds = {"mni_x": float, "mni_y": float, "mni_z": float, "label": int, "name7": str}
+    if scale == 400:
+        kinds |= {"name17": str, "label17": int}
+    out = {key: np.array([kind(row[key]) for row in rows]) for key, kind in kinds.items()}
+    _, side, network = zip(*(name.split("_")[:3] for name in out["name7"]), strict=True)
+    return {"network": np.array(network), "hemi": np.array([s[0] for s in side]), **out}
+
+
+def _provenance():
+    return json.loads(_asset("provenance.json").read_text(encoding="utf-8"))
+
+
+def _asset(name):
+    return files("bhx") / "assets" / name
+
+
+def _check_choice(name, order):
+    check_choice("the atlas", name, ATLASES)
+    check_choice("order", order, ("7networks", "17networks"))
+    if order == "17networks" and name != "schaefer400":
+        fact = f"Expected order '7networks' for {name}, found '17networks'"
+        raise InputError(fact, "The 17-network order is known for schaefer400 only")

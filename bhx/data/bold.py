@@ -1,0 +1,448 @@
+"""One subject's files to arrays: T1 to the grid, BOLD to ROIs with its TR; every check of an input.
+
+Nothing here knows about cohorts, and no model is run. A file that cannot be used raises InputError
+with its name; a file that can be used, but not blindly, comes back with its warnings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from bhx.data.atlas import aliases, load_atlas, match_names
+from bhx.data.files import check_affine, check_file, check_space, reading
+from bhx.errors import InputError, listed
+from bhx.schema import ROI_COORDS, check_tr
+
+# --- BOLD ---------------------------------------------------------------------------------------
+
+
+def read_bold(
+    path, atlas: str | None = "schaefer400", *, order=None, labels=None, tr=None
+) -> xr.DataArray:
+    """BOLD of one run on the parcels of an atlas, whatever kind of file it is in.
+
+    Parameters
+    ----------
+    path : volume in MNI152 space (.nii, .nii.gz), CIFTI (.dtseries.nii, .ptseries.nii), surface of
+        one hemisphere with its partner beside it (.func.gii, .mgz; fsaverage5 or fsLR-32k), or a
+        table of parcels (.csv, .tsv, .txt, .1D, also .gz; .npy as time x parcel)
+    atlas : name of a bhx atlas, whose parcels come out in its own order; None keeps a table's
+        columns, or the numbers of the image `labels`, as they are
+    order : "7networks" or "17networks": the order of a table without parcel names
+    labels : label image for volumes; Schaefer's through nilearn by default
+    tr : repetition time [s] for files that do not tell it
+
+    Returns
+    -------
+    DataArray (roi, time), float64, `time` in seconds; on roi the atlas's labels and `covered`, the
+    share of each parcel's voxels or vertices with signal; `tr` [s] in the attributes.
+    """
+    path = check_file(path)
+    reader = _reader_of(path.name)
+    if reader is None:
+        fact = f"Expected BOLD in a file ending in {listed(_READERS, 12)}, found {path.name}"
+        raise InputError(fact, "Convert it, or give the parcels as a table")
+    atlas = None if atlas is None else load_atlas(atlas)
+    with reading(path, "BOLD"):
+        names, series, covered, header_tr = reader(path, atlas, order, labels)
+    tr = read_tr(path, header_tr, tr)
+    if series.ndim != 2 or 0 in series.shape:
+        fact = f"Expected BOLD as parcels x time in {path.name}, found shape {series.shape}"
+        raise InputError(fact, "Give one run of several volumes")
+    time = ("time", tr * np.arange(series.shape[1]), {"units": "s"})
+    coords = {"roi": names, "time": time, "covered": ("roi", covered)}
+    bold = xr.DataArray(series, coords, ("roi", "time"), "bold", {"tr": tr, "file": path.name})
+    if atlas is None:
+        return bold
+    known = {*ROI_COORDS, "label17"} & {*atlas.coords}
+    return bold.sel(roi=atlas.roi.values).assign_coords({name: atlas[name] for name in known})
+
+
+def _read_volume(path, atlas, order, labels):
+    """A 4D image, volume by volume, so that memory holds one of them."""
+
+    # gzip is read forward only while the file stays open
+    image = nib.load(path, keep_file_open=True)
+    if image.ndim != 4 or image.shape[3] < 2:
+        fact = f"Expected a 4D image of several volumes in {path.name}, found {image.shape}"
+        raise InputError(fact, "Give the preprocessed BOLD run, not its reference or mask")
+    check_affine(image, path)
+    check_space(path)
+    numbers, names = _labels_on(image, atlas, labels, path)
+    unit = image.header.get_xyzt_units()[1]
+    tr = float(image.header.get_zooms()[3]) * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1)
+    volumes = (
+        np.asarray(image.dataobj[..., t], "float32").reshape(-1, 1) for t in range(image.shape[3])
+    )
+    return names, *_parcel_means(volumes, numbers.ravel(), len(names)), tr
+
+
+def _read_dtseries(path, atlas, order, labels):
+    """CIFTI grayordinates: the cortex's vertices by the shipped fsLR-32k labels."""
+
+    image = nib.load(path)
+    series, brain = (image.header.get_axis(i) for i in range(2))
+    _need(atlas, path)
+    whole = np.zeros(image.shape[1], int)
+    at = {"CIFTI_STRUCTURE_CORTEX_LEFT": 0, "CIFTI_STRUCTURE_CORTEX_RIGHT": 32492}
+    for structure, where, model in brain.iter_structures():
+        if structure in at:
+            if brain.nvertices[structure] != 32492:
+                fact = f"Expected fsLR-32k in {path.name}, found a cortex of "
+                fact += f"{brain.nvertices[structure]} vertices"
+                raise InputError(fact, "Resample to fsLR-32k (91k grayordinates)")
+            whole[where] = atlas.labels_fslr32k.values[at[structure] + model.vertex]
+    blocks = (
+        np.asarray(image.dataobj[t : t + 64], "float32").T for t in range(0, image.shape[0], 64)
+    )
+    tr = series.step * {"SECOND": 1, "MILLISECOND": 1e-3}.get(str(series.unit).upper(), 1)
+    return _names_by_label(atlas), *_parcel_means(blocks, whole, atlas.sizes["roi"]), tr
+
+
+def _read_ptseries(path, atlas, order, labels):
+    """CIFTI parcels: their names are in the file."""
+
+    image = nib.load(path)
+    series, parcels = (image.header.get_axis(i) for i in range(2))
+    return *_take_parcels(parcels.name, image.get_fdata().T, atlas, order, path), float(series.step)
+
+
+def _read_surface(path, atlas, order, labels):
+    """Both hemispheres of fsaverage5 or fsLR-32k, of which one file is named."""
+
+    left, right = _hemispheres(path)
+    _need(atlas, path)
+    values, tr = [], None
+    for file in (left, right):
+        image = nib.load(check_file(file))
+        if isinstance(image, nib.gifti.GiftiImage):
+            values.append(np.stack([d.data for d in image.darrays], 1))
+            step = image.darrays[0].meta.get("TimeStep", "") if image.darrays else ""
+            tr = float(step) / 1000 if step else None
+        else:
+            values.append(np.asarray(image.dataobj, "float32").reshape(image.shape[0], -1))
+            tr = float(image.header.get_zooms()[3]) / 1000 if image.ndim == 4 else None
+    sizes = [v.shape for v in values]
+    kinds = {10242: "labels_fsaverage5", 32492: "labels_fslr32k"}
+    if sizes[0] != sizes[1] or sizes[0][0] not in kinds:
+        fact = "Expected two hemispheres of 10242 (fsaverage5) or 32492 (fsLR) vertices in "
+        fact += f"{left.name} and {right.name}, found {sizes[0]} and {sizes[1]}"
+        raise InputError(fact, "Resample to fsaverage5 or fsLR-32k")
+    numbers = atlas[kinds[sizes[0][0]]].values
+    means = _parcel_means([np.concatenate(values)], numbers, atlas.sizes["roi"])
+    return _names_by_label(atlas), *means, tr
+
+
+def _read_table(path, atlas, order, labels):
+    """Parcels in columns, or in rows that begin with their name (UK Biobank)."""
+    separator = {".csv": ",", ".tsv": "\t"}.get(Path(path.name.lower().replace(".gz", "")).suffix)
+    options = {"header": None, "dtype": str, "engine": "c", "keep_default_na": False}
+    cells = pd.read_csv(path, sep=separator or r"\s+", encoding="utf-8-sig", **options)
+    if len(cells) < 2:
+        raise InputError(
+            f"Expected lines of numbers in {path.name}, found 1 line", "Check the file"
+        )
+    rows_are_parcels = not _is_number(cells.iloc[1:, 0]).any()
+    if rows_are_parcels:
+        names = cells.iloc[1:, 0].tolist()
+        values = cells.iloc[1:, 1:]
+    elif not _is_number(cells.iloc[0]).all():
+        names = [name.lstrip("#").strip() for name in cells.iloc[0]]
+        values = cells.iloc[1:].T
+    else:
+        names, values = None, cells.T
+    blank = values.isin(["", "n/a", "NA", "NaN", "nan"])
+    numbers = values.where(~blank).apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    odd = np.isnan(numbers) & ~blank.to_numpy()
+    if odd.any():
+        fact = f"Expected numbers in {path.name}, found '{values.to_numpy()[odd][0]}'"
+        raise InputError(fact, "Write parcels as columns under one line of names, and nothing else")
+    if order is None and (found := re.search(r"Schaefer(7|17)n(\d+)p", path.name)):
+        order = f"{found[1]}networks"
+    return *_take_parcels(names, numbers, atlas, order, path), None
+
+
+def _read_array(path, atlas, order, labels):
+    """A numpy array, time x parcel."""
+    values = np.load(path, allow_pickle=False)
+    if values.ndim != 2:
+        raise InputError(
+            f"Expected time x parcel in {path.name}, found {values.shape}", "Reshape it"
+        )
+    return *_take_parcels(None, values.T.astype(float), atlas, order, path), None
+
+
+_READERS = {".dtseries.nii": _read_dtseries, ".ptseries.nii": _read_ptseries, ".npy": _read_array}
+_READERS |= dict.fromkeys((".nii.gz", ".nii"), _read_volume)
+_READERS |= dict.fromkeys((".gii", ".mgz", ".mgh"), _read_surface)
+_READERS |= dict.fromkeys((".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".1d"), _read_table)
+
+
+def _parcel_means(blocks, numbers, n):
+    """Mean of the points with signal in each parcel 1..n, and the share of points that have any.
+
+    `blocks` are arrays (point, time); `numbers` is the parcel of each point, 0 for none.
+    """
+    from scipy.sparse import csr_array
+
+    inside = np.flatnonzero(numbers > 0)
+    rows = (numbers[inside] - 1, np.arange(len(inside)))
+    member = csr_array((np.ones(len(inside)), rows), shape=(n, len(inside)))
+    sums, seen = [], np.zeros(len(inside), bool)
+    for block in blocks:
+        values = np.nan_to_num(block[inside], posinf=0, neginf=0)
+        seen |= (values != 0).any(1)
+        sums.append(member @ values)
+    counts = member @ seen.astype(float)
+    means = np.concatenate(sums, 1) / np.maximum(counts, 1)[:, None]
+    return means, counts / np.maximum(member.sum(1), 1)
+
+
+def _take_parcels(names, values, atlas, order, path):
+    """Rows of a parcel table in the atlas's own names, and whether each is complete; others, such
+    as subcortex, are left out."""
+    numbered = r"(?i)(roi|label|parcel|region)?[ _-]?\d+"
+    if atlas is None:
+        names = [str(i + 1) for i in range(len(values))] if names is None else names
+    elif names is None or all(re.fullmatch(numbered, name) for name in names):
+        if order is None:
+            raise InputError(
+                f"Expected parcel names in {path.name}, found none",
+                "Say the order of its columns: order='7networks' or order='17networks'",
+            )
+        name = atlas.attrs["atlas"]
+        names = _names_by_label(atlas) if order == "7networks" else load_atlas(name, order).roi
+        if len(names) != len(values):
+            raise InputError(
+                f"Expected the {len(names)} parcels of {name} in {path.name}, found {len(values)}",
+                "Choose the atlas the table was made with",
+            )
+    else:
+        cortical = np.isin(names, [*aliases(atlas)])
+        if cortical.any():
+            names, values = np.array(names)[cortical], values[cortical]
+    names = names if atlas is None else match_names(np.asarray(names), atlas)
+    return names, values, np.isfinite(values).all(1).astype(float)
+
+
+def _names_by_label(atlas):
+    """Parcel names by their number, 1 to n, which is the 7-network order."""
+    return atlas.roi.values[np.argsort(atlas.label.values)]
+
+
+def _need(atlas, path):
+    if atlas is None:
+        raise InputError(f"Expected an atlas to parcel {path.name} with, found none", "Name one")
+
+
+def _is_number(cells):
+    return pd.to_numeric(cells, errors="coerce").notna() | cells.isin(["", "n/a", "NaN", "nan"])
+
+
+def _hemispheres(path):
+    """Left and right file of a surface, given one of them."""
+    for left, right in (("hemi-L", "hemi-R"), ("lh.", "rh."), (".L.", ".R."), ("_lh", "_rh")):
+        if left in path.name:
+            return path, path.with_name(path.name.replace(left, right))
+        if right in path.name:
+            return path.with_name(path.name.replace(right, left)), path
+    fact = f"Expected a hemisphere in the name of {path.name} (hemi-L, lh.), found none"
+    raise InputError(fact, "Name the two files alike but for the hemisphere")
+
+
+# --- label images -------------------------------------------------------------------------------
+
+
+def fetch_labels(atlas: str) -> Path:
+    """Schaefer's label image (2 mm MNI152, 7-network numbers) through nilearn and bhx's cache."""
+    from nilearn.datasets import fetch_atlas_schaefer_2018
+
+    from bhx.settings import folders
+
+    n = int(re.sub(r"\D", "", atlas))
+    try:
+        fetched = fetch_atlas_schaefer_2018(n, 7, 2, data_dir=folders()["cache"], verbose=0)
+    except Exception as error:
+        raise InputError(
+            f"Expected to fetch Schaefer's label image, found {type(error).__name__}: {error}",
+            "Give an image with labels=, or use CIFTI, surfaces or tables, which need none",
+        ) from error
+    return Path(fetched.maps)
+
+
+def _labels_on(image, atlas, labels, path):
+    """The label of each voxel of an image (nearest neighbour), and the parcels' names."""
+    from nilearn.image import resample_to_img
+
+    if labels is None:
+        _need(atlas, path)
+        labels = fetch_labels(atlas.attrs["atlas"])
+    file = check_file(labels)
+    with reading(file, "labels"):
+        source = nib.load(file)
+        numbers = np.asarray(source.dataobj)
+    if numbers.ndim != 3 or (numbers != np.round(numbers)).any():
+        raise InputError(
+            f"Expected whole numbers in 3D in {file.name}, found others", "Give labels"
+        )
+    found = np.unique(numbers[numbers > 0]).astype(int)
+    if atlas is not None:
+        _check_label_image(numbers, source.affine, atlas, file)
+        names = _names_by_label(atlas)
+    else:
+        names = np.array([str(i) for i in found])
+        numbers = np.searchsorted(found, numbers) * (numbers > 0) + (numbers > 0)
+    source = nib.Nifti1Image(numbers.astype("int32"), source.affine)
+    grid = nib.Nifti1Image(np.zeros(image.shape[:3], "int8"), image.affine)
+    return np.asarray(resample_to_img(source, grid, interpolation="nearest").dataobj, int), names
+
+
+def _check_label_image(numbers, affine, parcels, file):
+    """The numbers must be the atlas's: each parcel's centre lies near its published one."""
+    where = np.argwhere(numbers > 0)
+    label = numbers[numbers > 0].astype(int)
+    n = parcels.sizes["roi"]
+    if label.max() > n:
+        fact = f"Expected labels 1 to {n} in {file.name}, found {label.max()}"
+        raise InputError(fact, "Give the label image of the atlas you name")
+    count = np.bincount(label, minlength=n + 1)[1:]
+    centre = np.stack([np.bincount(label, w, n + 1)[1:] for w in where.T]) / np.maximum(count, 1)
+    centre = (affine[:3, :3] @ centre).T + affine[:3, 3]
+    order = np.argsort(parcels.label.values)
+    wanted = np.stack([parcels[f"mni_{axis}"].values[order] for axis in "xyz"], 1)
+    far = np.median(np.linalg.norm(centre - wanted, axis=1)[count > 0])
+    if far > 10:
+        raise InputError(
+            f"Expected labels of {file.name} where {parcels.attrs['atlas']} has them, found them "
+            f"{far:.0f} mm away (median)",
+            "Give labels in MNI152 space numbered in the 7-network order",
+        )
+
+
+# --- repetition time, motion, denoising -----------------------------------------------------------
+
+
+def read_tr(path, header_tr: float | None = None, given: float | None = None) -> float:
+    """Repetition time [s]: from the sidecar, checked against the header, else as given."""
+    path = Path(path)
+    told = {"the call": given, "the sidecar": _sidecar_tr(path), "the header": header_tr}
+    # 0 and 1 s are what writers put into a header that they do not fill
+    known = {k: float(v) for k, v in told.items() if v is not None and not pd.isna(v)}
+    if len(known) > 1 and known.get("the header") in (0.0, 1.0):
+        known.pop("the header")
+    if not known:
+        fact = f"Expected a repetition time for {path.name}, found none in a sidecar or header"
+        raise InputError(fact, "Add RepetitionTime [s] to its .json, or give tr=")
+    first, tr = next(iter(known.items()))
+    for place, value in known.items():
+        if abs(value - tr) > 1e-3 * max(abs(tr), 1e-3):
+            fact = f"Expected one repetition time for {path.name}, found {tr:g} s in {first} and "
+            fact += f"{value:g} s in {place}"
+            raise InputError(fact, "Correct the wrong one")
+    check_tr(tr, [path.name])
+    return tr
+
+
+def _sidecar_tr(path):
+    """RepetitionTime of the JSON beside a file, or of its task's JSON in a folder above."""
+    stem = re.split(r"\.(dtseries|ptseries|func|nii|gii|mg[zh]|[ct]sv|txt|1D|npy)", path.name)[0]
+    task = re.search(r"task-[a-zA-Z0-9]+", path.name)
+    above = [p / f"{task[0]}_bold.json" for p in list(path.parents)[:4]] if task else []
+    for file in [path.with_name(f"{stem}.json"), *above]:
+        if file.is_file():
+            with reading(file, "RepetitionTime"):
+                tr = json.loads(file.read_text(encoding="utf-8-sig")).get("RepetitionTime")
+                if tr is not None:
+                    return float(tr)
+    return None
+
+
+def read_motion(confounds) -> float:
+    """Mean framewise displacement [mm] of an fMRIPrep confounds table; NaN without that column."""
+    table = _confounds(confounds)
+    if "framewise_displacement" not in table:
+        return np.nan
+    return float(pd.to_numeric(table["framewise_displacement"], errors="coerce").mean())
+
+
+def _confounds(file):
+    file = check_file(file)
+    with reading(file, "confounds"):
+        return pd.read_csv(file, sep="\t" if ".tsv" in file.name else ",", na_values="n/a")
+
+
+def needs_denoising(path) -> bool:
+    """Whether BOLD is images that no pipeline's name says to be denoised."""
+    name = Path(path).name
+    images = _reader_of(name) in (_read_volume, _read_dtseries, _read_surface)
+    return images and not re.search(r"denoised|clean|residual", name)
+
+
+def is_volume(path) -> bool:
+    """Whether a file is BOLD that needs a label image."""
+    return _reader_of(str(path or "")) is _read_volume
+
+
+def _reader_of(name):
+    return _READERS.get(next((k for k in _READERS if name.lower().endswith(k)), ""))
+
+
+def denoise(
+    bold: xr.DataArray,
+    path,
+    confounds=None,
+    *,
+    strategy: str | None = "simple",
+    low_pass: float | None = None,
+    high_pass: float | None = None,
+    **options,
+) -> xr.DataArray:
+    """Regress confounds out of parcel series and filter them, with nilearn; means are kept.
+
+    Parameters
+    ----------
+    bold : (roi, time) with `tr` in its attributes
+    path : the file it was read from; nilearn finds fMRIPrep's confounds beside it
+    confounds : table of which "columns" takes every column; also says that there are confounds
+    strategy : preset of nilearn's load_confounds_strategy ("simple", "scrubbing", "compcor",
+        "ica_aroma"), "columns", or None for the filter alone
+    low_pass, high_pass : [Hz]; fMRIPrep's presets bring their own high-pass
+    options : of the preset
+
+    Returns
+    -------
+    DataArray like `bold`. Scrubbed volumes are filled in linearly, so that time stays regular, and
+    counted in `attrs["n_scrubbed"]`.
+    """
+    from nilearn.interfaces.fmriprep import load_confounds_strategy
+    from nilearn.signal import clean
+
+    path, table, kept = Path(path), None, None
+    if strategy == "columns":
+        table = _confounds(confounds)
+        with reading(Path(confounds), "confounds"):
+            table = table.astype(float).bfill()
+    elif strategy is not None:
+        if confounds is None:
+            fact = f"Expected fMRIPrep confounds beside {path.name}, found none"
+            raise InputError(fact, "Add them, or prepare with denoising=None")
+        image = list(map(str, _hemispheres(path))) if path.name.endswith("gii") else str(path)
+        with reading(Path(confounds), "confounds"):
+            table, kept = load_confounds_strategy(image, strategy, **options)
+    n = bold.sizes["time"]
+    if table is not None and len(table) != n:
+        fact = f"Expected confounds for {n} volumes of {path.name}, found {len(table)}"
+        raise InputError(fact, "Give the table of this run")
+    filters = {"t_r": bold.attrs["tr"], "low_pass": low_pass, "high_pass": high_pass}
+    cleaned = clean(bold.values.T, confounds=table, sample_mask=kept, standardize=None, **filters)
+    kept = np.arange(n) if kept is None else kept
+    full = np.stack([np.interp(np.arange(n), kept, series) for series in cleaned.T])
+    out = bold.copy(data=full + bold.values.mean(1, keepdims=True))
+    return out.assign_attrs(n_scrubbed=n - len(kept))

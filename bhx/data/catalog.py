@@ -1,0 +1,247 @@
+"""Where cohorts come from: the catalogue's entries and their terms, and the files in a folder.
+
+No scan is read here; what is fetched is fetched by nilearn.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+import pandas as pd
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bhx.data.derivatives import find_scans, join_phenotypes
+from bhx.errors import InputError, listed
+from bhx.settings import PACKAGE
+
+USER_FOLDER = "BHX_CATALOG"  # environment variable: a folder with entries of your own
+
+
+def _inside(path: str) -> str:
+    """A path that stays below the folder it is relative to."""
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path:
+        raise ValueError(f"'{path}' leads out of the data folder")
+    return path
+
+
+InsidePath = Annotated[str, AfterValidator(_inside)]
+
+
+class Strict(BaseModel):
+    """Nothing but the fields below."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Phenotype(Strict):
+    """One column of a cohort's table of participants."""
+
+    units: str = ""
+    coding: dict[str, str] = {}  # what the source writes -> what the cohort says
+    column: str = ""  # its name in the source, when that differs
+
+
+class Fetch(Strict):
+    """How nilearn fetches an open cohort, and the names in what it returns."""
+
+    function: Literal["fetch_development_fmri", "fetch_abide_pcp", "fetch_adhd"]
+    options: dict[str, bool | str | list[str] | None] = {}
+    bold: str = "func"
+    confounds: str = ""
+    id: str
+    site: str = ""
+
+
+def _of_participant(path: str) -> str:
+    if path and "{participant}" not in path.split("/"):
+        raise ValueError(f"'{path}' has no folder {{participant}}")
+    return path
+
+
+PatternPath = Annotated[InsidePath, AfterValidator(_of_participant)]
+
+
+class Files(Strict):
+    """Where a release keeps its files: each in a folder {participant}, with * in other places."""
+
+    bold: PatternPath = ""
+    t1: PatternPath = ""
+    t1_mask: PatternPath = ""
+
+
+class Entry(Strict):
+    """One cohort of the catalogue."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    title: str
+    access: Literal["open", "agreement", "application", "local"]
+    licence: str
+    homepage: str = ""
+    citation: str
+    modalities: list[Literal["bold", "t1"]]
+    layout: Literal["synthetic", "sample", "nilearn", "derivatives", "files"]
+    sites: dict[str, float | None] = {}  # site -> TR [s]; None: read it from the files
+    phenotypes: dict[str, Phenotype] = {}
+    fetch: Fetch | None = None
+    files: Files | None = None
+    path: InsidePath = ""  # of the folder, below the user's data folder
+    steps: list[str] = []  # what to download by hand, and where to put it
+    prepare: dict[str, str | float | dict[str, str | float] | None] = {}  # options of `prepare`
+    options: dict[str, int | float] = {}  # of the synthetic cohort
+    splits: dict[str, str | int | list[str] | dict[str, float]] = {}  # options of `split`
+
+    @model_validator(mode="after")
+    def _can_be_had(self):
+        needed = {"nilearn": "fetch", "files": "files"}.get(self.layout)
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"layout '{self.layout}' needs '{needed}'")
+        if self.layout in ("derivatives", "files") and not (self.path and self.steps):
+            raise ValueError(f"layout '{self.layout}' needs 'path' and 'steps'")
+        return self
+
+
+def catalog_table(catalog: str | Path | None = None) -> pd.DataFrame:
+    """Every entry of the catalogue, validated, as the table of data_catalog/README.md."""
+    how = {"nilearn": "fetched", "derivatives": "by hand", "files": "by hand"}
+    rows = [
+        {
+            "name": e.name,
+            "cohort": e.title,
+            "access": e.access,
+            "data": " + ".join(e.modalities),
+            "TR [s]": ", ".join(sorted({f"{tr:g}" for tr in e.sites.values() if tr})) or "as read",
+            "how": how.get(e.layout, "made"),
+            "licence": e.licence,
+        }
+        for e in map(read_entry, catalog_files(catalog).values())
+    ]
+    return pd.DataFrame(rows).sort_values("name", ignore_index=True)
+
+
+def load_entry(name: str, catalog: str | Path | None = None) -> Entry:
+    """The catalogue entry of one cohort.
+
+    Parameters
+    ----------
+    name : of an entry, such as "synthetic" or "abide1"
+    catalog : a folder with entries of your own; by default the one named by BHX_CATALOG
+
+    Raises
+    ------
+    InputError
+        No entry has this name, or the entry does not follow the schema.
+    """
+    files = catalog_files(catalog)
+    if name not in files:
+        fact = f"Expected a cohort of the catalogue or the path of a store, found '{name}'"
+        raise InputError(fact, f"The catalogue has {listed(sorted(files), 30)}")
+    return read_entry(files[name])
+
+
+def catalog_files(catalog: str | Path | None = None) -> dict[str, Path]:
+    """Every entry's file by its name; entries of the user's own folder come first."""
+    own = catalog or os.environ.get(USER_FOLDER)
+    if own and not Path(own).is_dir():
+        raise InputError(
+            f"Expected a folder of catalogue entries, found none at {own}", "Create it"
+        )
+    folders = [shipped_folder(), *([Path(own)] if own else [])]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def shipped_folder() -> Path:
+    """The catalogue that travels with bhx: inside an installed wheel, else beside the package."""
+    package = PACKAGE
+    inside = package / "data_catalog"
+    return inside if inside.is_dir() else package.parent / "data_catalog"
+
+
+def read_entry(file: Path) -> Entry:
+    """Read and validate one entry."""
+    try:
+        entry = Entry.model_validate(yaml.safe_load(Path(file).read_text(encoding="utf8")))
+    except yaml.YAMLError as error:
+        raise InputError(
+            f"Expected plain YAML in {file}, found {str(error).splitlines()[0]}",
+            "Use mappings, lists, text and numbers only, without tags",
+        ) from error
+    except ValidationError as error:
+        found = error.errors()[0]
+        where = ".".join(map(str, found["loc"])) or "the entry"
+        fact = f"Expected a valid catalogue entry in {file}, found {where}: {found['msg']}"
+        raise InputError(fact, "See data_catalog/README.md for the fields") from error
+    if entry.name != Path(file).stem:
+        fact = f"Expected the entry '{Path(file).stem}' in {file}, found the name '{entry.name}'"
+        raise InputError(fact, "Give the file the entry's name")
+    return entry
+
+
+def entry_rows(entry: Entry, data_folder: Path) -> pd.DataFrame:
+    """The scans of a catalogue entry as rows for `prepare`: fetched, or found where they belong.
+
+    Raises
+    ------
+    InputError
+        They are not there; the message says what to download, and where to put it.
+    """
+    if entry.fetch:
+        return _fetched(entry, data_folder)
+    folder = data_folder / entry.path
+    if not folder.is_dir():
+        steps = " ".join(f"({i}) {step.rstrip('.')}." for i, step in enumerate(entry.steps, 1))
+        raise InputError(f"Expected {entry.title} in {folder}, found no such folder", steps)
+    rows = find_scans(folder) if entry.layout == "derivatives" else _by_pattern(entry, folder)
+    return _recoded(rows, entry)
+
+
+def _fetched(entry, data_folder):
+    from nilearn import datasets
+
+    how = entry.fetch
+    try:
+        found = getattr(datasets, how.function)(data_dir=data_folder, **how.options)
+    except Exception as error:
+        raise InputError(
+            f"Expected to fetch {entry.title}, found {type(error).__name__}: {error}",
+            f"Check the connection, or download it by hand from {entry.homepage}",
+        ) from error
+    rows = pd.DataFrame(found["phenotypic"]).reset_index(drop=True)
+    named = pd.DataFrame({"subject": rows[how.id].astype(str)})
+    named["participant"] = named["subject"]
+    named["site"] = rows[how.site].astype(str) if how.site else next(iter(entry.sites), "")
+    for kind, key in {"bold": how.bold, "confounds": how.confounds}.items():
+        if key:
+            named[kind] = [*map(str, found[key])]
+    columns = {p.column or name for name, p in entry.phenotypes.items()}
+    return _recoded(pd.concat([named, rows[[c for c in rows if c in columns]]], axis=1), entry)
+
+
+def _recoded(rows, entry):
+    """Rows with the entry's names and codes for its phenotypes."""
+    rows = rows.rename(columns={p.column: name for name, p in entry.phenotypes.items() if p.column})
+    for name, phenotype in entry.phenotypes.items():
+        if name in rows and phenotype.coding:
+            rows[name] = rows[name].astype(str).map(phenotype.coding).fillna("")
+    return rows
+
+
+def _by_pattern(entry, folder):
+    """Files below a folder whose paths follow the entry's patterns, a row a participant."""
+    found = {}
+    for kind, pattern in entry.files.model_dump(exclude_defaults=True).items():
+        at = pattern.split("/").index("{participant}")
+        for file in sorted(folder.glob(pattern.replace("{participant}", "*"))):
+            who = file.relative_to(folder).parts[at]
+            found.setdefault(who, {}).setdefault(kind, str(file))
+    rows = [{"subject": who, "participant": who, **files} for who, files in sorted(found.items())]
+    if not rows:
+        raise InputError(
+            f"Expected files such as {entry.files.bold or entry.files.t1} in {folder}, found none",
+            " ".join(entry.steps),
+        )
+    table = folder / "participants.tsv"
+    rows = pd.DataFrame(rows).fillna("")
+    return join_phenotypes(rows, table) if table.is_file() else rows

@@ -1,0 +1,143 @@
+"""A cohort: opened from the catalogue or a store, saved, cut into scans and splits.
+
+Datasets go in and come out; one subject's files are read in `scans`. Data stay lazy (Dask) until
+somebody computes them; labels are in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import dask
+import dask.array as da
+import numpy as np
+import xarray as xr
+
+from bhx.data.anatomy import read_template_t1
+from bhx.data.atlas import load_atlas, load_sample
+from bhx.data.catalog import catalog_files, entry_rows, load_entry
+from bhx.data.prepare import prepare
+from bhx.data.store import open_store
+from bhx.errors import InputError, listed
+from bhx.schema import ROI_COORDS, T1_SHAPE, build_cohort, check
+from bhx.settings import folders
+
+
+def open_cohort(name_or_path, *, catalog=None, voxel_mm=None) -> xr.Dataset:
+    """Open a cohort lazily.
+
+    Parameters
+    ----------
+    name_or_path : name of a catalogue entry ("synthetic", "abide1", ...), path of a zarr store, or
+        a folder of derivatives, which is prepared into bhx's cache folder first (see `prepare`)
+    catalog : folder with catalogue entries of your own
+    voxel_mm : average the T1 to voxels of this size [mm]; as stored by default
+
+    Returns
+    -------
+    xarray.Dataset
+        The cohort (see `bhx.schema`): `bold (subject, roi, time)` and `t1 (subject, x, y, z)` as
+        Dask arrays with one chunk a subject, every label in memory.
+
+    Raises
+    ------
+    InputError
+        The name is unknown, or the store is unfinished or not a cohort.
+    """
+    path = Path(name_or_path)
+    is_store = path.suffix == ".zarr" or (path / "zarr.json").exists()
+    if str(name_or_path) in catalog_files(catalog) or not (is_store or path.exists()):
+        cohort = _open_entry(load_entry(str(name_or_path), catalog))
+    elif is_store:
+        cohort = open_store(path)
+    else:
+        cohort = _prepared(path.name, path)
+    return cohort if voxel_mm is None else coarsen_t1(check(cohort, "cohort"), voxel_mm)
+
+
+def scan(cohort: xr.Dataset, subject) -> xr.DataArray:
+    """One scan's BOLD `(roi, time)` without its padding, `time` in seconds.
+
+    Parameters
+    ----------
+    cohort : with `bold`
+    subject : id of a row of the cohort
+
+    Raises
+    ------
+    InputError
+        There is no such row, or it has no BOLD.
+    """
+    check(cohort, "cohort")
+    if subject not in cohort.indexes["subject"]:
+        fact = f"Expected a subject of this cohort, found '{subject}'"
+        raise InputError(fact, f"The ids are {listed(cohort.subject.values)}")
+    row = cohort.sel(subject=subject)
+    if "bold" not in cohort or not row.has_bold:
+        raise InputError(f"Expected a scan with BOLD, found none for '{subject}'", "See has_bold")
+    bold = row.bold.isel(time=slice(0, int(row.n_volumes)))
+    seconds = ("time", np.arange(bold.sizes["time"]) * float(row.tr), {"units": "s"})
+    return bold.assign_coords(time=seconds)
+
+
+def coarsen_t1(cohort: xr.Dataset, voxel_mm: float) -> xr.Dataset:
+    """The cohort with its T1 averaged in blocks to voxels of `voxel_mm`, lazily."""
+    if "t1" not in cohort:
+        return cohort
+    fold = voxel_mm * cohort.sizes["x"] / T1_SHAPE[0]
+    if fold != int(fold) or fold < 1 or any(cohort.sizes[axis] % fold for axis in "xyz"):
+        raise InputError(
+            f"Expected a T1 voxel that is a multiple of {T1_SHAPE[0] / cohort.sizes['x']:g} mm and "
+            f"divides the {T1_SHAPE} mm grid, found {voxel_mm:g} mm",
+            "Take 1, 2, 4, 8, 16 or 32 mm",
+        )
+    t1 = cohort.t1.coarsen(x=int(fold), y=int(fold), z=int(fold)).mean()
+    return cohort.drop_dims(["x", "y", "z"]).assign(t1=t1.astype("float32"))
+
+
+def _open_entry(entry):
+    """A cohort of the catalogue: made, or fetched or found and then prepared."""
+    from bhx.data.synthetic import synthetic_cohort
+
+    if entry.layout == "synthetic":
+        return synthetic_cohort(**entry.options)
+    if entry.layout == "sample":
+        return _open_sample(entry)
+    rows = entry_rows(entry, folders()["data"])
+    attrs = {"source": entry.name, "licence": entry.licence}
+    return _prepared(entry.name, rows, attrs=attrs, **entry.prepare)
+
+
+def _prepared(name, source, **options):
+    """A folder or table, prepared into the cache folder."""
+    place = str(Path(source).resolve()) if isinstance(source, Path) else "catalogue"
+    key = hashlib.sha256(place.encode()).hexdigest()[:8]
+    return prepare(source, folders()["cache"] / f"{name}-{key}.zarr", **options)
+
+
+def _open_sample(entry):
+    """The real scan of the atlas assets, and the MNI152 template as a subject with T1 only."""
+
+    real = load_sample()
+    atlas = load_atlas("schaefer400").sel(roi=real.roi.values)
+    series = da.from_array(real.bold.values[None], chunks=-1)
+    template = da.from_delayed(dask.delayed(read_template_t1)(), T1_SHAPE, "float32")[None]
+    ids = [real.attrs["participant"], "mni152"]
+    subject = {
+        "subject": ids,
+        "participant": ids,
+        "site": ["leipzig", "montreal"],
+        "tr": [real.attrs["tr"], np.nan],
+        "n_volumes": [real.sizes["time"], 0],
+        "has_bold": [True, False],
+        "has_t1": [False, True],
+    }
+    about = {"source": entry.name, "licence": entry.licence}
+    return build_cohort(
+        da.concatenate([series, da.full_like(series, np.nan)]),
+        da.concatenate([da.full_like(template, np.nan), template]),
+        subject,
+        {name: atlas[name].values for name in ("roi", *ROI_COORDS)},
+        {"atlas": "schaefer400", **about, "preprocessing": real.attrs["preprocessing"]},
+    )

@@ -1,0 +1,89 @@
+"""What every file must pass: it is there, its affine is sound, its space is MNI152."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from bhx.errors import InputError
+from bhx.schema import MNI_ORIGIN, MNI_STEP
+
+MNI_AFFINE = np.diag([*MNI_STEP, 1.0])
+MNI_AFFINE[:3, 3] = MNI_ORIGIN
+
+# What a row of `find_scans` may bring along without being a label of the subject.
+FILES = ("bold", "confounds", "t1", "t1_mask")
+
+
+# --- what every file must pass --------------------------------------------------------------------
+
+
+def check_file(path) -> Path:
+    """Refuse a path that is no file with content."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        annex = path.is_symlink() and "annex" in os.readlink(path)
+        found = "a link to content that is not here" if annex else "nothing"
+        help = "Run datalad get" if annex else "Check the path"
+        raise InputError(f"Expected a file at {path}, found {found}", help) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"Expected a file at {path}, found {error}", "Check the path") from error
+    if path.is_dir():
+        raise InputError(f"Expected a file at {path}, found a folder", "Name the file inside it")
+    if size == 0:
+        raise InputError(f"Expected a file with content at {path}, found 0 bytes", "Copy it again")
+    return path
+
+
+def check_affine(image, path) -> None:
+    """Refuse an image whose voxel axes are not the world's, or whose two affines disagree."""
+    affine, name = image.affine, Path(path).name
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise InputError(
+            f"Expected an invertible affine in {name}, found {affine[:3]}", "Repair it"
+        )
+    steps = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    if (np.abs(steps).max(0) < 0.999).any():
+        angle = np.degrees(np.arccos(np.abs(steps).max(0).min()))
+        raise InputError(
+            f"Expected axes along the world's in {name}, found them oblique by {angle:.0f} degrees",
+            "Images in MNI152 space are never oblique: resample it to MNI152",
+        )
+    if not hasattr(image.header, "get_qform"):
+        return
+    (q, q_code), (s, s_code) = image.get_qform(coded=True), image.get_sform(coded=True)
+    if q_code and s_code and np.abs(q - s).max() > 1:
+        fact = f"Expected one orientation in {name}, found a qform and an sform that differ by "
+        fact += f"{np.abs(q - s).max():.0f} mm"
+        raise InputError(fact, "One of them may flip left and right: keep the right one in both")
+
+
+def check_space(path):
+    """Refuse a file whose name says a space other than MNI152."""
+    space = re.search(r"space-([a-zA-Z0-9]+)", Path(path).name)
+    if space and not space[1].startswith(("MNI", "mni")):
+        raise InputError(
+            f"Expected an image in MNI152 space, found space-{space[1]} in {Path(path).name}",
+            "Take the one of --output-spaces MNI152NLin6Asym (fMRIPrep, sMRIPrep)",
+        )
+
+
+@contextmanager
+def reading(path, what):
+    """Whatever goes wrong while a file is read is said with the file's name."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        kind, found = type(error).__name__, (str(error).splitlines() or ["no reason"])[0][:200]
+        raise InputError(
+            f"Expected to read {what} from {Path(path).name}, found {kind}: {found}",
+            "The file may be damaged or of another kind: copy or convert it again",
+        ) from error

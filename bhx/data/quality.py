@@ -1,0 +1,163 @@
+"""Verdicts: what is wrong or odd with a scan, and the page that shows a cohort's.
+
+Judged are arrays that are read already; no file of a subject is opened here. What cannot be used
+raises InputError, what can be used but not blindly is a warning, one clause of plain text.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from bhx.errors import InputError, listed
+
+PATCH_SECONDS = 35.28  # a scan shorter than one patch has no token (48 x 0.735 s)
+SHORT_SECONDS = 180.0  # connectivity of shorter scans is poorly repeatable
+MIN_COVERAGE = 0.8  # share of parcels with signal below which a scan is refused
+PARCEL_COVERAGE = 0.5  # share of a parcel's voxels or vertices that must have signal
+HIGH_MOTION = 0.5  # mm, mean framewise displacement
+# A scan is refused when its `homotopy` in another order of the parcels is at least this high, and
+# higher by this margin; one real scan in the wrong order: 0.91 against 0.71 as named.
+ORDER_HOMOTOPY, ORDER_MARGIN = 0.75, 0.1
+MIN_TEMPLATE_R = 0.65  # correlation with the MNI152 template in 8 mm blocks
+LOW_TEMPLATE_R = 0.75
+MIN_T1_COVERAGE = 0.6  # share of the template's brain with T1 signal
+BRAIN_ML = (1000.0, 2400.0)  # in MNI152 space; the template has 1881 ml
+
+
+def judge_bold(bold: xr.DataArray, mean_fd: float = np.nan) -> tuple[xr.DataArray, dict, list[str]]:
+    """Refuse, or warn of, what is wrong with parcel series; parcels without signal become zeros.
+
+    Returns
+    -------
+    float32 series, facts (tr, n_volumes, coverage, bold_scale, homotopy), warnings
+    """
+    tr, n, name = bold.attrs["tr"], bold.sizes["time"], bold.attrs.get("file", "a scan")
+    if n * tr < PATCH_SECONDS:
+        fact = f"Expected at least {PATCH_SECONDS} s of BOLD in {name}, "
+        fact += f"found {n * tr:.1f} s ({n} volumes at TR {tr:g} s)"
+        raise InputError(fact, "A scan shorter than one patch has no token")
+    values = bold.values
+    lost = ~np.isfinite(values).all(1)
+    flat = ~lost & (np.ptp(np.where(lost[:, None], 0, values), axis=1) <= 1e-9)
+    covered = bold.covered.values if "covered" in bold.coords else np.ones(len(lost))
+    thin = ~lost & ~flat & (covered < PARCEL_COVERAGE)
+    without = lost | flat | thin
+    coverage = 1 - without.mean()
+    if coverage < MIN_COVERAGE:
+        raise InputError(
+            f"Expected signal in at least {MIN_COVERAGE:.0%} of the parcels of {name}, found it "
+            f"in {coverage:.0%}; NaN: {lost.sum()}, constant: {flat.sum()}, hardly in the field of "
+            f"view: {thin.sum()}",
+            "Check the field of view, the space and the mask",
+        )
+    out = bold.copy(data=np.where(without[:, None], 0, values))
+    if better := better_order(out):
+        fact = f"Expected parcels in the order their names say in {name}, found left and right "
+        fact += f"partners that correlate far better in {better}"
+        raise InputError(fact, "Correct the names, or give the order of a table without names")
+    out = out.astype("float32")
+    facts = {
+        "tr": tr,
+        "n_volumes": n,
+        "coverage": float(coverage),
+        "bold_scale": scale_of(values[~without]),
+        "homotopy": homotopy(out.isel(roi=np.flatnonzero(~without))),
+    }
+    warnings = []
+    if without.any():
+        warnings.append(f"no signal in {listed(bold.roi.values[without])} (stored as zeros)")
+    if n * tr < SHORT_SECONDS:
+        warnings.append(f"only {n * tr:.0f} s of BOLD, expected {SHORT_SECONDS:.0f} s or more")
+    if mean_fd > HIGH_MOTION:
+        fd = f"mean framewise displacement {mean_fd:.2f} mm"
+        warnings.append(f"{fd}, expected below {HIGH_MOTION}")
+    return out, facts, warnings
+
+
+def scale_of(series: np.ndarray) -> str:
+    """What BOLD is measured in: "zscored", "percent" (around 0), or "raw" (far from 0)."""
+    mean, sd = np.abs(series.mean(1)), series.std(1)
+    if np.median(mean / sd) > 3:
+        return "raw"
+    return "zscored" if np.allclose(sd, 1, atol=0.05) and np.median(mean) < 0.05 else "percent"
+
+
+def homotopy(bold: xr.DataArray) -> float:
+    """How far parcels go with their mirror partner: mean rank, 0 to 1, among the other hemisphere.
+
+    Each left parcel's correlation with the right parcel nearest to its mirrored centroid is ranked
+    among its correlations with all right parcels: near 1 in a brain, 0.5 when the order of the
+    parcels is wrong. A left-right flip of the whole brain cannot be seen this way, since it maps
+    partners to partners. NaN without centroids.
+    """
+    if "hemi" not in bold.coords or set(bold.hemi.values) != {"L", "R"}:
+        return np.nan
+    place = np.stack([bold[f"mni_{axis}"].values for axis in "xyz"], 1)
+    left, right = (np.flatnonzero(bold.hemi.values == h) for h in "LR")
+    mirrored = place[left] * [-1, 1, 1]
+    partner = np.linalg.norm(mirrored[:, None] - place[right], axis=2).argmin(1)
+    z = bold.values - bold.values.mean(1, keepdims=True)
+    z = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+    r = z[left] @ z[right].T
+    lower = r < r[np.arange(len(left)), partner][:, None]
+    return float(lower.sum(1).mean() / max(len(right) - 1, 1))
+
+
+def better_order(bold: xr.DataArray) -> str:
+    """A known order in which the parcels' homotopy is clearly higher than as named, or ""."""
+    n = bold.sizes["roi"]
+    orders = {"the other hemisphere": np.r_[n // 2 : n, 0 : n // 2]}
+    if "label17" in bold.coords:
+        rank = bold.label17.values - 1
+        orders |= {"the 17-network order": rank, "the 7-network order": np.argsort(rank)}
+    found = {name: homotopy(bold.copy(data=bold.values[rows])) for name, rows in orders.items()}
+    best = max(found, key=found.get)
+    clear = found[best] > max(ORDER_HOMOTOPY, homotopy(bold) + ORDER_MARGIN)
+    return best if clear else ""
+
+
+def judge_t1(t1: np.ndarray, template: np.ndarray, name: str = "a T1") -> list[str]:
+    """Refuse a T1 on the 1 mm grid that is no brain in MNI152 space; else its warnings.
+
+    The template is symmetric: a T1 whose header hides a left-right flip cannot be told here.
+    """
+    if np.ptp(t1) == 0:
+        raise InputError(
+            f"Expected a brain in {name}, found {t1.flat[0]:g} everywhere", "Check the mask"
+        )
+    inside = t1 != 0
+    brain = inside.sum() / 1000
+    if brain > BRAIN_ML[1]:
+        fact = f"Expected a brain of {BRAIN_ML[0]:.0f} to {BRAIN_ML[1]:.0f} ml in {name}, found "
+        fact += f"{brain:.0f} ml"
+        raise InputError(fact, "Skull-strip it or give its brain mask")
+
+    def likeness(volume):
+        return float(np.corrcoef(_blocks(volume).ravel(), _blocks(template).ravel())[0, 1])
+
+    r = likeness(t1)
+    turned = {"back to front": np.flip(t1, 1), "upside down": np.flip(t1, 2)}
+    better = [how for how, volume in turned.items() if likeness(volume) > r]
+    if r < MIN_TEMPLATE_R or brain < BRAIN_ML[0] or better:
+        raise InputError(
+            f"Expected {name} in MNI152 space, found a correlation of {r:.2f} with the template "
+            f"(at least {MIN_TEMPLATE_R}) and {brain:.0f} ml of brain"
+            + "".join(f"; {how} it fits better" for how in better),
+            "Register it to MNI152 first, for instance with fMRIPrep or sMRIPrep",
+        )
+    covered = (inside & (template > 0)).sum() / (template > 0).sum()
+    warnings = []
+    if r < LOW_TEMPLATE_R:
+        warnings.append(f"the T1 correlates only {r:.2f} with the MNI152 template")
+    if covered < MIN_T1_COVERAGE:
+        warnings.append(f"the T1 covers only {covered:.0%} of the template's brain")
+    if (t1 < 0).any():
+        warnings.append(f"negative T1 intensities, down to {t1.min():g}")
+    return warnings
+
+
+def _blocks(t1, size=8):
+    """Means over blocks of `size` voxels."""
+    a, b, c = (n // size for n in t1.shape)
+    return t1.reshape(a, size, b, size, c, size).mean((1, 3, 5))

@@ -1,0 +1,278 @@
+"""Site, motion and other things that should not be what a score is made of.
+
+Scikit-learn transformers that are fitted in the training fold and only applied to the test fold,
+and matched subsamples. As scikit-learn knows one matrix only, the confounds are its last columns:
+`[features | confounds]`; the transformers return the features alone. No prediction happens here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import xarray as xr
+from scipy.optimize import linear_sum_assignment
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from bhx.errors import InputError, check_choice, listed
+
+UNSEEN = ("keep", "estimate", "error")
+
+
+class ComBat(TransformerMixin, BaseEstimator):
+    """Remove each site's shift and scale from every feature, by empirical Bayes.
+
+    Parameters
+    ----------
+    covariates : number of columns before the last whose linear effect on the features is kept
+        (age, sex coded 0/1); the last column of X is the site as a number
+    unseen : what to do with a site at `transform` that was not in `fit`. "keep" takes it for a
+        site without shift (its features stay as they are), "estimate" estimates its shift and
+        scale from the rows given, shrunk towards the training sites (uses the test subjects'
+        features together, never their targets), "error" refuses
+    tol, max_iter : of the fixed point that gives the posterior shift and scale
+
+    Attributes
+    ----------
+    sites_ (site,), shift_ (site, feature) and scale_ (site, feature) : posterior means of gamma
+        and delta squared, in units of the pooled deviation
+
+    Notes
+    -----
+    Johnson, Li and Rabinovic, Biostatistics 2007 (model and empirical Bayes); Fortin et al.,
+    NeuroImage 2018 (covariates, imaging). A site with one training row gets the pooled scale. A
+    feature that does not vary within the training sites says nothing but the site: every row gets
+    the average site's value of it.
+    """
+
+    def __init__(self, covariates: int = 0, unseen: str = "keep", tol=1e-4, max_iter=1000):
+        self.covariates, self.unseen = covariates, unseen
+        self.tol, self.max_iter = tol, max_iter
+
+    def fit(self, x, y=None):
+        """Fit on rows `[features | covariates | site]`; `y` is not looked at."""
+        check_choice("unseen", self.unseen, UNSEEN)
+        features, covariates, site = self._parts(validate_data(self, x, dtype=float))
+        self.sites_, at = np.unique(site, return_inverse=True)
+        onehot = np.eye(len(self.sites_))[at]
+        self._fit_pooled(features, covariates, onehot)
+        z = self._standardised(features, covariates)
+        shift = np.stack([z[site == s].mean(0) for s in self.sites_])
+        scale = np.stack([_variance(z[site == s]) for s in self.sites_])
+        self.shift_mean_, self.shift_var_ = shift.mean(1), _variance(shift.T, axis=0)
+        self.scale_prior_ = np.stack([_inverse_gamma(s) for s in scale])
+        self.shift_, self.scale_ = shift.copy(), scale.copy()
+        for i, s in enumerate(self.sites_):
+            prior = (self.shift_mean_[i], self.shift_var_[i], *self.scale_prior_[i])
+            self.shift_[i], self.scale_[i] = self._posterior(
+                z[site == s], shift[i], scale[i], prior
+            )
+        return self
+
+    def transform(self, x):
+        """Features (row, feature) as if every row came from the average training site."""
+        check_is_fitted(self)
+        features, covariates, site = self._parts(validate_data(self, x, dtype=float, reset=False))
+        z = self._standardised(features, covariates)
+        out = z.copy()
+        for s in np.unique(site):
+            rows = site == s
+            shift, scale = self._effects(s, z[rows])
+            out[rows] = (z[rows] - shift) / np.sqrt(scale)
+        rest = np.where(self.flat_, features, self._mean(covariates))
+        return np.where(self.moves_, out * self.deviation_ + self._mean(covariates), rest)
+
+    def _parts(self, x):
+        width = x.shape[1] - 1 - self.covariates
+        if width < 1:
+            fact = f"Expected [features | {self.covariates} covariates | site], found {x.shape[1]}"
+            raise InputError(
+                f"{fact} columns", "Put the covariates and the site behind the features"
+            )
+        return x[:, :width], x[:, width:-1], x[:, -1]
+
+    def _fit_pooled(self, features, covariates, onehot):
+        """Least squares on sites and covariates: grand mean, covariate effects, deviation."""
+        design, n_sites = np.hstack([onehot, covariates]), onehot.shape[1]
+        varied = np.linalg.matrix_rank(np.insert(covariates, 0, 1, axis=1)) - 1
+        if np.linalg.matrix_rank(design) < n_sites + varied:
+            fact = "Expected covariates that vary within sites, found one that the sites determine"
+            raise InputError(fact, "Leave it out: its effect cannot be told from the site's")
+        effects = np.linalg.lstsq(design, features, rcond=None)[0]
+        self.grand_mean_ = onehot.mean(0) @ effects[:n_sites]
+        self.effects_ = effects[n_sites:]
+        self.deviation_ = np.sqrt(((features - design @ effects) ** 2).mean(0))
+        self.flat_ = np.ptp(features, 0) == 0  # nothing that a site could have shifted
+        self.moves_ = self.deviation_ > 1e-12 * np.abs(features).max(0)
+
+    def _mean(self, covariates):
+        return self.grand_mean_ + covariates @ self.effects_
+
+    def _standardised(self, features, covariates):
+        deviation = np.where(self.moves_, self.deviation_, 1)
+        return (features - self._mean(covariates)) / deviation
+
+    def _posterior(self, z, shift, scale, prior):
+        """Fixed point of the conditional posterior means (Johnson 2007, equations 3.1 and 3.2)."""
+        mean, variance, a, b = prior
+        n, hat = len(z), shift
+        for _ in range(self.max_iter):
+            new_shift = (n * variance * hat + scale * mean) / (n * variance + scale)
+            squares = ((z - new_shift) ** 2).sum(0)
+            new_scale = (b + squares / 2) / (n / 2 + a - 1) if np.isfinite(a) else scale
+            moved = max(_relative(new_shift, shift), _relative(new_scale, scale))
+            shift, scale = new_shift, new_scale
+            if moved < self.tol:
+                break
+        return shift, scale
+
+    def _effects(self, site, z):
+        known = np.flatnonzero(self.sites_ == site)
+        if len(known):
+            return self.shift_[known[0]], self.scale_[known[0]]
+        if self.unseen == "error":
+            fact = f"Expected the sites {listed(self.sites_)} of the training rows, found {site:g}"
+            raise InputError(fact, "Choose unseen='keep' or 'estimate', or fit on all sites")
+        if self.unseen == "keep":
+            return np.zeros(z.shape[1]), np.ones(z.shape[1])
+        prior = (0.0, self.shift_.var() + 1e-12, *_inverse_gamma(self.scale_.ravel()))
+        return self._posterior(z, z.mean(0), _variance(z), prior)
+
+
+def _variance(values, axis=0):
+    """Unbiased variance; one where a single row leaves none to estimate."""
+    if values.shape[axis] < 2:
+        return np.ones(values.shape[1 - axis])
+    return np.maximum(values.var(axis, ddof=1), 1e-12)
+
+
+def _inverse_gamma(values):
+    """Shape and rate of the inverse gamma with the mean and variance of `values`."""
+    mean, variance = values.mean(), values.var(ddof=1) if len(values) > 1 else 0.0
+    if variance <= 1e-12 * mean**2:
+        return np.inf, np.inf  # no spread to shrink towards: the scale stays as estimated
+    return 2 + mean**2 / variance, mean + mean**3 / variance
+
+
+def _relative(new, old):
+    return np.max(np.abs(new - old) / np.maximum(np.abs(old), 1e-12), initial=0.0)
+
+
+class ConfoundRegression(TransformerMixin, BaseEstimator):
+    """Subtract from every feature what the confounds predict linearly, by least squares.
+
+    Parameters
+    ----------
+    confounds : number of last columns of X that are confounds, not features
+
+    Notes
+    -----
+    The features keep their training mean; one that the confounds explain wholly has nothing else
+    left. As many independent confounds as training rows less one explain anything, and are
+    refused. Source: Snoek, Miletic and Scholte, NeuroImage 2019, who show why this belongs inside
+    the fold.
+    """
+
+    def __init__(self, confounds: int = 1):
+        self.confounds = confounds
+
+    def fit(self, x, y=None):
+        """Fit on rows `[features | confounds]`; `y` is not looked at."""
+        features, design = self._parts(validate_data(self, x, dtype=float))
+        self.mean_, self.level_ = design.mean(0), features.mean(0)
+        design, moved = design - self.mean_, features - self.level_
+        self.effects_, _, rank, _ = np.linalg.lstsq(design, moved)
+        if rank >= len(design) - 1:
+            found = f"{design.shape[1]} columns for {len(design)} rows"
+            fact = f"Expected fewer confounds than training rows, found {found}"
+            raise InputError(
+                fact, "Leave some out; a word is a column: are numbers stored as words"
+            )
+        rounding = 1e-16 * (moved**2).sum(0) + 1e-28 * (features**2).sum(0)
+        self.spent_ = ((moved - design @ self.effects_) ** 2).sum(0) <= rounding
+        return self
+
+    def transform(self, x):
+        """Features (row, feature) without the confounds' linear effect."""
+        check_is_fitted(self)
+        features, design = self._parts(validate_data(self, x, dtype=float, reset=False))
+        rest = features - (design - self.mean_) @ self.effects_
+        return np.where(self.spent_, self.level_, rest)
+
+    def _parts(self, x):
+        if not 0 < self.confounds < x.shape[1]:
+            fact = f"Expected [features | {self.confounds} confounds], found {x.shape[1]} columns"
+            raise InputError(fact, "Put the confounds behind the features")
+        return x[:, : -self.confounds], x[:, -self.confounds :]
+
+
+def is_missing(values) -> np.ndarray:
+    """Which labels are none: NaN, None, and the words that tables have for them ("n/a", "NA")."""
+    if np.issubdtype(values.dtype, np.number):
+        return ~np.isfinite(values.astype(float))
+    empty = ("", "nan", "none", "n/a", "<na>", "na", "nat")
+    return np.array([str(v).strip().lower() in empty for v in values], bool)
+
+
+def check_names(option: str, names, at_least: int = 0) -> None:
+    """Refuse one word, or nothing, where names of coordinates are wanted."""
+    if isinstance(names, str) or not isinstance(names, Collection) or len(names) < at_least:
+        fact = f"Expected {option} as a list of coordinates, found {names!r}"
+        raise InputError(fact, f"Write {option}=['name of a coordinate']")
+
+
+def check_coords(data: xr.Dataset, names) -> None:
+    """Refuse names that are no coordinates on subject."""
+    known = [c for c in data.coords if data[c].dims == ("subject",)]
+    for name in names:
+        if name not in known:
+            fact = f"Expected '{name}' as a coordinate on subject, found {listed(known, 20)}"
+            raise InputError(fact, f"Assign it: assign_coords({name}=('subject', values))")
+
+
+def match_subjects(
+    data: xr.Dataset, target: str, on: tuple[str, ...], exact: tuple[str, ...] = (), caliper=0.25
+) -> xr.Dataset:
+    """A subsample in which two groups are alike: pairs of subjects, one of each label.
+
+    Parameters
+    ----------
+    data : Dataset with `subject` (cohort, latents or features)
+    target : coordinate with two labels
+    on : numeric coordinates that a pair may differ in by at most `caliper` standard deviations
+    exact : coordinates that a pair must share ("site", "sex")
+    caliper : standard deviations, for each of `on`
+
+    Returns
+    -------
+    The rows of `data` that found a partner, in their order; as many pairs as the caliper allows,
+    with the least total distance. A subject without a label finds none.
+    """
+    check_names("on", on, at_least=1)
+    check_names("exact", exact)
+    check_coords(data, (target, *on, *exact))
+    words = [name for name in on if data[name].dtype.kind not in "biuf"]
+    if words:
+        raise InputError(
+            f"Expected numbers to match on, found {listed(words)}", "Put words in exact"
+        )
+    data = data.isel(subject=~is_missing(data[target].values))
+    labels = np.unique(data[target].values)
+    if len(labels) != 2:
+        raise InputError(f"Expected two labels in '{target}', found {listed(labels)}", "Select two")
+    values = np.stack([data[name].values.astype(float) for name in on], 1)
+    spread = np.nanstd(values, 0)
+    values = values / np.where(spread > 0, spread, 1)
+    a, b = (np.flatnonzero(data[target].values == label) for label in labels)
+    apart = np.abs(values[a][:, None] - values[b][None])  # (one, other, coordinate)
+    allowed = (apart <= caliper).all(-1)  # never where a value is NaN
+    for name in exact:
+        allowed &= data[name].values[a][:, None] == data[name].values[b][None]
+    cost = np.where(allowed, (apart**2).sum(-1) ** 0.5, 1e6)
+    left, right = linear_sum_assignment(cost)
+    good = allowed[left, right]
+    if not good.any():
+        fact = f"Expected pairs within {caliper} standard deviations of {listed(on)}, found none"
+        raise InputError(fact, "Widen the caliper or match on less")
+    return data.isel(subject=np.sort(np.r_[a[left[good]], b[right[good]]]))

@@ -1,0 +1,488 @@
+"""What scores mean, for a reader: strata, confounds, operating points, figures, one page.
+
+Everything here reads the Scores Datasets of `bhx.probe`. Models are fitted again by
+`learning_curve` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from bhx.data.splits import cohort_hash
+from bhx.errors import InputError, listed
+from bhx.evaluate import metrics
+from bhx.evaluate.features import CONFOUNDS, GUESS, encoded, subject_coords
+from bhx.evaluate.probe import probe
+from bhx.evaluate.scores import codes_of, compare, participants_of, plan_of
+from bhx.settings import PACKAGE, __version__
+
+BLUE, GREY = "#0072B2", "#7f7f7f"
+NAMED = ("torch", "xarray", "dask", "zarr", "numpy", "scipy", "scikit-learn", "plotly")
+
+
+def report(*scores: xr.Dataset, path="report.html", control=None, reference=None) -> Path:
+    """Write one self-contained page about scores of one target, and its table as Markdown.
+
+    Parameters
+    ----------
+    scores : what `bhx.probe` returned, one or several
+    path : where the page goes; the table goes beside it, ending in .md
+    control, reference : as for `bhx.compare`
+
+    Returns
+    -------
+    Path of the page: methods, who was left out and why, the scores with intervals beside their
+    controls, calibration or bias with age, strata, what confounds explain, versions and hashes.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".md":
+        fact = f"Expected a page that ends in .html, found '{path}'"
+        raise InputError(fact, "The table goes beside it and ends in .md")
+    table = compare(*scores, control=control, reference=reference)
+    found = dict.fromkeys(f"{s.attrs['target']} ({s.attrs['task']})" for s in scores)
+    if len(found) > 1:
+        fact = f"Expected scores of one target, found {listed(found)}"
+        raise InputError(fact, "Write a page about each")
+    try:
+        path.write_text(_page(scores, table), encoding="utf-8")
+        path.with_suffix(".md").write_text(as_markdown(table), encoding="utf-8")
+    except OSError as error:
+        fact = f"Expected a path that can be written, found '{path}': {error.strerror}"
+        raise InputError(fact, "Give a file in a folder that is there") from error
+    return path
+
+
+def _page(scores, table):
+    figures, first = [plot_scores(table)], scores[0]
+    if first.attrs["task"] == "label" and first.sizes["class"] == 2:
+        figures.append(plot_calibration(*scores))
+    if first.attrs["task"] == "number":
+        figures.append(plot_predictions(*scores))
+    drawn = (f.to_html(full_html=False, include_plotlyjs=f is figures[0]) for f in figures)
+    notes = ["Rows without a label, a confound or a feature are left out as shown above."]
+    notes += [note for s in scores for note in json.loads(s.attrs["notes"])]
+    sections = {
+        "Methods": "".join(f"<p>{escape(methods(s))}</p>" for s in scores),
+        "Who entered": "".join(map(_flow, scores)),
+        "Scores": "".join([_html(table), *drawn]),
+        "Within each site": "".join(_html(within(s, "site")) for s in scores if "site" in s.coords),
+        "Confounds": "".join(map(_explained, scores)),
+        "What was taken for granted": _list(notes),
+        "Made by": _list([*made_with(*scores).splitlines(), *map(_made_by, scores)]),
+    }
+    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items() if content)
+    return PAGE.format(title=escape(f"Scores: {first.attrs['target']}"), body=body)
+
+
+def made_with(*objects) -> str:
+    """Versions, then whose weights, which rows of which cohort and which seeds made these objects.
+
+    Parameters
+    ----------
+    objects : cohorts, latents, features, scores (their attributes are read) or models
+
+    Returns
+    -------
+    Text: one line of versions, then each thing once. Hashes are the first twelve digits of
+    SHA-256: of the weights' file, and of the ids of the rows in their order. Weights that are not
+    shipped with bhx are said to be made here: another machine's may differ in their last digits.
+    """
+    versions = [f"Python {platform.python_version()}", f"bhx {__version__}"]
+    versions += [f"{name} {version(name)}" for name in NAMED]
+    lines = dict.fromkeys(line for o in objects for line in _weights_of(o) + _data_of(o))
+    return "\n".join([", ".join(versions), *lines])
+
+
+def _weights_of(one):
+    shipped = PACKAGE.glob("weights/*/config.json")
+    names = {json.loads(path.read_text("utf8"))["sha256"]: path.parent.name for path in shipped}
+    if hasattr(one, "provenance"):  # a model
+        kept = {"weights": one.provenance.get("source"), **one.provenance}
+        found = [{"model": one.config.name, **kept}]
+    else:
+        attrs = getattr(one, "attrs", {})
+        found = [attrs, *json.loads(attrs.get("features", "{}")).values()]
+    lines = []
+    for made in (m for m in found if "weights_sha256" in m):
+        digest = made["weights_sha256"]
+        kind = "shipped" if digest in names else "made here"
+        told = f"{kind} {digest[:12]}" if digest else made.get("weights", "random")
+        lines.append(f"weights {names.get(digest, made.get('model', 'model'))}: {told}")
+    return lines
+
+
+def _data_of(one):
+    attrs = getattr(one, "attrs", {})
+    told_of = str(attrs.get("cohort", ""))  # latents carry their cohort's attributes
+    data = json.loads(told_of) if told_of.startswith("{") else attrs
+    name = attrs.get("target") or attrs.get("method") or f"{data.get('source') or ''} cohort"
+    seed = attrs.get("seed", data.get("seed", ""))
+    told = [f"seed {seed}"] if seed != "" else []
+    if {"subject", "participant"} <= {*getattr(one, "coords", ())}:
+        told.append(f"{one.sizes['subject']} rows {cohort_hash(one)[:12]}")
+    return [f"{name.strip()}: {', '.join(told)}"] if told else []
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
+table{{border-collapse:collapse;margin:1rem 0;font-size:14px}}th,td{{padding:.2rem .7rem;
+text-align:right;border-bottom:1px solid #ddd}}th{{font-weight:600}}
+.flow{{display:flex;gap:.6rem;align-items:center;flex-wrap:wrap;margin:.6rem 0}}
+.flow div{{border:1px solid #777;border-radius:4px;padding:.4rem .8rem}}
+.flow div.out{{border-style:dashed;color:#555}}</style>
+<h1>{title}</h1>{body}</html>"""
+
+
+def methods(scores: xr.Dataset) -> str:
+    """The methods paragraph of a probe, in full sentences."""
+    a = scores.attrs
+    confounds, preserve = json.loads(a["confounds"]), json.loads(a["preserve"])
+    kinds = {"number": "the number", "label": "the label", "ordinal": "the ordered label"}
+    named = "participant" in scores.coords
+    people, site = "participants" if named else "rows", "site" in scores.coords
+    n = scores.sizes["fold"]
+    splits = f"{n} folds that held out whole values of {a['groups']}"
+    if a["protocol"] == "paper":
+        splits = f"three splits of 6:2:2 stratified by {a['target']}{' and site' if site else ''}"
+    elif a["protocol"]:
+        splits = f"{n} stratified resplits with one fifth tested"
+    elif a["groups"] == "participant":
+        splits = f"{n} folds over {people}"
+    apart = "; no participant was on both sides of a split" if named else ""
+    what = f"We predicted {kinds[a['task']]} '{a['target']}' {_read_by(scores)}"
+    text = [f"{what} in {splits}{apart}."]
+    if a["stratify"]:
+        text.append(f"Folds were balanced over {a['stratify']}.")
+    if "settings" not in a:  # those of bhx.fine_tune have no features
+        text.append(
+            "Missing features were filled with, and all features scaled by, training means."
+        )
+    if a["harmonise"]:
+        kept = f", keeping the effect of {listed(preserve)}" if preserve else ""
+        text.append(f"ComBat, fitted in the training part, removed {a['harmonise']}{kept}.")
+    if confounds:
+        text.append(
+            f"Linear effects of {listed(confounds, 20)}, fitted in the training part, were removed."
+        )
+    text.append(
+        f"Scores are means over folds with 95 % intervals of a bootstrap over {people}, models not "
+        "refitted, widened for pairs of subjects that predict each other; models were compared by "
+        "the corrected resampled t-test with Holm's adjustment."
+    )
+    if a["protocol"] == "paper" and a["task"] != "number":
+        text.append("Metrics of decisions have no interval: three splits are too few for one.")
+    if "null" in scores:
+        kept = " within site" * site + ", families whole" * ("family" in scores.coords)
+        exchanges = f"{scores.sizes['permutation']} exchanges of labels between {people}{kept}"
+        text.append(f"The null comes from {exchanges}.")
+    if a["train_share"] < 1:
+        text.append(f"Only {a['train_share']:.0%} of the training {people} were used.")
+    return " ".join(text)
+
+
+def _read_by(scores):
+    """Which features were read by which estimator, in words."""
+    by, notes = {}, json.loads(scores.attrs["notes"])
+    for model in scores.model.values.astype(str):
+        own = [n.removeprefix(f"{model}: ") for n in notes if n.startswith(f"{model}: ")]
+        how = own[0] if own else scores.attrs["estimator"]
+        if model == GUESS:
+            how = "the mean or the frequencies of the training part"
+        by.setdefault(" ".join(how.split()), []).append(model)
+    return ", ".join(f"from {listed(models, 20)} by {how}" for how, models in by.items())
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """A table of `bhx.compare` as Markdown."""
+    flat = table.reset_index()
+    lines = [flat.columns, ["---"] * len(flat.columns), *flat.itertuples(index=False)]
+    title = f"**{_cell(table.columns.name)}**\n\n" if table.columns.name else ""
+    return title + "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
+
+
+def _cell(value):
+    return "" if pd.isna(value) else " ".join(str(value).replace("|", "\\|").split())
+
+
+def _flow(scores):
+    """Boxes from all rows to those judged, with what was left out on the way."""
+    excluded, kept = json.loads(scores.attrs["excluded"]), judged(scores)
+    untested = np.setdiff1d(scores.subject, kept.subject)
+    if len(untested):
+        excluded["tested in no split"] = untested
+    boxes = [f"<div>{scores.attrs['n_rows']} rows given</div>"]
+    for reason, ids in excluded.items():
+        boxes.append(f'<div class="out" title="{escape(listed(ids, 50))}">')
+        boxes[-1] += f"{len(ids)} out: {escape(reason)}</div>"
+    n, people = kept.sizes["subject"], len(np.unique(participants_of(kept)))
+    boxes.append(f"<div><b>{n} rows of {people} participants judged</b></div>")
+    return '<div class="flow">' + "<span>→</span>".join(boxes) + "</div>"
+
+
+def _html(table):
+    return table.to_html(border=0, na_rep="", float_format=lambda v: f"{v:.3f}")
+
+
+def _list(items):
+    items = list(dict.fromkeys(items))
+    return "<ul>" + "".join(f"<li>{escape(i)}</li>" for i in items) + "</ul>"
+
+
+def _made_by(scores):
+    versions = json.loads(scores.attrs["versions"])
+    parts = [f"{k} {v}" for k, v in versions.items()] + [f"seed {scores.attrs['seed']}"]
+    for name, made in json.loads(scores.attrs["features"]).items():
+        parts += [f"{name}: {k} {v}" for k, v in made.items() if k != "config"]
+    return "; ".join(parts)
+
+
+def _explained(scores):
+    """What the confounds that vary explain of each prediction: a sentence and a table."""
+    names = [n for n in CONFOUNDS if n in scores.coords and n != scores.attrs["target"]]
+    names = [n for n in names if len(np.unique(scores[n].values)) > 1]
+    if not names or (scores.attrs["task"] != "number" and scores.sizes["class"] != 2):
+        return ""
+    try:
+        table = _html(explained_by(scores, names))
+    except InputError as error:
+        table = f"<p>{escape(str(error))}</p>"
+    told = f"Linear share of each prediction that {listed(names, 20)} explain together."
+    return f"<p>{escape(told)}</p>{table}"
+
+
+# ---------------------------------------------------------------- figures
+
+
+def plot_scores(table: pd.DataFrame, metric: str | None = None):
+    """One metric of a table of `bhx.compare`: a dot and an interval a model, the first on top."""
+    import plotly.graph_objects as go
+
+    levels = table.index.get_level_values("metric")
+    metric = metric or levels[0]
+    rows = table[levels == metric].droplevel("metric")
+    names = [" · ".join(map(str, np.atleast_1d(n))) for n in rows.index.to_list()]
+    bars = {"array": rows.high - rows.score, "arrayminus": rows.score - rows.low, "thickness": 2}
+    dots = go.Scatter(
+        x=rows.score,
+        y=names,
+        error_x={"type": "data", "symmetric": False, **bars},
+        mode="markers",
+        marker={"size": 10, "color": BLUE},
+        hovertemplate="%{y}: %{x:.3f}<extra></extra>",
+    )
+    figure = go.Figure(dots)
+    if metric in table.attrs["chance"]:
+        line = {"dash": "dot", "color": GREY, "width": 1.5}
+        figure.add_vline(table.attrs["chance"][metric], line=line, opacity=1)
+    figure.update_xaxes(title=f"{metric.replace('_', ' ')} (mean over folds, 95 % interval)")
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    height = 140 + 36 * len(names)
+    return figure.update_layout(template="simple_white", height=height, title=table.columns.name)
+
+
+def plot_calibration(*scores: xr.Dataset, bins: int = 10):
+    """Predicted probability of the positive label against how often it is true."""
+    figure = _diagonal([0, 1])
+    for s in map(judged, scores):
+        truth = s.truth.values.astype(str) == s.attrs["positive"]
+        for output in pooled_output(s):
+            found = metrics.calibration(truth, output.values, bins)
+            name = f"{output.model.item()} (error {found['error']:.2f})"
+            x, y = found["predicted"], found["observed"]
+            figure.add_scatter(x=x, y=y, mode="lines+markers", name=name)
+    figure.update_xaxes(title=f"predicted probability of {scores[0].attrs['positive']}")
+    figure.update_yaxes(title="observed frequency")
+    return figure.update_layout(template="simple_white", height=420, title="Calibration")
+
+
+def plot_predictions(*scores: xr.Dataset):
+    """Predicted against true numbers, one dot a subject."""
+    truth = judged(scores[0]).truth.values
+    figure = _diagonal([truth.min(), truth.max()])
+    for s in map(judged, scores):
+        for output in pooled_output(s):
+            dots = {"size": 6, "opacity": 0.6}
+            name = str(output.model.item())
+            figure.add_scatter(x=s.truth, y=output, mode="markers", marker=dots, name=name)
+    target = scores[0].attrs["target"]
+    figure.update_xaxes(title=f"true {target}").update_yaxes(title=f"predicted {target}")
+    return figure.update_layout(template="simple_white", height=460, title="Predictions")
+
+
+def _diagonal(ends):
+    import plotly.graph_objects as go
+
+    line = {"dash": "dot", "color": GREY}
+    return go.Figure().add_scatter(x=ends, y=ends, mode="lines", line=line, name="perfect")
+
+
+# ---------------------------------------------------------------- tables
+
+
+def judged(scores: xr.Dataset) -> xr.Dataset:
+    """The same scores of the subjects that some fold tested; protocols leave some untested."""
+    return scores.isel(subject=np.isfinite(scores.output.values).any((0, 1, 3)))
+
+
+def pooled_output(scores: xr.Dataset) -> xr.DataArray:
+    """One number a subject and model: the predicted number, or the positive label's probability,
+    averaged over the folds that tested the subject."""
+    column = "value" if scores.attrs["task"] == "number" else scores.attrs["positive"]
+    return scores.output.sel({"class": column}, drop=True).mean("fold")
+
+
+def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
+    """Every metric inside each value of a coordinate (site, sex), and how many subjects it has.
+
+    Predictions of all folds are taken together; a stratum of one label has no AUROC.
+    """
+    known = subject_coords(scores)
+    if by not in known:
+        fact = f"Expected '{by}' as a coordinate on subject, found {listed(known, 20)}"
+        raise InputError(fact, "Assign it to the features before the probe")
+    scores = judged(scores)
+    plan, truth, rows = plan_of(scores), codes_of(scores), []
+    for i, model in enumerate(scores.model.values):
+        output = np.nanmean(scores.output.values[i], 0)
+        decision = metrics.majority(scores.decision.values[i], scores.sizes["class"])
+        for value in np.unique(scores[by].values):
+            t = np.flatnonzero(scores[by].values == value)
+            measured = plan.measure(truth[t], output[t], decision[t])
+            row = {"model": str(model), by: value, "n": len(t)}
+            rows.append(row | {k: v[0] for k, v in measured.items()})
+    return pd.DataFrame(rows).set_index(["model", by]).round(3)
+
+
+def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:
+    """How much of a prediction the confounds explain, and what of its skill is left without them.
+
+    Parameters
+    ----------
+    scores : what `bhx.probe` returned
+    confounds : name or names of coordinates on subject
+
+    Returns
+    -------
+    pandas DataFrame, a row a model: `explained` (R2 of the prediction on the confounds), `r` of
+    prediction and truth, and `partial_r`, the same with the confounds' linear effect taken out of
+    both. Subjects without one of the confounds do not enter (`n`).
+    """
+    confounds = [confounds] if isinstance(confounds, str) else list(confounds)
+    scores = judged(scores)
+    missing = [n for n in confounds if n not in subject_coords(scores)]
+    if missing:
+        fact = f"Expected coordinates on subject, found no {listed(missing)}"
+        raise InputError(fact, "Assign them to the features before the probe")
+    design = encoded(scores.coords.to_dataset(), confounds)
+    truth = codes_of(scores)
+    if scores.attrs["task"] == "label":
+        truth = truth == plan_of(scores).positive
+    known = np.isfinite(design).all(1)
+    if not known.any():
+        fact = f"Expected subjects with all of {listed(confounds, 20)}, found none"
+        raise InputError(fact, "Leave out what is rarely known")
+    design = np.column_stack([np.ones(known.sum()), design[known]])
+    rows = []
+    for output in pooled_output(scores):
+        both = np.column_stack([output.values[known], truth[known].astype(float)])
+        rest = both - design @ np.linalg.lstsq(design, both)[0]
+        total = both[:, 0].var()
+        rows.append(
+            {
+                "model": str(output.model.values),
+                "explained": 1 - rest[:, 0].var() / total if total > 0 else np.nan,
+                "r": _r(both),
+                "partial_r": _r(rest),
+                "n": int(known.sum()),
+            }
+        )
+    return pd.DataFrame(rows).set_index("model").round(3)
+
+
+def _r(pair):
+    flat = pair.std(0) <= 1e-9 * (1 + np.abs(pair).max(0))
+    return 0.0 if flat.any() else float(np.corrcoef(pair.T)[0, 1])
+
+
+def operating_point(scores: xr.Dataset, sensitivity: float = 0.9) -> pd.DataFrame:
+    """Decide at a chosen sensitivity, each fold's threshold taken from the other folds' subjects.
+
+    Returns
+    -------
+    pandas DataFrame, a row a model: `sensitivity` and `specificity` reached in the tested folds,
+    `precision` (positive predictive value) and `npv`.
+    """
+    if scores.attrs["task"] != "label" or scores.sizes["class"] != 2:
+        raise InputError("Expected scores of two labels, found others", "Choose a binary target")
+    scores = judged(scores)
+    positive = scores.truth.values.astype(str) == scores.attrs["positive"]
+    output = scores.output.sel({"class": scores.attrs["positive"]}).values
+    called = np.full(output.shape, np.nan)  # (model, fold, subject)
+    for one, score, decided in zip(output, np.nanmean(output, 1), called, strict=True):
+        for f, tested in enumerate(np.isfinite(one)):
+            at = metrics.threshold_for(positive[~tested], score[~tested], sensitivity)
+            decided[f, tested] = one[f, tested] >= at
+    yes, no = called[..., positive], called[..., ~positive]
+    tp, fn, fp, tn = (np.nansum(part, (1, 2)) for part in (yes, 1 - yes, no, 1 - no))
+    with np.errstate(invalid="ignore"):
+        rates = {"sensitivity": tp / (tp + fn), "specificity": tn / (tn + fp)}
+        rates |= {"precision": tp / (tp + fp), "npv": tn / (tn + fn)}
+    return pd.DataFrame(rates, pd.Index(scores.model.values.astype(str), name="model")).round(3)
+
+
+def age_gap(scores: xr.Dataset) -> xr.Dataset:
+    """Predicted minus true age, before and after the correction of its bias with age.
+
+    A regularised model predicts the young too old and the old too young. The gap's line on age is
+    fitted on the other folds' subjects and subtracted (Beheshti et al., NeuroImage: Clinical 2019;
+    de Lange and Cole 2020). The corrected gap uses the true age: it may be related to other
+    labels, but never call it a prediction, and report no accuracy from it.
+
+    Returns
+    -------
+    Dataset with `gap` and `corrected` (model, subject) [years] of the subjects that were tested,
+    and `bias` and `bias_left` (model,): their correlation with age.
+    """
+    if scores.attrs["task"] != "number":
+        raise InputError("Expected scores of a number (age), found labels", "Probe the age")
+    scores = judged(scores)
+    age = scores.truth
+    gap = pooled_output(scores) - age
+    corrected = gap.copy()
+    for i in range(scores.sizes["model"]):
+        for row in scores.output.values[i, :, :, 0]:
+            t = np.isfinite(row)
+            slope, level = np.polyfit(age.values[~t], gap.values[i, ~t], 1)
+            corrected.values[i, t] = gap.values[i, t] - (level + slope * age.values[t])
+    out = xr.Dataset({"gap": gap, "corrected": corrected})
+    out = out.assign(
+        bias=xr.corr(gap, age, "subject"), bias_left=xr.corr(corrected, age, "subject")
+    )
+    for name in ("gap", "corrected"):
+        out[name].attrs["units"] = "years"
+    return out
+
+
+def learning_curve(features, target: str, shares=(0.2, 0.4, 0.6, 0.8, 1.0), **options):
+    """Scores at growing shares of the training participants, the tested ones staying the same.
+
+    Returns
+    -------
+    Dataset `score (share, model, metric, fold)` with the coordinate `n_train` on share: training
+    rows, mean over folds.
+    """
+    if not len(shares):
+        raise InputError("Expected shares of the training participants, found none", "Give 0.5, 1")
+    runs = [probe(features, target, train_share=share, **options) for share in shares]
+    tested = [np.isfinite(r.output.values[0, :, :, 0]).sum(1).mean() for r in runs]
+    n_train = [round(n / r.attrs["test_share"]) for n, r in zip(tested, runs, strict=True)]
+    out = xr.concat([r.score for r in runs], "share").to_dataset()
+    return out.assign_coords(share=list(shares), n_train=("share", n_train))

@@ -1,0 +1,188 @@
+"""Who is like whom, and which tokens differ between groups."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from bhx.errors import InputError, listed
+from bhx.latents.pool import features_of, row_of, standardized
+from bhx.schema import check
+
+
+def similarity(data: xr.Dataset, other: xr.Dataset | None = None) -> xr.DataArray:
+    """Correlation between subjects' features, (subject, subject_other).
+
+    Both sides keep their `participant` and `site` labels (with the suffix `_other`), so that
+    similarity within and between people is one `where` away.
+    """
+    a, b = (features_of(d) for d in (data, data if other is None else other))
+    if a.sizes["feature"] != b.sizes["feature"]:
+        fact = f"Expected as many features on both sides, found {a.sizes['feature']} and "
+        fact += f"{b.sizes['feature']}"
+        raise InputError(fact, "Pool both latents in the same way, and from the same model")
+    values = standardized(np.asarray(a)) @ standardized(np.asarray(b)).T
+    out = xr.DataArray(values, dims=("subject", "subject_other"), name="similarity")
+    out = out.assign_coords(subject=a.subject.values, subject_other=b.subject.values)
+    for name in ("participant", "site"):
+        if name in a.coords and name in b.coords:
+            labels = {name: ("subject", a[name].values)}
+            out = out.assign_coords(labels | {f"{name}_other": ("subject_other", b[name].values)})
+    return out.assign_attrs(long_name="correlation of features")
+
+
+def neighbours(data: xr.Dataset, subject: str | None = None, *, k: int = 5) -> xr.Dataset:
+    """The k most similar other subjects of one subject, or of all.
+
+    Returns
+    -------
+    Dataset with `neighbour` (subject ids) and `similarity`, (subject, rank), nearest first
+    """
+    near = similarity(data)
+    n = near.sizes["subject"]
+    if not 1 <= k < n:
+        raise InputError(
+            f"Expected 1 to {n - 1} neighbours of {n} subjects, found k={k}", "Lower k"
+        )
+    values = near.values.copy()
+    np.fill_diagonal(values, -np.inf)
+    order = np.argsort(-values, axis=1, kind="stable")[:, :k]
+    out = xr.Dataset(
+        {
+            "neighbour": (("subject", "rank"), near.subject.values[order]),
+            "similarity": (("subject", "rank"), np.take_along_axis(values, order, 1)),
+        },
+        {"subject": near.subject.values, "rank": np.arange(1, k + 1)},
+    )
+    return out if subject is None else out.isel(subject=row_of(near, subject))
+
+
+def fingerprint(data: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
+    """Can a person be found again among all in another half, run or TR of the same people?
+
+    Parameters
+    ----------
+    data, other : features or latents with the coordinate `participant`, one row a participant
+
+    Returns
+    -------
+    Dataset with `similarity` (subject, subject_other), `identified` (subject): the most similar
+    row of `other` is the same participant's; `within` (subject) and `between` (subject), the
+    similarity to oneself and the mean of that to others; attrs `rate` and `chance`
+    """
+    near = similarity(data, other)
+    same = near.participant == near.participant_other
+    if not ((same.sum("subject") == 1).all() and (same.sum("subject_other") == 1).all()):
+        raise InputError(
+            "Expected each participant once on both sides, found participants missing or repeated",
+            "Select one row a participant, the same people in both",
+        )
+    best = near.participant_other[near.argmax("subject_other")]
+    out = xr.Dataset(
+        {
+            "similarity": near,
+            "identified": ("subject", best.values == near.participant.values),
+            "within": near.where(same).mean("subject_other"),
+            "between": near.where(~same).mean("subject_other"),
+        }
+    )
+    rate = float(out.identified.mean())
+    return out.assign_attrs(rate=rate, chance=1 / near.sizes["subject_other"])
+
+
+def contrast(
+    latents: xr.Dataset,
+    groups: str,
+    *,
+    within: str | None = None,
+    n_permutations: int = 1000,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Which hub tokens differ between groups of people?
+
+    The statistic is the pseudo-F of PERMANOVA (Anderson 2001, Austral Ecology 26) with Euclidean
+    distances: the spread between the groups' mean tokens over the spread inside groups, each per
+    degree of freedom. Rows of one participant are averaged first, since people are exchanged.
+
+    Parameters
+    ----------
+    latents : Dataset with `hub`
+    groups : a coordinate on subject; rows where it is missing are left out
+    within : a coordinate on subject; labels are exchanged only inside its values, such as "site"
+
+    Returns
+    -------
+    Dataset on token with `F`, `p` (permutation, smallest possible 1 / (n + 1)), `q` (Benjamini-
+    Hochberg over tokens) and `mean` (group, token, feature)
+    """
+    from scipy.stats import false_discovery_control
+
+    hub, labels, blocks = _people(latents, groups, within)
+    names, codes = np.unique(labels, return_inverse=True)
+    if len(names) < 2 or np.bincount(codes).min() < 2:
+        fact = f"Expected at least two groups of two participants in '{groups}', found "
+        fact += f"{dict(zip(names.tolist(), np.bincount(codes).tolist(), strict=True))}"
+        raise InputError(fact, "Choose another coordinate, or more subjects")
+    rng = np.random.default_rng(seed)
+    draws = np.stack([codes] + [_shuffled(codes, blocks, rng) for _ in range(n_permutations)])
+    f = np.stack([_pseudo_f(hub[:, t], draws) for t in range(hub.shape[1])], axis=1)
+    p = (f >= f[0] * (1 - 1e-6)).sum(0) / (n_permutations + 1)
+    mean = np.stack([hub[codes == i].mean(0) for i in range(len(names))])
+    return xr.Dataset(
+        {
+            "F": ("token", f[0]),
+            "p": ("token", p),
+            "q": ("token", false_discovery_control(p)),
+            "mean": (("group", "token", "feature"), mean),
+        },
+        {"token": latents.token.values, "group": names},
+        {"groups": groups, "within": within or "", "n_permutations": n_permutations, "seed": seed},
+    )
+
+
+def _people(latents, groups, within):
+    """Tokens, labels and blocks of participants: rows of one person averaged."""
+    hub = check(latents, "latents")["hub"]
+    for name in (groups, within):
+        if name is not None and name not in hub.coords:
+            fact = f"Expected the coordinate '{name}' on subject, found {listed(hub.coords, 12)}"
+            raise InputError(fact, "Assign it: latents.assign_coords(name=('subject', values))")
+    labels = hub[groups].to_series()
+    known = labels.notna() & (labels.astype(str) != "")
+    hub = hub.isel(subject=np.flatnonzero(known))
+    columns = list(dict.fromkeys(["participant", groups, *([within] if within else [])]))
+    table = hub.subject.to_dataset(name="row").reset_coords()[columns].to_dataframe()[columns]
+    people = table.groupby("participant", sort=True)
+    if (people.nunique().drop(columns="participant", errors="ignore") > 1).any(axis=None):
+        raise InputError(
+            f"Expected one value of '{groups}'{f' and {within}' if within else ''} a participant, "
+            "found participants with several",
+            "Contrast people, not sessions: select one row each",
+        )
+    first, rows = people.first(), people.indices
+    values = np.asarray(hub.astype("float32"))
+    means = np.stack([values[rows[name]].mean(0) for name in first.index])
+    return means, first[groups].to_numpy(), first[within].to_numpy() if within else None
+
+
+def _pseudo_f(values, draws):
+    """PERMANOVA's F of one token (person, feature) under each row of labels (draw, person)."""
+    n, k = draws.shape[1], draws.max() + 1
+    sizes = np.bincount(draws[0])
+    values = values - values.mean(0)
+    total = (values**2).sum()
+    between = 0
+    for group in range(k):
+        sums = (draws == group).astype(values.dtype) @ values  # (draw, feature)
+        between = between + (sums**2).sum(1) / sizes[group]
+    return between / (k - 1) / ((total - between) / (n - k))
+
+
+def _shuffled(codes, blocks, rng):
+    if blocks is None:
+        return rng.permutation(codes)
+    out = codes.copy()
+    for block in np.unique(blocks):
+        where = np.flatnonzero(blocks == block)
+        out[where] = codes[rng.permutation(where)]
+    return out

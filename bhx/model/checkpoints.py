@@ -1,0 +1,75 @@
+"""Weights to networks and back: our own format (safetensors + JSON) and the released files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bhx.errors import InputError, listed
+from bhx.model.config import Harmonix, HarmonixConfig, load_strictly, sha256
+from bhx.model.released import read_release
+from bhx.settings import PACKAGE
+
+SHIPPED = PACKAGE / "weights"
+
+
+def save_weights(model: Harmonix, folder, provenance: dict | None = None) -> Path:
+    """Write `config.json` and `model.safetensors` into `folder`, each whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "model.safetensors.part"
+    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, part)
+    description = {
+        "format": 1,
+        "config": asdict(model.config),
+        "sha256": sha256(part),
+        "provenance": provenance or model.provenance,
+    }
+    os.replace(part, folder / "model.safetensors")
+    text = folder / "config.json.part"
+    text.write_text(json.dumps(description, indent=1) + "\n")
+    shutil.copymode(text, folder / "model.safetensors")  # for others, too
+    os.replace(text, folder / "config.json")
+    return folder
+
+
+def read_weights(source) -> Harmonix:
+    """Networks from shipped weights, a folder of save_weights, or "release:<folder>"."""
+    source = str(source)
+    if source.startswith("release:"):
+        return read_release(Path(source.removeprefix("release:")).expanduser())
+    folder = SHIPPED / source if (SHIPPED / source / "config.json").exists() else Path(source)
+    return _read_own(folder.expanduser())
+
+
+def _read_own(folder):
+    weights, description = folder / "model.safetensors", folder / "config.json"
+    if not (weights.exists() and description.exists()):
+        shipped = sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
+        raise InputError(
+            f"Expected a folder with config.json and model.safetensors, found none at '{folder}'",
+            f"Shipped weights are: {listed(shipped) or 'none'}; "
+            "the published ones load as 'release:<folder>'",
+        )
+    try:
+        about = json.loads(description.read_text())
+        written, digest, provenance = (about[k] for k in ("config", "sha256", "provenance"))
+        state = load_file(weights)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        fact = f"Expected whole weights in '{folder}', found a file cut short or damaged ({error})"
+        raise InputError(fact, "Copy or make them again") from error
+    model = Harmonix(HarmonixConfig.from_dict(written))
+    if not any(k.startswith("structure_decoder.") for k in state):
+        model.structure_decoder = None  # as in the release
+    load_strictly(model, state, str(weights))
+    if sha256(weights) != digest:
+        fact = f"Expected weights with sha256 {digest[:12]}, found {sha256(weights)[:12]}"
+        raise InputError(fact, "The file is not the one its config.json describes: copy both again")
+    model.provenance = {**provenance, "weights_sha256": digest}
+    return model.eval()
