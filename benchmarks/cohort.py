@@ -132,7 +132,9 @@ def one_size(folder, n):
     roi = {"roi": atlas.roi.values, **{name: atlas[name].values for name in ROI_COORDS}}
     shape = (n, 400, 120)
     bold = da.random.default_rng(0).standard_normal(shape, dtype="float32", chunks=(1, 400, 120))
-    cohort = build_cohort(bold, None, subject, roi, {"atlas": "schaefer400", "source": "benchmark"})
+    cohort = build_cohort(
+        {"bold": bold}, subject, roi, {"atlas": "schaefer400", "source": "benchmark"}
+    )
     before = _peak_mb()
     start = time.perf_counter()
     path = save_cohort(cohort, folder / "c.zarr")

@@ -11,6 +11,8 @@ from bhx.settings import __version__, folders
 
 # file -> its public names; tests/test_layout.py holds this table and __init__.pyi together
 PUBLIC = {
+    "modalities.t1": ("t1_grid", "scale_t1", "coarsen_t1"),
+    "modalities.table": ("register",),
     "data.atlas": ("load_atlas", "reparcellate", "load_mesh"),
     "data.geometry": ("harmonics",),
     "data.catalog": ("catalog_table", "load_entry"),
@@ -20,10 +22,9 @@ PUBLIC = {
     "data.store": ("save_cohort",),
     "data.splits": ("split",),
     "data.synthetic": ("synthetic_cohort", "Site"),
-    "data.cohort": ("open_cohort", "scan", "coarsen_t1"),
+    "data.cohort": ("open_cohort", "scan"),
     "model.config": ("PRESETS", "STAND_IN", "build"),
     "model.released": ("write_release",),
-    "encode.inputs": ("scale_t1",),
     "encode.model": ("load_model", "random_model"),
     "encode.embed": ("embed",),
     "train.loop": ("pretrain",),

@@ -1,6 +1,7 @@
-"""The nouns of bhx: names of dims, variables and units, and the sentences of its errors.
+"""The nouns of bhx: names of dims, variables and units, and what cohorts, latents, features and
+scores must look like. What a cohort may hold is read off the table of modalities.
 
-Every other file takes its names from here. No numbers are computed here and no file is read.
+No number of a scan is computed here and no file is read.
 """
 
 from __future__ import annotations
@@ -9,83 +10,64 @@ import numpy as np
 import xarray as xr
 
 from bhx.errors import InputError, listed
+from bhx.modalities.t1 import T1_SHAPE, t1_grid
+from bhx.modalities.table import MODALITIES, by_variable
 
 VERSION = "1"  # of the Datasets below, stored as attrs["bhx_schema"]
 
-# FSL's MNI152 1 mm grid, which every T1 of a cohort lives on: shape in voxels, and the world
-# coordinate of voxel (0, 0, 0); x runs from right to left.
-MNI_SHAPE = (182, 218, 182)
-MNI_ORIGIN = (90.0, -126.0, -72.0)  # mm
-MNI_STEP = (-1.0, 1.0, 1.0)  # mm
-CROP = (11, 13, 11)  # voxels cut off on either side of each axis
-T1_SHAPE = tuple(n - 2 * c for n, c in zip(MNI_SHAPE, CROP, strict=True))  # 160, 192, 160 at 1 mm
-
-DIMS = {
-    "cohort": {"bold": ("subject", "roi", "time"), "t1": ("subject", "x", "y", "z")},
-    "latents": {
-        "hub": ("subject", "token", "feature"),
-        "dynamics": ("subject", "roi", "patch", "feature"),
-        "structure": ("subject", "cx", "cy", "cz", "feature"),
-        "valid": ("subject", "patch"),
-        "hub_to_roi": ("subject", "token", "roi"),
-        "hub_to_t1": ("subject", "token", "cx", "cy", "cz"),
-        "modality_share": ("subject", "token", "modality"),
-    },
-    "features": {"features": ("subject", "feature")},
-    "scores": {
-        "score": ("model", "metric", "fold"),
-        "prediction": ("model", "subject"),
-        "null": ("model", "permutation"),
-    },
-}
 REQUIRED = {"cohort": (), "latents": ("hub",), "features": ("features",), "scores": ("score",)}
-SUBJECT_COORDS = ("participant", "site", "tr", "n_volumes", "has_bold", "has_t1")
+SUBJECT_COORDS = ("participant", "site", "tr", "n_volumes")  # and has_<variable>
 ROI_COORDS = ("network", "hemi", "mni_x", "mni_y", "mni_z")
 UNITS = {"tr": "s", "onset": "s", "age": "years"}
 UNITS |= dict.fromkeys(("mean_fd", "mni_x", "mni_y", "mni_z", "x", "y", "z"), "mm")
+ATTENTION = "modality_share"
 
 
-def t1_grid(voxel_mm: float = 1.0) -> dict[str, np.ndarray]:
-    """World coordinates [mm, MNI152] of the T1 grid's voxel centres along x, y and z.
-
-    The grid is FSL's MNI152 grid after the crop of 11, 13 and 11 voxels; a coarser one averages
-    whole blocks of it, so `voxel_mm` divides 160, 192 and 160.
-    """
-    if voxel_mm < 1 or any(n % voxel_mm for n in T1_SHAPE):
-        fact = f"A T1 voxel of {voxel_mm} mm does not divide the {T1_SHAPE} mm grid"
-        raise InputError(fact, "Take 1, 2, 4, 8, 16 or 32 mm")
-    middle = (voxel_mm - 1) / 2
-    grid = zip("xyz", T1_SHAPE, MNI_ORIGIN, MNI_STEP, CROP, strict=True)
+def dims_of(kind: str) -> dict[str, tuple[str, ...]]:
+    """Variable -> dims, of a "cohort", "latents", "features" or "scores"."""
+    if kind == "cohort":
+        return {m.variable: ("subject", *m.dims) for m in MODALITIES.values()}
+    if kind == "latents":
+        out = {"hub": ("subject", "token", "feature"), "valid": ("subject", "patch")}
+        for m in MODALITIES.values():
+            out[m.tokens] = ("subject", *m.token_dims, "feature")
+            out[m.map_name] = ("subject", "token", *m.map_dims)
+        return out | {ATTENTION: ("subject", "token", "modality")}
+    if kind == "features":
+        return {"features": ("subject", "feature")}
     return {
-        axis: origin + step * (crop + middle + voxel_mm * np.arange(int(n / voxel_mm)))
-        for axis, n, origin, step, crop in grid
+        "score": ("model", "metric", "fold"),
+        "prediction": ("model", "subject"),
+        "null": ("model", "permutation"),
     }
 
 
-def build_cohort(bold, t1, subject: dict, roi: dict | None, attrs: dict, voxel_mm: float = 1.0):
+def build_cohort(data: dict, subject: dict, roi: dict | None = None, attrs: dict | None = None):
     """Put arrays and labels together as a cohort Dataset.
 
     Parameters
     ----------
-    bold : array (subject, roi, time) of float32, NaN behind each scan's end, or None
-    t1 : array (subject, x, y, z) of float32 on `t1_grid(voxel_mm)`, or None
+    data : variable -> array (subject, ...) of float32 with the dims of its modality, NaN where a
+        subject has none; None is left out
     subject : name -> values on subject; `subject` itself holds the unique row ids
-    roi : name -> values on roi; `roi` itself holds the parcel names; None without `bold`
+    roi : name -> values on roi; `roi` itself holds the parcel names; where a variable has that dim
     attrs : attributes, among them `atlas` and `source`
     """
+    there = {name: v for name, v in data.items() if v is not None}
+    dims = dims_of("cohort")
     coords = {name: ("subject", np.asarray(values)) for name, values in subject.items()}
-    data = {}
-    if bold is not None:
-        data["bold"] = (DIMS["cohort"]["bold"], bold)
-        coords |= {name: ("roi", np.asarray(values)) for name, values in roi.items()}
-        coords["time"] = ("time", np.arange(bold.shape[2]))
-    if t1 is not None:
-        data["t1"] = (DIMS["cohort"]["t1"], t1)
-        coords |= {axis: (axis, values) for axis, values in t1_grid(voxel_mm).items()}
-    out = xr.Dataset(data, coords, {"bhx_schema": VERSION, **attrs})
-    for name, units in UNITS.items():
-        if name in out.coords:
-            out[name].attrs["units"] = units
+    sizes = {d: n for name, v in there.items() for d, n in zip(dims[name], v.shape, strict=True)}
+    if "roi" in sizes:
+        coords |= {name: ("roi", np.asarray(values)) for name, values in (roi or {}).items()}
+    if "time" in sizes:
+        coords["time"] = ("time", np.arange(sizes["time"]))
+    if "x" in sizes:
+        grid = t1_grid(T1_SHAPE[0] / sizes["x"])
+        coords |= {axis: (axis, mm) for axis, mm in grid.items()}
+    variables = {name: (dims[name], v) for name, v in there.items()}
+    out = xr.Dataset(variables, coords, {"bhx_schema": VERSION, **(attrs or {})})
+    for name in UNITS.keys() & out.coords.keys():
+        out[name].attrs["units"] = UNITS[name]
     return check(out, "cohort")
 
 
@@ -99,6 +81,28 @@ def plain_labels(obj: xr.Dataset) -> xr.Dataset:
     return obj.assign_coords({name: obj[name].copy(data=values) for name, values in plain.items()})
 
 
+def subject_coords(data) -> dict[str, xr.DataArray]:
+    """The coordinates that lie on subject alone."""
+    return {name: c for name, c in data.coords.items() if c.dims == ("subject",)}
+
+
+def who_has(data, variable: str) -> np.ndarray:
+    """Which subjects have a variable of the cohort: a mask (subject)."""
+    name = f"has_{variable}"
+    if name in data.coords:
+        return data[name].values.astype(bool)
+    return np.ones(data.sizes["subject"], bool)
+
+
+def is_missing(values) -> np.ndarray:
+    """Which labels are none: NaN, None, and the words that tables have for them ("n/a", "NA")."""
+    values = np.asarray(values)
+    if np.issubdtype(values.dtype, np.number) or values.dtype == bool:
+        return ~np.isfinite(values.astype(float))
+    empty = ("", "nan", "none", "n/a", "<na>", "na", "nat")
+    return np.array([str(v).strip().lower() in empty for v in values], bool)
+
+
 def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
     """Return `obj` when its dims and coordinates are those of a `kind`, else raise InputError.
 
@@ -110,12 +114,12 @@ def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
     for name in REQUIRED[kind]:
         if name not in obj:
             fact = f"Expected {kind} with the variable '{name}', found {listed(obj) or 'none'}"
-            raise InputError(fact, f"Is this Dataset really {kind}")
-    for name, dims in DIMS[kind].items():
+            raise InputError(fact, f"Check that this Dataset is really {kind}")
+    for name, dims in dims_of(kind).items():
         if name in obj and obj[name].dims != dims:
             fact = f"Expected '{name}' with dims {dims}, found {obj[name].dims}"
             raise InputError(fact, f"Rename or transpose: ds['{name}'].transpose{dims}")
-    if kind in ("cohort", "latents", "features"):
+    if kind != "scores":
         _check_subjects(obj, kind)
     if kind == "cohort":
         _check_cohort(obj)
@@ -124,9 +128,8 @@ def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
 
 def _check_subjects(obj, kind):
     if obj.sizes.get("subject", 0) == 0:
-        raise InputError(
-            f"Expected {kind} with at least one subject, found none", "Check the selection"
-        )
+        fact = f"Expected {kind} with at least one subject, found none"
+        raise InputError(fact, "Check the selection: it leaves nobody")
     if "subject" not in obj.indexes:
         fact = f"Expected {kind} with unique ids on the dim 'subject', found no ids"
         raise InputError(fact, "Assign them: ds.assign_coords(subject=ids)")
@@ -141,31 +144,14 @@ def _check_subjects(obj, kind):
 
 
 def _check_cohort(obj):
-    if "bold" not in obj and "t1" not in obj:
-        fact = f"Expected a cohort with 'bold' or 't1', found {listed(obj.data_vars) or 'none'}"
-        raise InputError(fact, "bhx.schema.DIMS lists the names")
-    for name in SUBJECT_COORDS:
+    there = by_variable(obj.data_vars)
+    if not there:
+        names = " or ".join(f"'{m.variable}'" for m in MODALITIES.values())
+        fact = f"Expected a cohort with {names}, found {listed(obj.data_vars) or 'none'}"
+        raise InputError(fact, "Name the variables so: ds.rename(old='new')")
+    for name in (*SUBJECT_COORDS, *(m.has for m in there.values())):
         if name not in obj.coords or obj[name].dims != ("subject",):
             fact = f"Expected the coordinate '{name}' on subject, found {listed(obj.coords, 12)}"
             raise InputError(fact, f"Assign it: ds.assign_coords({name}=('subject', values))")
-    if "bold" in obj:
-        if "roi" not in obj.indexes or not obj.indexes["roi"].is_unique:
-            raise InputError(
-                "Expected unique parcel names on the dim 'roi', found none or repeated ones",
-                "Assign them: ds.assign_coords(roi=bhx.load_atlas('schaefer400').roi)",
-            )
-        has = obj.has_bold.values.astype(bool)
-        check_tr(obj.tr.values[has], obj.subject.values[has])
-
-
-def check_tr(tr, where=()) -> None:
-    """Refuse repetition times [s] that are missing, not positive, or in milliseconds."""
-    tr = np.atleast_1d(np.asarray(tr, float))
-    bad = ~(np.isfinite(tr) & (tr > 0) & (tr <= 20))
-    if bad.any():
-        first = int(np.flatnonzero(bad)[0])
-        of = f" of {where[first]}" if len(where) == len(tr) else ""
-        unit = "; this looks like milliseconds" if tr[first] > 20 else ""
-        fact = "Expected a repetition time in seconds, above 0 and at most 20, "
-        fact += f"found {tr[first]:g}{of}{unit}"
-        raise InputError(fact, "Set it: cohort.assign_coords(tr=('subject', seconds))")
+    for modality in there.values():
+        modality.check(obj)

@@ -25,7 +25,7 @@ def make_cohort(n=90, rois=8, volumes=60, seed=0, bold=None, t1=None):
         "group": np.where(age > 50, "older", "younger"),
     }
     roi = {"roi": [f"roi{i}" for i in range(rois)]}
-    return build_cohort(bold, t1, subject, roi, {"atlas": "test", "source": "test"}, 16.0)
+    return build_cohort({"bold": bold, "t1": t1}, subject, roi, {"atlas": "test", "source": "test"})
 
 
 def noise(features, seed=1, width=12):

@@ -10,7 +10,7 @@ import pandas as pd
 
 from bhx.data.anatomy import read_template_t1
 from bhx.data.atlas import load_atlas
-from bhx.schema import t1_grid
+from bhx.modalities.t1 import t1_grid
 
 ATLAS = "schaefer100"
 TR = 2.0

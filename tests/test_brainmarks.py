@@ -89,7 +89,7 @@ def test_registers_are_the_hub_tokens_of_embed(plugin, volumes):
     subject = {"subject": ["a", "b"], "participant": ["a", "b"], "site": ["", ""], "tr": [2.0, 2.0]}
     subject |= {"n_volumes": [volumes] * 2, "has_bold": [True, True], "has_t1": [False, False]}
     cohort = build_cohort(
-        bold, None, subject, {"roi": names}, {"atlas": "schaefer400", "source": ""}
+        {"bold": bold}, subject, {"roi": names}, {"atlas": "schaefer400", "source": ""}
     )
     small = bhx.reparcellate(cohort, "schaefer100")
     hub = bhx.embed(small, random_model("workshop", device="cpu")).hub

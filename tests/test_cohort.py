@@ -9,7 +9,8 @@ from bhx.data import cohort as cohort_file
 from bhx.data import splits as splits_file
 from bhx.data import store as store_file
 from bhx.errors import InputError
-from bhx.schema import build_cohort, t1_grid
+from bhx.modalities.t1 import t1_grid
+from bhx.schema import build_cohort
 
 
 def small_cohort(n=6, rois=5, times=40, voxel_mm=32, seed=0):
@@ -33,7 +34,7 @@ def small_cohort(n=6, rois=5, times=40, voxel_mm=32, seed=0):
         "age": rng.uniform(20, 80, n),
     }
     roi = {"roi": [f"parcel_{i}" for i in range(rois)], "network": ["Vis"] * rois}
-    return build_cohort(bold, t1, subject, roi, {"atlas": "none", "source": "test"}, voxel_mm)
+    return build_cohort({"bold": bold, "t1": t1}, subject, roi, {"atlas": "none", "source": "test"})
 
 
 def is_lazy(cohort):

@@ -20,7 +20,8 @@ from bhx.evaluate.features import (
 )
 from bhx.evaluate.probe import probe
 from bhx.evaluate.scores import compare
-from bhx.schema import T1_SHAPE, check
+from bhx.modalities.t1 import T1_SHAPE
+from bhx.schema import check
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,15 @@ from bhx.data.atlas import load_atlas
 from bhx.encode import embed as embed_file
 from bhx.encode import inputs as inputs_file
 from bhx.encode.embed import embed, robust_scaling
-from bhx.encode.inputs import read_subject, scale_bold
-from bhx.encode.inputs import scale_t1 as scaled_t1
+from bhx.encode.inputs import read_subject
 from bhx.encode.model import Model, random_model
 from bhx.errors import InputError
+from bhx.modalities.bold import BOLD
+from bhx.modalities.t1 import CROP, MNI_SHAPE, t1_grid
+from bhx.modalities.t1 import scale_t1 as scaled_t1
 from bhx.model.config import HarmonixConfig
 from bhx.model.dynamics import patchify, wiener
-from bhx.schema import CROP, MNI_SHAPE, ROI_COORDS, build_cohort, check, t1_grid
+from bhx.schema import ROI_COORDS, build_cohort, check
 
 SUBJECTS = {  # TR [s], volumes, has T1
     "short": (2.0, 40, True),
@@ -57,13 +59,13 @@ def make_cohort(subjects=SUBJECTS, seed=0, attrs=None):
     ids = list(subjects)
     volumes = np.array([v for _, v, _ in subjects.values()])
     return build_cohort(
-        bold, t1,
+        {"bold": bold, "t1": t1},
         {"subject": ids, "participant": ids, "site": list("ABCDEF")[:n],
          "tr": [tr for tr, _, _ in subjects.values()],
          "n_volumes": volumes, "has_bold": volumes > 0,
          "has_t1": [t for *_, t in subjects.values()], "age": np.arange(n) + 20.5},
         {k: atlas[k].values for k in ("roi", *ROI_COORDS)},
-        attrs or {"atlas": "schaefer100", "source": "noise", "licence": "none"}, 4.0,
+        attrs or {"atlas": "schaefer100", "source": "noise", "licence": "none"},
     )  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def close(a, b, bound=1e-5):
 def scaled(cohort, subject):
     """One scan as embed scales it."""
     series = bhx.scan(cohort, subject)
-    return series.copy(data=scale_bold(series.values))
+    return series.copy(data=BOLD.scale(series.values))
 
 
 # What comes out ----------------------------------------------------------------------------------
@@ -330,11 +332,11 @@ def test_a_subject_without_any_data_is_refused(quick, model):
 
 def test_parcels_are_scored_in_time():
     bold = np.random.default_rng(0).normal(1e4, 30, (5, 300))
-    out = scale_bold(bold)
+    out = BOLD.scale(bold)
     close(out.mean(1), 0)
     close(out.std(1), 1)
     bold[2, 50] = np.nan
-    partly = scale_bold(bold, missing="leave out")
+    partly = BOLD.scale(bold, missing="leave out")
     close(np.delete(partly, 2, 0), np.delete(out, 2, 0))
     close(np.nanstd(partly[2]), 1)
 
@@ -512,8 +514,8 @@ def test_bare_networks_refuse_what_does_not_fit(cohort, model):
 def test_a_finer_t1_is_averaged(cohort, model, full):
     fine = cohort.t1.isel(subject=[0]).fillna(0)
     fine = np.repeat(np.repeat(np.repeat(fine.values, 2, 1), 2, 2), 2, 3)
-    fine = build_cohort(None, fine, {k: cohort[k].values[:1] for k in cohort.coords
-                                     if cohort[k].dims == ("subject",)}, None, {}, 2.0)  # fmt: skip
+    labels = {k: c.values[:1] for k, c in cohort.coords.items() if c.dims == ("subject",)}
+    fine = build_cohort({"t1": fine}, labels)
     kept = embed(fine, model, keep="structure")
     close(kept.structure[0], full.structure[0])
 

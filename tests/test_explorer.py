@@ -7,7 +7,7 @@ import xarray as xr
 
 from bhx import explore, load_atlas, region_map
 from bhx.errors import InputError
-from bhx.schema import t1_grid
+from bhx.modalities.t1 import t1_grid
 from bhx.show.tokens import token_table
 
 matplotlib.use("agg")

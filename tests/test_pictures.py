@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import bhx
-from bhx.encode.inputs import scale_t1
 from bhx.encode.model import random_model
 from bhx.errors import InputError
+from bhx.modalities.t1 import scale_t1
 from bhx.model.structure import mae_loss
 from bhx.show.hidden import hidden_cubes
 from bhx.train.dataset import cube_mask

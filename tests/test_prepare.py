@@ -19,7 +19,8 @@ from bhx.data.anatomy import read_t1, read_template_t1
 from bhx.data.atlas import load_atlas
 from bhx.data.derivatives import find_scans, join_phenotypes, write_derivatives
 from bhx.errors import InputError
-from bhx.schema import ROI_COORDS, build_cohort, t1_grid
+from bhx.modalities.t1 import t1_grid
+from bhx.schema import ROI_COORDS, build_cohort
 
 OPTIONS = {"atlas": ATLAS, "voxel_mm": 16.0}
 
@@ -48,7 +49,9 @@ def cohort_of(n=6, t1=(), seed=0):
         "age": 20.0 + np.arange(n),
     }
     roi = {"roi": parcels.roi.values} | {name: parcels[name].values for name in ROI_COORDS}
-    return build_cohort(bold, brains, subject, roi, {"atlas": ATLAS, "source": "test"}, 4)
+    return build_cohort(
+        {"bold": bold, "t1": brains}, subject, roi, {"atlas": ATLAS, "source": "test"}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from bhx.data import bold as bold_file
 from bhx.data import quality as quality_file
 from bhx.data.atlas import load_atlas, load_sample
 from bhx.errors import InputError
-from bhx.schema import t1_grid
+from bhx.modalities.t1 import t1_grid
 
 SERIES = parcel_series()
 NAMES = load_atlas(ATLAS).roi.values

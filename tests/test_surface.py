@@ -13,7 +13,7 @@ from bhx.data.atlas import load_atlas, load_mesh
 from bhx.errors import InputError
 from bhx.latents.maps import region_map
 from bhx.latents.pool import project
-from bhx.schema import t1_grid
+from bhx.modalities.t1 import t1_grid
 from bhx.show import people as people_file
 from bhx.show import surface as surface_file
 from bhx.show import tokens as tokens_file

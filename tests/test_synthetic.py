@@ -11,7 +11,8 @@ from bhx.data import synthetic as synthetic_file
 from bhx.data.atlas import load_atlas
 from bhx.data.synthetic import EFFECTS, SIZES, Site, synthetic_cohort
 from bhx.errors import InputError
-from bhx.schema import check, t1_grid
+from bhx.modalities.t1 import t1_grid
+from bhx.schema import check
 
 
 def computed(n, *variables, **options):

@@ -9,11 +9,12 @@ import sys
 import numpy as np
 
 from bhx.data.atlas import load_atlas
+from bhx.modalities.t1 import t1_grid
 from bhx.model.config import HarmonixConfig
 from bhx.model.dynamics import DynamicsConfig
 from bhx.model.harmonizer import HarmonizerConfig
 from bhx.model.structure import StructureConfig
-from bhx.schema import ROI_COORDS, build_cohort, t1_grid
+from bhx.schema import ROI_COORDS, build_cohort
 
 WIDTH = {"width": 24, "depth": 1, "heads": 2}
 DECODER = {"decoder_width": 12, "decoder_depth": 1, "decoder_heads": 2}
@@ -57,7 +58,7 @@ def tiny_cohort(n=12, seed=0, t1_only=(3,), bold_only=(5,)):
     }  # fmt: skip
     roi = {name: atlas[name].values for name in ("roi", *ROI_COORDS)}
     attrs = {"atlas": "schaefer100", "source": "test"}
-    return build_cohort(bold, t1.astype(np.float32), subject, roi, attrs, 16.0)
+    return build_cohort({"bold": bold, "t1": t1.astype(np.float32)}, subject, roi, attrs)
 
 
 if __name__ == "__main__":

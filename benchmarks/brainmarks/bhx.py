@@ -111,5 +111,5 @@ def shares(atlas):
     subject |= {"n_volumes": [400], "has_bold": [True], "has_t1": [False]}
     unit = np.eye(400, dtype=np.float32)[None]  # one volume a parcel
     attrs = {"atlas": "schaefer400", "source": ""}
-    cohort = build_cohort(unit, None, subject, {"roi": names}, attrs)
+    cohort = build_cohort({"bold": unit}, subject, {"roi": names}, attrs)
     return reparcellate(cohort, atlas.attrs["atlas"]).bold[0].sel(roi=atlas.name7.values).values

@@ -12,7 +12,7 @@ import xarray as xr
 from bhx.data.files import MNI_AFFINE, check_affine, check_file, check_space, reading
 from bhx.data.quality import judge_t1
 from bhx.errors import InputError
-from bhx.schema import CROP, MNI_SHAPE, t1_grid
+from bhx.modalities.t1 import CROP, MNI_SHAPE, t1_grid
 
 # --- T1 -----------------------------------------------------------------------------------------
 

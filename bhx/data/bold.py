@@ -18,7 +18,8 @@ import xarray as xr
 from bhx.data.atlas import aliases, load_atlas, match_names
 from bhx.data.files import check_affine, check_file, check_space, reading
 from bhx.errors import InputError, listed
-from bhx.schema import ROI_COORDS, check_tr
+from bhx.modalities.bold import check_tr
+from bhx.schema import ROI_COORDS
 
 # --- BOLD ---------------------------------------------------------------------------------------
 

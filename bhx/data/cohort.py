@@ -20,7 +20,9 @@ from bhx.data.catalog import catalog_files, entry_rows, load_entry
 from bhx.data.prepare import prepare
 from bhx.data.store import open_store
 from bhx.errors import InputError, listed
-from bhx.schema import ROI_COORDS, T1_SHAPE, build_cohort, check
+from bhx.modalities.bold import BOLD
+from bhx.modalities.t1 import ANATOMY, T1_SHAPE, coarsen_t1
+from bhx.schema import ROI_COORDS, build_cohort, check
 from bhx.settings import folders
 
 
@@ -81,21 +83,6 @@ def scan(cohort: xr.Dataset, subject) -> xr.DataArray:
     return bold.assign_coords(time=seconds)
 
 
-def coarsen_t1(cohort: xr.Dataset, voxel_mm: float) -> xr.Dataset:
-    """The cohort with its T1 averaged in blocks to voxels of `voxel_mm`, lazily."""
-    if "t1" not in cohort:
-        return cohort
-    fold = voxel_mm * cohort.sizes["x"] / T1_SHAPE[0]
-    if fold != int(fold) or fold < 1 or any(cohort.sizes[axis] % fold for axis in "xyz"):
-        raise InputError(
-            f"Expected a T1 voxel that is a multiple of {T1_SHAPE[0] / cohort.sizes['x']:g} mm and "
-            f"divides the {T1_SHAPE} mm grid, found {voxel_mm:g} mm",
-            "Take 1, 2, 4, 8, 16 or 32 mm",
-        )
-    t1 = cohort.t1.coarsen(x=int(fold), y=int(fold), z=int(fold)).mean()
-    return cohort.drop_dims(["x", "y", "z"]).assign(t1=t1.astype("float32"))
-
-
 def _open_entry(entry):
     """A cohort of the catalogue: made, or fetched or found and then prepared."""
     from bhx.data.synthetic import synthetic_cohort
@@ -134,9 +121,10 @@ def _open_sample(entry):
         "has_t1": [False, True],
     }
     about = {"source": entry.name, "licence": entry.licence}
+    bold = da.concatenate([series, da.full_like(series, np.nan)])
+    t1 = da.concatenate([da.full_like(template, np.nan), template])
     return build_cohort(
-        da.concatenate([series, da.full_like(series, np.nan)]),
-        da.concatenate([da.full_like(template, np.nan), template]),
+        {BOLD.name: bold, ANATOMY.name: t1},
         subject,
         {name: atlas[name].values for name in ("roi", *ROI_COORDS)},
         {"atlas": "schaefer400", **about, "preprocessing": real.attrs["preprocessing"]},

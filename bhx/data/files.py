@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bhx.errors import InputError
-from bhx.schema import MNI_ORIGIN, MNI_STEP
+from bhx.modalities.t1 import MNI_ORIGIN, MNI_STEP
 
 MNI_AFFINE = np.diag([*MNI_STEP, 1.0])
 MNI_AFFINE[:3, 3] = MNI_ORIGIN

@@ -25,6 +25,8 @@ from bhx.data.files import FILES
 from bhx.data.quality import judge_bold
 from bhx.data.store import create_store, extend_store, only_writer, open_store, write_rows
 from bhx.errors import InputError, listed
+from bhx.modalities.bold import BOLD
+from bhx.modalities.t1 import ANATOMY
 from bhx.schema import ROI_COORDS, build_cohort
 from bhx.settings import folders
 
@@ -288,7 +290,7 @@ def _labels_of(parts, attrs):
     if roi and made_by["atlas"]:
         atlas = load_atlas(made_by["atlas"]).sel(roi=roi["roi"])
         roi |= {name: atlas[name].values for name in ROI_COORDS}
-    return build_cohort(bold, t1, subject, roi, attrs, made_by["voxel_mm"])
+    return build_cohort({BOLD.name: bold, ANATOMY.name: t1}, subject, roi, attrs)
 
 
 def _load_parts(parts, like):

@@ -11,7 +11,7 @@ import xarray as xr
 import zarr
 
 from bhx.errors import InputError, listed
-from bhx.schema import DIMS, check, plain_labels
+from bhx.schema import check, dims_of, plain_labels
 
 SHARD_BYTES = 64e6  # of one file of a store; a store of one file a subject chokes file systems
 
@@ -88,7 +88,7 @@ def write_rows(path, read):
     """
 
     group = zarr.open_group(path, mode="r+")
-    arrays = {n: a for n, a in group.arrays() if n in DIMS["cohort"]}
+    arrays = {n: a for n, a in group.arrays() if n in dims_of("cohort")}
     step = max(a.shards[0] for a in arrays.values())
     start, end = group.attrs["rows_written"], group["subject"].shape[0]
     while start < end:

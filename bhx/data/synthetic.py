@@ -24,7 +24,9 @@ from threadpoolctl import ThreadpoolController
 
 from bhx.data.atlas import ATLASES, load_atlas
 from bhx.errors import InputError, check_choice, listed
-from bhx.schema import ROI_COORDS, build_cohort, check_tr, t1_grid
+from bhx.modalities.bold import BOLD, check_tr
+from bhx.modalities.t1 import ANATOMY, t1_grid
+from bhx.schema import ROI_COORDS, build_cohort
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def synthetic_cohort(
     roi = {name: labels[name].values for name in ("roi", *ROI_COORDS)}
     truth = json.dumps(_truth(sites, effects))
     attrs = {"atlas": atlas, "source": "synthetic", **ABOUT, "seed": seed, "truth": truth}
-    return build_cohort(bold, t1, _labels(rows), roi, attrs, voxel_mm)
+    return build_cohort({BOLD.name: bold, ANATOMY.name: t1}, _labels(rows), roi, attrs)
 
 
 def _scaled(site: Site, factor: float) -> Site:

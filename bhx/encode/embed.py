@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from bhx.encode.inputs import autocast, cube_coords, read_subject, run_networks
 from bhx.encode.model import Model, check_grid, positions_of
 from bhx.errors import InputError, check_choice, listed
-from bhx.schema import DIMS, VERSION, check, plain_labels, t1_grid
+from bhx.modalities.t1 import t1_grid
+from bhx.schema import VERSION, check, dims_of, plain_labels
 from bhx.settings import __version__
 
 KEEP = {
@@ -222,7 +223,10 @@ def _template(cohort, options):
     if "dynamics" in options.keep:
         coords["onset"] = _onsets(c.dynamics, patches, cohort)
     return xr.Dataset(
-        {name: (DIMS["latents"][name], _empty(shapes[name], name == "valid")) for name in wanted},
+        {
+            name: (dims_of("latents")[name], _empty(shapes[name], name == "valid"))
+            for name in wanted
+        },
         coords,
         _describe(cohort, options),
     )

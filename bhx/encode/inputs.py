@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 import torch
 
-from bhx.errors import InputError, listed
+from bhx.errors import InputError
+from bhx.modalities.bold import BOLD
+from bhx.modalities.t1 import scale_t1, t1_grid
 from bhx.model.config import Harmonix, HarmonixConfig
 from bhx.model.dynamics import patchify
 from bhx.model.structure import cubes
-from bhx.schema import MNI_SHAPE, t1_grid
 
 CUBE_DIMS = ("cx", "cy", "cz")
 
@@ -36,7 +36,7 @@ def read_subject(
     """Arrays of one subject, (parcels, volumes) and (X, Y, Z) or None, to a Reading."""
     reading = Reading([], [])
     if bold is not None:
-        scaled = scale_bold(bold, scaling, missing, names)
+        scaled = BOLD.scale(bold, scaling=scaling, missing=missing, names=names)
         reading.windows, reading.tokens = in_windows(scaled, tr, config.dynamics)
     if t1 is not None:
         reading.t1 = torch.from_numpy(scale_t1(t1, config.structure.voxel_mm))
@@ -45,55 +45,6 @@ def read_subject(
     if not any(len(k) for k in reading.tokens) and (t1 is None or not len(reading.cubes)):
         raise InputError("Expected a subject with finite data, found none", "Leave it out")
     return reading
-
-
-def scale_bold(bold, scaling="zscore", missing="refuse", names=()):
-    """Parcel series (parcels, volumes) scaled: z-scored in time, or (x - median) / iqr."""
-    bold = np.asarray(bold, np.float32)
-    finite = np.isfinite(bold)
-    bold = np.where(finite, bold, np.nan)
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # parcels that are NaN throughout
-        varies = np.nanmax(bold, 1) > np.nanmin(bold, 1)
-        if missing == "refuse" and not (varies.all() and finite.all()):
-            _refuse_parcels(varies, finite, names)
-        if isinstance(scaling, str):
-            middle, width = (
-                np.nanmean(bold, 1, dtype=np.float64),
-                np.nanstd(bold, 1, dtype=np.float64),
-            )
-        else:
-            middle, width = scaling
-        out = (bold - middle[:, None]) / width[:, None]
-    out[~varies] = np.nan
-    return out.astype(np.float32)
-
-
-def scale_t1(t1, voxel_mm: float):
-    """T1 (X, Y, Z), 0 outside the brain, z-scored over FSL's whole MNI152 volume.
-
-    The mean and deviation count the background, the cropped margin included, as the release does.
-    """
-    t1 = np.where(np.isfinite(t1), t1, np.nan).astype(np.float32)
-    count = np.prod(MNI_SHAPE) / voxel_mm**3 - np.isnan(t1).sum()
-    mean = np.nansum(t1, dtype=np.float64) / count
-    std = np.sqrt(max(np.nansum(np.square(t1, dtype=np.float64)) / count - mean**2, 0))
-    if not std > 0:
-        raise InputError(
-            "Expected a T1 with some contrast, found a constant one", "Look at the image"
-        )
-    return ((t1 - mean) / (std + 1e-9)).astype(np.float32)
-
-
-def _refuse_parcels(varies, finite, names):
-    names = np.asarray(names if len(names) else [f"#{i}" for i in range(len(varies))])
-    broken = ~finite.all(1)
-    kind = "NaN or infinite values" if broken.any() else "a constant series"
-    raise InputError(
-        f"Expected parcels with a signal, found {kind} in {int((~varies | broken).sum())} of "
-        f"{len(varies)} ({listed(names[~varies | broken])})",
-        'Leave their tokens out with missing_parcels="leave out", or leave the subject out',
-    )
 
 
 def in_windows(bold, tr, config):

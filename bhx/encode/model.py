@@ -19,9 +19,11 @@ from bhx.encode.inputs import (
     in_windows,
 )
 from bhx.errors import InputError, check_choice
+from bhx.modalities.bold import check_tr
+from bhx.modalities.t1 import t1_grid
 from bhx.model.checkpoints import read_weights
 from bhx.model.config import PRESETS, Harmonix, HarmonixConfig, build
-from bhx.schema import DIMS, ROI_COORDS, check_tr, t1_grid
+from bhx.schema import ROI_COORDS, dims_of
 
 
 def load_model(source="workshop", *, device: str | None = None) -> Model:
@@ -82,12 +84,12 @@ class Model:
     def structure(self, t1: xr.DataArray) -> xr.DataArray:
         """Cube tokens (..., cx, cy, cz, feature) of scaled T1 volumes (..., x, y, z)."""
         one = "subject" not in t1.dims
-        t1 = (t1.expand_dims("subject") if one else t1).transpose(*DIMS["cohort"]["t1"])
+        t1 = (t1.expand_dims("subject") if one else t1).transpose(*dims_of("cohort")["t1"])
         check_grid(t1, self.config.structure.voxel_mm)
         x = torch.tensor(np.ascontiguousarray(t1), dtype=torch.float32, device=self.device)
         y = self.networks.structure(x).unflatten(1, self.config.structure.grid)
         out = xr.DataArray(
-            y.cpu().numpy(), dims=DIMS["latents"]["structure"], coords=cube_coords(self.config)
+            y.cpu().numpy(), dims=dims_of("latents")["structure"], coords=cube_coords(self.config)
         )
         out = out.assign_coords(subject=t1.subject) if "subject" in t1.coords else out
         return out.isel(subject=0) if one else out

@@ -16,6 +16,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from bhx.errors import InputError, check_choice, listed
+from bhx.schema import is_missing
 
 UNSEEN = ("keep", "estimate", "error")
 
@@ -205,14 +206,6 @@ class ConfoundRegression(TransformerMixin, BaseEstimator):
             fact = f"Expected [features | {self.confounds} confounds], found {x.shape[1]} columns"
             raise InputError(fact, "Put the confounds behind the features")
         return x[:, : -self.confounds], x[:, -self.confounds :]
-
-
-def is_missing(values) -> np.ndarray:
-    """Which labels are none: NaN, None, and the words that tables have for them ("n/a", "NA")."""
-    if np.issubdtype(values.dtype, np.number):
-        return ~np.isfinite(values.astype(float))
-    empty = ("", "nan", "none", "n/a", "<na>", "na", "nat")
-    return np.array([str(v).strip().lower() in empty for v in values], bool)
 
 
 def check_names(option: str, names, at_least: int = 0) -> None:

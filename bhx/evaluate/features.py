@@ -14,7 +14,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.preprocessing import StandardScaler
 
 from bhx.errors import InputError, check_choice
-from bhx.schema import check
+from bhx.schema import check, subject_coords
 
 GUESS = "mean or majority"
 COMPONENTS = 20  # principal components of the controls that take some
@@ -248,11 +248,6 @@ def plain_controls(cohort: xr.Dataset, target: str | None = None) -> list[xr.Dat
 def name_of(features: xr.Dataset) -> str:
     """What a features Dataset is called in tables of scores."""
     return str(features.attrs.get("name", "features"))
-
-
-def subject_coords(data):
-    """The coordinates that lie on subject alone."""
-    return {n: c for n, c in data.coords.items() if c.dims == ("subject",)}
 
 
 def encoded(labels, names):

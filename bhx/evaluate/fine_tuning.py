@@ -25,10 +25,10 @@ from bhx.encode.embed import embed
 from bhx.encode.inputs import Reading, autocast, sequences
 from bhx.encode.model import Model
 from bhx.errors import InputError, listed
-from bhx.evaluate.features import nothing, subject_coords
+from bhx.evaluate.features import nothing
 from bhx.evaluate.probe import inner_splits, probe, provenance_of
 from bhx.evaluate.scores import codes_of, participants_of, plan_of, rescored
-from bhx.schema import check
+from bhx.schema import check, subject_coords
 from bhx.settings import __version__
 from bhx.train.loop import check_unchanged, read_whole, schedule, write_whole
 from bhx.train.objectives import digest

@@ -30,7 +30,7 @@ from bhx.errors import InputError, check_choice, listed
 from bhx.evaluate import metrics
 from bhx.evaluate.confounds import ComBat, ConfoundRegression, check_names
 from bhx.evaluate.estimators import OrdinalLogistic, Rotation, perceptron
-from bhx.evaluate.features import Tangent, blocks_of, encoded, name_of, subject_coords
+from bhx.evaluate.features import Tangent, blocks_of, encoded, name_of
 from bhx.evaluate.rows import (
     RESPLITS,
     check_folds,
@@ -40,6 +40,7 @@ from bhx.evaluate.rows import (
     splits_of,
     truth_of,
 )
+from bhx.schema import subject_coords
 from bhx.settings import __version__
 
 PENALTIES = np.logspace(-5, 1, 7)  # a row, for rows of unit norm: fits any number of either

@@ -19,9 +19,10 @@ import xarray as xr
 from bhx.data.splits import cohort_hash
 from bhx.errors import InputError, listed
 from bhx.evaluate import metrics
-from bhx.evaluate.features import CONFOUNDS, GUESS, encoded, subject_coords
+from bhx.evaluate.features import CONFOUNDS, GUESS, encoded
 from bhx.evaluate.probe import probe
 from bhx.evaluate.scores import codes_of, compare, participants_of, plan_of
+from bhx.schema import subject_coords
 from bhx.settings import PACKAGE, __version__
 
 BLUE, GREY = "#0072B2", "#7f7f7f"

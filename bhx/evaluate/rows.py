@@ -16,9 +16,9 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from bhx.errors import InputError, check_choice, listed
-from bhx.evaluate.confounds import check_coords, is_missing
-from bhx.evaluate.features import name_of, subject_coords
-from bhx.schema import check, plain_labels
+from bhx.evaluate.confounds import check_coords
+from bhx.evaluate.features import name_of
+from bhx.schema import check, is_missing, plain_labels, subject_coords
 
 FEWEST = 5  # sites with fewer subjects are held out together
 TASKS = ("number", "label", "ordinal")

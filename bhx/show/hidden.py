@@ -12,9 +12,9 @@ import torch
 import xarray as xr
 
 from bhx.encode.embed import aligned_to
-from bhx.encode.inputs import scale_t1
 from bhx.encode.model import Model
 from bhx.errors import InputError
+from bhx.modalities.t1 import scale_t1
 from bhx.model.dynamics import jepa_masks
 from bhx.model.structure import cubes, normalised_cubes, reconstruct, volume
 from bhx.show.volume import plot_volume

@@ -12,7 +12,7 @@ import xarray as xr
 from plotly.subplots import make_subplots
 
 from bhx.errors import InputError
-from bhx.schema import t1_grid
+from bhx.modalities.t1 import t1_grid
 from bhx.show.look import colour_bar, look_of
 
 # the volume -------------------------------------------------------------------------------------

@@ -15,8 +15,10 @@ import torch
 import xarray as xr
 
 from bhx.encode.embed import aligned_to
-from bhx.encode.inputs import Reading, in_windows, scale_bold, scale_t1
+from bhx.encode.inputs import Reading, in_windows
 from bhx.errors import InputError, listed
+from bhx.modalities.bold import BOLD
+from bhx.modalities.t1 import scale_t1
 from bhx.model.config import HarmonixConfig
 from bhx.model.dynamics import jepa_masks
 from bhx.schema import check
@@ -119,7 +121,7 @@ class Feed:
         """(parcels, volumes) and TR: thinned, scaled as a scan at that TR would be, cropped."""
         n, tr = int(self.labels.n_volumes.values[i]), float(self.labels.tr.values[i])
         bold, tr = decimated(self._stored("bold", i)[:, :n], tr, self.config, self.plan, random)
-        bold = scale_bold(bold, names=self.labels.roi.values)
+        bold = BOLD.scale(bold, names=self.labels.roi.values)
         if self.plan.crop:
             bold = cropped(bold, tr, self.config, self.plan, random)
         return bold, tr
