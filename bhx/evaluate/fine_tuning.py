@@ -26,8 +26,9 @@ from bhx.encode.inputs import Reading, autocast, sequences
 from bhx.encode.model import Model
 from bhx.errors import InputError, listed
 from bhx.evaluate.features import nothing
-from bhx.evaluate.probe import inner_splits, probe, provenance_of
-from bhx.evaluate.scores import codes_of, participants_of, plan_of, rescored
+from bhx.evaluate.folds import inner_splits
+from bhx.evaluate.probe import probe, provenance_of
+from bhx.evaluate.task import codes_of, participants_of, plan_of, rescored
 from bhx.schema import check, subject_coords
 from bhx.settings import __version__
 from bhx.train.loop import check_unchanged, read_whole, schedule, write_whole
@@ -317,11 +318,12 @@ class _Run:
     def _split_again(self, base):
         """Some participants of each training part only say when to stop: a fifth, or the share of
         the paper's 6:2:2."""
-        self.judge.seed, folds = self.plan.seed, 4 if base.attrs["protocol"] == "paper" else 5
+        folds = 4 if base.attrs["protocol"] == "paper" else 5
         people = participants_of(base)
         for name, part in zip(base.fold.values, self.part, strict=True):
             train = np.flatnonzero(part == "train")
-            inner = inner_splits(train, self.truth, people, self.judge, folds)
+            seed = self.plan.seed
+            inner = inner_splits(train, self.truth, people, self.judge.names, seed, folds)
             part[inner[0][1] if inner else []] = "stop"
             if not inner:
                 self.notes.append(f"fold {name}: too few of a label to stop early")
