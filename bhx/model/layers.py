@@ -115,7 +115,7 @@ def run(blocks, x, lengths):
     return x
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """Xavier-uniform linear layers with zero biases, as in the MAE paper (arXiv 2111.06377)."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -139,3 +139,31 @@ def attend_alike(attention: Attention, score: float = 20.0) -> None:
         key.copy_(query)
         nn.init.orthogonal_(value)
         attention.proj.weight.copy_(value.T)
+
+
+class LinearEmbedding(nn.Module):
+    """Tokens of a modality without an encoder of its own: its numbers, less their mean over people
+    and over their deviation (`fit`), through one linear layer that begins orthonormal."""
+
+    def __init__(self, numbers: int, width: int):
+        super().__init__()
+        self.proj = nn.Linear(numbers, width)
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("deviation", torch.ones(numbers))
+        nn.init.orthogonal_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, inputs, keep=None):
+        """Packed tokens (N, width) of inputs [(places, numbers)], those that `keep` names, and the
+        number of tokens of each."""
+        if keep is not None:
+            inputs = [x[at] for x, at in zip(inputs, keep, strict=True)]
+        x = (torch.cat(list(inputs)) - self.mean) / self.deviation
+        return self.proj(x), tuple(len(x) for x in inputs)
+
+    @torch.no_grad()
+    def fit(self, inputs):
+        """Take mean and deviation over places and people from inputs [(n, numbers)]."""
+        x = torch.cat(list(inputs)).double()
+        self.mean.copy_(x.mean(0))
+        self.deviation.copy_(x.std(0).clamp(min=1e-6))
