@@ -23,7 +23,16 @@ from bhx.data.catalog import catalog_files, entry_rows, load_entry
 from bhx.data.derivatives import find_scans
 from bhx.data.files import FILES
 from bhx.data.quality import judge_bold
-from bhx.data.store import create_store, extend_store, only_writer, open_store, write_rows
+from bhx.data.store import (
+    count_written,
+    create_store,
+    extend_store,
+    finish,
+    only_writer,
+    open_store,
+    unwritten,
+    write_rows,
+)
 from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD
 from bhx.modalities.t1 import ANATOMY
@@ -252,11 +261,11 @@ def _pack(parts, out, attrs):
     if out.exists():
         extend_store(new, out)
     else:
-        unfinished = next(iter(parts.values())).with_name("store")
-        create_store(new, unfinished, "float16")
-        os.replace(unfinished, out)
+        create_store(new, out, half=["t1"])
     ids = zarr.open_array(out / "subject", mode="r")[:].tolist()
-    write_rows(out, lambda rows: _load_parts([parts[i] for i in ids[rows]], new))
+    for rows in unwritten(out):
+        write_rows(out, rows, _load_parts([parts[i] for i in ids[rows]], new))
+    finish(out)
 
 
 def _labels_of(parts, attrs):
@@ -319,4 +328,4 @@ def _rows_in(out, made_by):
         )
         fact = f"Expected {out} to be prepared with {asked}, found {found}"
         raise InputError(fact, "Give the same options, or another path")
-    return set(group["subject"][: group.attrs["rows_written"]].tolist())
+    return set(group["subject"][: count_written(out)].tolist())
