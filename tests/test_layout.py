@@ -30,8 +30,8 @@ ROOMS = {
     ),
     "model": ("layers", "structure", "dynamics", "harmonizer", "config", "released", "checkpoints"),
     "encode": ("inputs", "model", "embed"),
-    "train": ("recipes", "dataset", "objectives", "log", "token_cache", "loop", "yardsticks"),
-    "latents": ("pool", "similarity", "maps", "lesions"),
+    "train": ("recipes", "processes", "dataset", "objectives", "log", "loop", "pretrain"),
+    "latents": ("pool", "similarity", "maps", "gradients", "lesions"),
     "evaluate": (
         *("metrics", "confounds", "features", "estimators", "rows", "probe", "scores", "report"),
         "fine_tuning",

@@ -129,3 +129,14 @@ def _read_split(path, made_by):
             )
     coords = {"repeat": kept["repeat"], "subject": kept["subject"]}
     return xr.DataArray(np.array(kept["part"]), coords, ("repeat", "subject"), "part", made_by)
+
+
+def cut(participants, shares: dict[str, float], seed: int) -> np.ndarray:
+    """A part's name for each row: participants in a random order, none of them split."""
+    names, of_row = np.unique(np.asarray(participants), return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    ends = np.round(np.cumsum(list(shares.values())) * len(names)).astype(int)
+    part = np.empty(len(names), object)
+    for name, start, end in zip(shares, [0, *ends[:-1]], ends, strict=True):
+        part[order[start : max(end, start + 1)]] = name
+    return part[of_row].astype(str)

@@ -167,7 +167,7 @@ class _Options:
     precision: str
 
 
-# What will be there ---------------------------------------------------------------------------------
+# What will be there ---
 
 
 def counts_of(cohort, modality, config) -> np.ndarray:
@@ -249,7 +249,7 @@ def _describe(cohort, options):
     }
 
 
-# Block by block -------------------------------------------------------------------------------------
+# Block by block ---
 
 
 def _blocks(cohort, config, tokens_at_once):

@@ -7,7 +7,7 @@ import xarray as xr
 
 from bhx.data.geometry import spins
 from bhx.errors import InputError, check_choice, listed
-from bhx.latents.pool import row_of, standardized, subject_mask
+from bhx.latents.pool import standardized, subject_mask
 from bhx.schema import check
 
 MAPS = {"roi": "hub_to_roi", "t1": "hub_to_t1", "modality": "modality_share"}
@@ -150,82 +150,6 @@ def map_controls(
     return xr.Dataset(
         {"map": maps, "agreement": xr.concat(agreement, xr.Variable("control", list(pairs)))}
     )
-
-
-def integrated_gradients(
-    cohort: xr.Dataset, model, subject: str, token: int, *, steps: int = 16
-) -> xr.Dataset:
-    """How much each parcel's and cube's own values move one hub token away from an empty scan.
-
-    Gradients of the token's output along its own displacement are summed on the straight way from
-    an empty scan (every scaled value 0) to this one, so that all parts together add up to the
-    distance moved. Only the first window of a long scan is read.
-
-    Returns
-    -------
-    Dataset with `roi_part` (roi) and `t1_part` (cx, cy, cz), in units of the token's distance;
-    attrs `distance`, and `gap`: the share of it that the sum misses, smaller with more `steps`
-
-    Source: Sundararajan et al., ICML 2017 (arXiv 1703.01365), Gauss-Legendre quadrature.
-    """
-    import torch
-
-    from bhx.encode.inputs import encode_parts, sequences
-
-    reading = _reading(cohort, model, subject)
-    inputs = [x for x in (*reading.windows, reading.t1) if x is not None]
-    whole = [x.nan_to_num() for x in inputs]
-
-    def output(share):
-        """The hub token of the scan times `share`, and the scaled inputs it was made of."""
-        scaled = [(share * x).requires_grad_() for x in whole]
-        reading.windows = scaled[: len(reading.windows)]
-        reading.t1 = None if reading.t1 is None else scaled[-1]
-        parts = encode_parts(model.networks, [reading], model.device)
-        tokens, rows, _ = sequences(model.config, [reading], *parts)
-        return model.networks.harmonizer(tokens, rows)[0, 1 + token], scaled
-
-    with torch.no_grad():
-        way = output(1.0)[0] - output(0.0)[0]
-    distance = way.norm()
-    totals = [torch.zeros_like(x) for x in whole]
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        out, scaled = output(float(node))
-        gradients = torch.autograd.grad(out @ way / distance, scaled)
-        for total, gradient, x in zip(totals, gradients, whole, strict=True):
-            total += float(weight) * gradient * x
-    return _parts(totals, reading, model, float(distance))
-
-
-def _reading(cohort, model, subject):
-    """One subject as the networks read it, first window only."""
-    from bhx.data.atlas import match_names
-    from bhx.encode.inputs import read_subject
-
-    one = check(cohort, "cohort").isel(subject=row_of(cohort, subject)).compute()
-    bold = None
-    if "bold" in one and bool(one.has_bold):
-        named = one.bold.assign_coords(roi=match_names(one.roi.values, model.atlas))
-        bold = named.sel(roi=model.atlas.roi.values).values[:, : int(one.n_volumes)]
-    t1 = one.t1.values if "t1" in one and bool(one.has_t1) else None
-    reading = read_subject(bold, float(one.tr), t1, model.config)
-    reading.windows, reading.tokens = reading.windows[:1], reading.tokens[:1]
-    return reading
-
-
-def _parts(totals, reading, model, distance):
-    """Attributions of patches and voxels, summed to parcels and cubes."""
-    out = xr.Dataset(attrs={"distance": distance})
-    if reading.windows:
-        roi = model.atlas.roi.drop_vars("roi_other", errors="ignore")
-        out["roi_part"] = roi.copy(data=totals[0].sum((1, 2)).numpy()).drop_attrs()
-    if reading.t1 is not None:
-        grid = model.config.structure.grid
-        shape = [n for size, g in zip(totals[-1].shape, grid, strict=True) for n in (g, size // g)]
-        out["t1_part"] = (("cx", "cy", "cz"), totals[-1].reshape(shape).sum((1, 3, 5)).numpy())
-    total = sum(float(v.sum()) for v in out.data_vars.values())
-    return out.assign_attrs(gap=1 - total / distance)
 
 
 def _tokens(latents, token):

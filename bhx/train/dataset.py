@@ -6,6 +6,7 @@ network is run here.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -77,7 +78,7 @@ class Samples(torch.utils.data.Dataset):
     names : modalities that the objective reads
     hide : function (sample, config, plan, random) that says what hides from the network
     path : of the cohort's store, whose zarr arrays are then read without Dask
-    tokens : store of `bhx.embed` with the tokens of these subjects, read instead of scans
+    tokens : path or Dataset of `bhx.embed` with the tokens of these subjects, read instead of scans
     """
 
     def __init__(
@@ -140,14 +141,15 @@ class Samples(torch.utils.data.Dataset):
         return reading
 
     def read_tokens(self, i: int, random) -> Sequences:
-        """Tokens of one window of a subject, drawn; of all windows where `random` is None."""
+        """Stored tokens of a subject."""
         parts = {}
         for name, modality in self.modalities.items():
             if self.has[name][i]:
                 stored = self._token_arrays()[modality.tokens][self._token_rows[i]]
                 parts[name] = modality.split(stored, self.config)
         windows = max(map(len, parts.values()))
-        chosen = range(windows) if random is None else [int(random.integers(windows))]
+        whole = self.plan.stage == "label"  # reads every window; others one that is drawn
+        chosen = range(windows) if whole else [int(random.integers(windows))]
         subjects, weight = [], []
         for j in chosen:
             one = {}
@@ -188,13 +190,15 @@ class Samples(torch.utils.data.Dataset):
 
     def _token_arrays(self):
         if self._arrays is None:
-            group = zarr.open_group(self.tokens, mode="r")
-            self._arrays = {m.tokens: group[m.tokens] for m in self.modalities.values()}
+            stored = isinstance(self.tokens, str)
+            group = zarr.open_group(self.tokens, mode="r") if stored else self.tokens
+            names = [m.tokens for m in self.modalities.values()]
+            self._arrays = {n: group[n] if stored else group[n].values for n in names}
             self._token_rows = self._rows_in(group)
         return self._arrays
 
     def _rows_in(self, group):
-        ids = {str(s): row for row, s in enumerate(group["subject"][:])}
+        ids = {str(s): row for row, s in enumerate(np.asarray(group["subject"][:]))}
         return [ids[str(s)] for s in self.labels.subject.values]
 
     def _check(self, cohort):
@@ -209,6 +213,12 @@ class Samples(torch.utils.data.Dataset):
             raise InputError(fact, "Training knows no other scaling: take another model")
         for modality in self.modalities.values():
             modality.check_training(self.labels)
+
+    def with_plan(self, plan: Recipe) -> Samples:
+        """The same samples under other settings."""
+        other = copy(self)
+        other.plan = plan
+        return other
 
     def __getstate__(self):  # zarr arrays are opened again in each worker
         return self.__dict__ | {"_arrays": None}

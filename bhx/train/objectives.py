@@ -182,11 +182,12 @@ class LabelObjective(Objective):
     """A label of the subjects, from the mean of the hub tokens before the last norm through a fresh
     norm and a linear layer. `trains` says what of the harmonizer learns along."""
 
-    def __init__(self, networks, plan, *, truth, outputs: int, units=None):
+    def __init__(self, networks, plan, *, truth, outputs: int, units=None, pooled=None):
         super().__init__()
         self.terms = {"loss": None}
         self.networks, self.plan = [networks], plan
         self.truth, self.units = truth, units  # by row of the cohort; (mean, deviation) of numbers
+        self.pooled = {} if pooled is None else pooled  # row -> mean hub token, if it cannot change
         h = deepcopy(networks.harmonizer).requires_grad_(False)
         self.harmonizer, depth = h, len(h.blocks)
         self.norm = nn.LayerNorm(h.config.width, eps=1e-6)
@@ -233,12 +234,20 @@ class LabelObjective(Objective):
 
     def outputs(self, samples):
         """(subject, class) before softmax, or one number in training deviations."""
+        if self.plan.trains != "head only":
+            return self.head(self.norm(self.pool(samples))).float()
+        for sample in samples:
+            if sample.row not in self.pooled:
+                self.pooled[sample.row] = self.pool([sample])[0].detach()
+        return self.head(self.norm(torch.stack([self.pooled[s.row] for s in samples]))).float()
+
+    def pool(self, samples):
+        """Mean hub token (subject, width), over the windows of each subject by their share."""
         read = read_sequences(self.networks[0], samples, self.head.weight.device)
         hub = self.harmonizer.encode(read.subjects)[:, 1:].float().mean(1)
         owner = torch.tensor(read.owner, device=hub.device)
-        pooled = hub.new_zeros(len(samples), hub.shape[1])
-        pooled = pooled.index_add(0, owner, hub * read.share.to(hub)[:, None])
-        return self.head(self.norm(pooled)).float()
+        out = hub.new_zeros(len(samples), hub.shape[1])
+        return out.index_add(0, owner, hub * read.share.to(hub)[:, None])
 
     def cost(self, sample):
         """Tokens of a sample."""

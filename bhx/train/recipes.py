@@ -134,7 +134,7 @@ def learning_rate(step: int, steps: int, warmup: float, rate: tuple) -> float:
 
 def cosine(start: float, end: float, share: float) -> float:
     """From `start` to `end` along half a cosine; `share` 0 to 1."""
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+    return start + (end - start) * (1 - math.cos(math.pi * share)) / 2
 
 
 def linear(start: float, end: float, share: float) -> float:
