@@ -138,9 +138,9 @@ class Harmonix(nn.Module):
         self.dynamics_predictor = DynamicsPredictor(f, harmonics.clone(), gradients.clone())
         self.harmonizer = Harmonizer(config.harmonizer)
         h = config.harmonizer
-        for name, numbers in zip(h.modalities, h.numbers, strict=True):
+        for name, places, numbers in zip(h.modalities, h.places, h.numbers, strict=True):
             if numbers:
-                self.add_module(modality(name).tokens, LinearEmbedding(numbers, h.width))
+                self.add_module(modality(name).tokens, LinearEmbedding(places, numbers, h.width))
 
     def encoder(self, name: str) -> nn.Module:
         """What makes tokens of a modality's inputs."""

@@ -190,7 +190,7 @@ class Run:
                     losses = self.parallel(here)
                 terms = [losses[k].sum() * weight / max(n, 1) for k, n in counts.items()]
                 (sum(terms) * self.processes.world).backward()
-            found.append(torch.stack([t.detach() for t in terms]).double())
+            found.append(torch.stack([t.detach() for t in terms]))
         norm = nn.utils.clip_grad_norm_(self.learning, self.plan.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         tokens = sum(map(self.objective.cost, samples))

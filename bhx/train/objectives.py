@@ -165,7 +165,7 @@ class HarmonizerObjective(Objective):
         for name, embedding in self.embeddings.items():
             inputs = [s.reading.windows[name][0] for s in samples if name in s.reading.windows]
             if inputs:
-                embedding.fit(inputs)
+                embedding.fit(torch.stack(inputs))
         if not self.release:
             self.harmonizer.fit_means(one for s in samples for one in self.read([s]).subjects)
 
