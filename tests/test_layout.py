@@ -25,8 +25,8 @@ ROOMS = {
     "modalities": ("base", "bold", "t1", "table"),
     "./": ("schema",),  # what the table of modalities allows
     "data": (
-        *("files", "atlas", "geometry", "derivatives", "catalog", "quality", "quality_page"),
-        *("bold", "anatomy", "store", "prepare", "synthetic", "cohort", "splits"),
+        *("files", "atlas", "geometry", "derivatives", "catalog", "page", "quality"),
+        *("quality_page", "bold", "anatomy", "store", "prepare", "synthetic", "cohort", "splits"),
     ),
     "model": ("layers", "structure", "dynamics", "harmonizer", "config", "released", "checkpoints"),
     "encode": ("inputs", "model", "embed"),

@@ -143,8 +143,7 @@ def extend_store(new: xr.Dataset, path) -> None:
         )
     for dim in {*new.dims} - {"subject", "time"}:
         if dim in new.coords and group[dim][:].tolist() != new[dim].values.tolist():
-            what = "parcels" if dim == "roi" else dim
-            fact = f"Expected the {what} of {path}, found others in the new subjects"
+            fact = f"Expected the labels of {path} on '{dim}', found others in the new subjects"
             raise InputError(fact, "Prepare them into another store")
     group.attrs.update(complete=False, rows_written=n)
     shutil.rmtree(_markers(path), ignore_errors=True)
