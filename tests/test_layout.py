@@ -33,8 +33,8 @@ ROOMS = {
     "train": ("recipes", "processes", "dataset", "objectives", "log", "loop", "pretrain"),
     "latents": ("pool", "similarity", "maps", "gradients", "lesions"),
     "evaluate": (
-        *("metrics", "confounds", "features", "estimators", "rows", "probe", "scores", "report"),
-        "fine_tuning",
+        *("metrics", "options", "confounds", "features", "estimators", "rows", "folds", "task"),
+        *("probe", "scores", "report", "fine_tuning"),
     ),
     "show": ("look", "surface", "volume", "tokens", "people", "hidden", "figures", "explorer"),
 }

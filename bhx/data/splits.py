@@ -139,3 +139,39 @@ def _kept(path, made_by):
                 "Give the same subjects and options, or another path for a new split",
             )
     return dict(zip(kept["repeat"], map(np.array, kept["part"]), strict=True))
+
+
+def permute_within(units, strata, rng, families=None) -> np.ndarray:
+    """An order of the rows that exchanges labels which, if they mean nothing, are exchangeable.
+
+    Parameters
+    ----------
+    units : participant of each row; all rows of one move together
+    strata : site of each row; labels stay within it
+    rng : numpy random Generator
+    families : family of each row, or None; whole families of like make-up are exchanged, then
+        members within each
+    """
+    units, strata, order = np.asarray(units), np.asarray(strata), np.arange(len(units))
+    if families is not None:
+        families = np.asarray(families)
+        order = order[_exchange(families, units, strata, rng)]
+        strata = np.char.add(families.astype(str), np.char.add("|", strata.astype(str)))
+    return order[_exchange(units, units, strata, rng)]
+
+
+def _exchange(blocks, units, strata, rng):
+    """Shuffle whole blocks whose rows have the same strata and the same pattern of units."""
+    _, of_row, counts = np.unique(units, return_inverse=True, return_counts=True)
+    rows, alike = {}, {}
+    for row in np.lexsort((units, -counts[of_row])):
+        rows.setdefault(blocks[row], []).append(row)
+    for block, members in rows.items():
+        _, sizes = np.unique(units[members], return_counts=True)
+        key = (tuple(sorted(sizes)), tuple(strata[members]))
+        alike.setdefault(key, []).append(block)
+    out = np.arange(len(units))
+    for group in alike.values():
+        for to, origin in zip(group, rng.permutation(len(group)), strict=True):
+            out[rows[to]] = rows[group[origin]]
+    return out
