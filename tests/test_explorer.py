@@ -64,14 +64,14 @@ def test_maps_are_those_of_region_map(explorer):
     expected = region_map(explorer.latents, 5, subjects=who)
     np.testing.assert_allclose(explorer.surface_map(), expected, rtol=1e-5)
     np.testing.assert_allclose(
-        explorer.t1_map(), region_map(explorer.latents, 5, subjects=who, of="t1"), rtol=1e-5
+        explorer.cube_map(), region_map(explorer.latents, 5, subjects=who, of="t1"), rtol=1e-5
     )
     explorer.select_token(None)
     np.testing.assert_allclose(
         explorer.surface_map(), region_map(explorer.latents, None, subjects=who), rtol=1e-5
     )
     np.testing.assert_allclose(
-        explorer.t1_map(), region_map(explorer.latents, None, subjects=who, of="t1"), rtol=1e-4
+        explorer.cube_map(), region_map(explorer.latents, None, subjects=who, of="t1"), rtol=1e-4
     )
 
 
@@ -128,7 +128,7 @@ def test_lazy_store_gives_the_same(tmp_path, explorer):
     np.testing.assert_allclose(lazy.surface_map(), explorer.surface_map())
     np.testing.assert_allclose(lazy.points, explorer.points, atol=1e-6)
     assert lazy.panels.card.value == explorer.panels.card.value
-    lazy.panels.controls["colour"].value = "site"
+    lazy.panels.controls["color"].value = "site"
     assert len(set(lazy.panels.people.data[0].marker.color)) == 2
     xr.testing.assert_allclose(token_table(lazy.latents), token_table(explorer.latents))
 
@@ -141,7 +141,7 @@ def test_one_modality_is_enough(kept):
     panels = explorer.panels
     explorer.select_token(2)
     assert bool(explorer.surface_map().any()) == (kept == "bold")
-    assert bool(explorer.t1_map().any()) == (kept == "t1")
+    assert bool(explorer.cube_map().any()) == (kept == "t1")
     assert ("nobody" in panels.heading.value) == (kept == "t1")
 
 
@@ -180,7 +180,7 @@ def test_only_intensities_are_sent_after_the_mesh(explorer, panels):
     assert not ({"x", "y", "z", "i", "j", "k", "text"} & (keys | changed))
 
 
-def test_brain_shows_the_map_and_its_colour_bar(explorer, panels):
+def test_brain_shows_the_map_and_its_color_bar(explorer, panels):
     explorer.select_token(4)
     values = explorer.surface_map()
     left, right = (t for t in panels.brain.data if t.name.endswith("values"))
@@ -192,7 +192,7 @@ def test_brain_shows_the_map_and_its_colour_bar(explorer, panels):
 
 
 def test_callbacks_do_what_the_methods_do(explorer, panels):
-    panels._picked([1, 2, 8])
+    panels._people_picked([1, 2, 8])
     np.testing.assert_array_equal(np.flatnonzero(explorer.chosen), [1, 2, 8])
     assert list(panels.people.data[0].selectedpoints) == [1, 2, 8]
     panels._token_clicked([5])
@@ -205,7 +205,7 @@ def test_callbacks_do_what_the_methods_do(explorer, panels):
     assert panels.strip.data[2].visible
     panels.controls["subject"].value = "sub-07"
     assert explorer.subjects[explorer.chosen] == ["sub-07"]
-    panels.controls["everyone"].click()
+    panels.controls["reset"].click()
     assert {panels.controls[name].value for name in ("token", "parcel", "subject")} == {""}
     assert explorer.chosen.all()
     assert explorer.token is None
@@ -223,21 +223,22 @@ def test_click_on_the_brain_selects_the_parcel_under_it(explorer, panels):
 
 
 def test_two_marked_groups_are_compared(explorer, panels):
-    panels._picked([0, 1, 4])
+    panels._people_picked([0, 1, 4])
     panels.controls["first"].click()
-    panels._picked([5, 6, 7, 8])
+    panels._people_picked([5, 6, 7, 8])
     panels.controls["second"].click()
     assert [g.sum() for g in explorer.groups] == [3, 4]
     assert "minus" in panels.heading.value
 
 
-def test_wrong_entries_are_answered_not_raised(panels):
-    panels.controls["parcel"].value = "Amygdala"
-    assert "Amygdala" in panels.heading.value
-    panels.controls["token"].value = "99"
-    assert "found 99" in panels.heading.value
-    panels.controls["token"].value = "many"
-    assert "many" in panels.heading.value
+def test_wrong_entries_are_answered_not_raised(explorer, panels):
+    heading = panels.heading.value
+    for box, entry in (("parcel", "Amygdala"), ("token", "99"), ("token", "many")):
+        panels.controls[box].value = entry
+        assert entry in panels.message.value
+        assert panels.heading.value == heading
+    explorer.select_token(3)
+    assert panels.message.value == ""
 
 
 def test_button_writes_the_code(explorer, panels):
@@ -248,15 +249,15 @@ def test_button_writes_the_code(explorer, panels):
 
 
 @pytest.mark.parametrize("name", ["age", "site", "has_t1", "attention"])
-def test_people_take_the_colour_of_any_label(explorer, panels, name):
+def test_people_take_the_color_of_any_label(explorer, panels, name):
     explorer.select_parcel("Vis")
-    panels.controls["colour"].value = name
-    colour = panels.people.data[0].marker.color
-    assert len(colour) == len(explorer.subjects)
+    panels.controls["color"].value = name
+    color = panels.people.data[0].marker.color
+    assert len(color) == len(explorer.subjects)
     if name == "attention":
-        np.testing.assert_allclose(colour, explorer.reading(), rtol=1e-5)
+        np.testing.assert_allclose(color, explorer.reading(), rtol=1e-5)
     if name == "site":
-        assert len(set(colour)) == 2
+        assert len(set(color)) == 2
 
 
 def test_names_cannot_inject_html():
@@ -264,8 +265,8 @@ def test_names_cannot_inject_html():
     data["site"] = ("subject", [BAD] * 10 + ["B"] * 10)
     explorer = explore(data)
     panels = explorer.panels
-    panels.controls["colour"].value = "site"
-    panels._picked([4])
+    panels.controls["color"].value = "site"
+    panels._people_picked([4])
     panels.controls["subject"].value = BAD
     for html in (panels.card.value, panels.heading.value, panels.legend.value):
         assert "<img" not in html
@@ -280,11 +281,11 @@ def test_one_person_is_shown_with_their_own_t1():
     cohort = xr.Dataset({"t1": (("subject", "x", "y", "z"), t1)}, labels | grid)
     panels = explore(data, cohort).panels
     before = np.asarray(panels.slices.data[0].z)
-    panels._picked([0])
+    panels._people_picked([0])
     own = np.asarray(panels.slices.data[0].z)
     assert own.shape != before.shape
     assert own.std() > 10
-    panels._picked([2])  # has no T1
+    panels._people_picked([2])  # has no T1
     np.testing.assert_array_equal(panels.slices.data[0].z, before)
 
 
