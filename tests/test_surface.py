@@ -112,6 +112,13 @@ def test_left_is_left_and_nothing_overlaps(values, mesh):
         assert max(left.x) < min(right.x)
 
 
+def test_both_hemispheres_are_lit_alike(values):
+    """The light stands behind the reader: 0 is the same gray on the left and on the right."""
+    for trace in surface_file.plot_surface(values).data:
+        assert (trace.lightposition.x, trace.lightposition.y) == (0, 0)
+        assert trace.lightposition.z < 0
+
+
 @pytest.mark.parametrize("view", list(surface_file.VIEWS))
 def test_standard_views_are_the_right_way_up(view):
     """The camera's right-hand side and up, from its eye and up vectors."""
@@ -277,7 +284,7 @@ def test_latents_are_colored_by_numbers_or_names(latents):
     np.testing.assert_allclose(by_site.data[1].x, points[1::2, 0], rtol=1e-5)
 
 
-def test_names_cannot_inject_html(latents, values):
+def test_names_cannot_inject_html_and_nothing_is_uploaded(latents, values):
     bad = "<img src=x onerror=alert(1)>"
     named = latents.assign_coords(subject=[bad + str(i) for i in range(12)])
     named["site"] = ("subject", [bad] * 6 + ["B"] * 6)
@@ -290,6 +297,7 @@ def test_names_cannot_inject_html(latents, values):
     ]
     for figure in figures:
         assert "<img" not in json.dumps(figure.to_dict(), default=str)
+        assert "sendChartToCloud" in figure.layout.modebar.remove  # scans are not uploaded
 
 
 @pytest.mark.parametrize("name", ["volume", "tokens", "age", "site"])

@@ -149,15 +149,12 @@ def _people(latents, groups, within):
             fact = f"Expected the coordinate '{name}' on subject, found {listed(hub.coords, 12)}"
             raise InputError(fact, "Assign it: latents.assign_coords(name=('subject', values))")
     hub = hub.isel(subject=np.flatnonzero(~is_missing(hub[groups].values)))
-    names = list(dict.fromkeys(["participant", groups, *([within] if within else [])]))
-    table = pd.DataFrame({name: hub[name].values for name in names})
-    people = table.groupby("participant", sort=True)
+    labels = {name: hub[name].values for name in (groups, within) if name is not None}
+    people = pd.DataFrame(labels, index=hub.participant.values).groupby(level=0)
     if (people.nunique() > 1).any(axis=None):
-        raise InputError(
-            f"Expected one value of {' and '.join(names[1:])} a participant, found several",
-            "Contrast people, not sessions: select one row each",
-        )
-    first, rows = people.first().assign(participant=list(people.groups)), people.indices
+        fact = f"Expected one value of {' and '.join(labels)} a participant, found several"
+        raise InputError(fact, "Contrast people, not sessions: select one row each")
+    first, rows = people.first(), people.indices
     values = np.asarray(hub.astype("float32"))
     means = np.stack([values[rows[name]].mean(0) for name in first.index])
     return means, first[groups].to_numpy(), first[within].to_numpy() if within else None

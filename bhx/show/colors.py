@@ -14,7 +14,6 @@ from bhx.errors import InputError
 
 # Okabe and Ito's colors, distinct in every common form of color blindness
 CATEGORIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000")
-CONFIG = {"showSendToCloud": False, "plotlyServerURL": ""}  # of pages: scans are not uploaded
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,8 @@ class Explorer:
         """Follow a parcel or a whole network: the token that prefers it most, and who reads it."""
         parcels = (self.roi == name) | (self.networks == name)
         if name is not None and not parcels.any():
-            fact = f"Expected a parcel or a network ({listed(np.unique(self.networks), 8)}), found "
-            fact += f"'{name}'"
+            known = listed(np.unique(self.networks), 8)
+            fact = f"Expected a parcel or a network ({known}), found '{name}'"
             raise InputError(fact, "See latents.roi and latents.network")
         self.parcels = parcels
         if parcels.any():
@@ -248,13 +248,10 @@ def _loaded(latents, name):
 
 
 def _same_people(cohort, latents):
-    missing = set(latents.subject.values.tolist()) - set(cohort.subject.values.tolist())
+    missing = sorted({*latents.subject.values.tolist()} - {*cohort.subject.values.tolist()})
     if missing:
-        raise InputError(
-            f"Expected a cohort with the subjects of the latents, found {listed(sorted(missing))} "
-            "missing",
-            "Give the cohort that was embedded",
-        )
+        fact = "Expected a cohort with the subjects of the latents, found without "
+        raise InputError(fact + listed(missing), "Give the cohort that was embedded")
     return cohort.sel(subject=latents.subject.values)
 
 

@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from bhx.errors import InputError
 from bhx.schema import subject_coords
-from bhx.show.colors import CATEGORIES, CONFIG, Scale, finish, plotly_colors
+from bhx.show.colors import CATEGORIES, Scale, finish, plotly_colors
 from bhx.show.people import axis_name, dots, point_groups
 from bhx.show.surface import plot_surface
 from bhx.show.volume import PLANES, gray_levels, slices, square_axes, template, with_mm
@@ -295,7 +295,6 @@ class Panels:
 def _widget(data, name, height, title="", **layout):
     """Traces or a figure as a widget that tests and callbacks find by its name."""
     figure = go.FigureWidget(data)
-    figure._config = figure._config | CONFIG
     figure.update_layout(template="plotly_white", width=WIDE, height=height, meta=name)
     figure.update_layout(margin={"l": 50, "r": 10, "t": 10, "b": 40})
     return finish(figure, title, **layout)

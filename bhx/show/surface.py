@@ -14,6 +14,7 @@ from itertools import product
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
@@ -32,7 +33,7 @@ VIEWS = {
     "right lateral": ((1, 0, 0), (0, 0, 1), "right"),
 }
 LIGHT = {"ambient": 0.8, "diffuse": 0.35, "specular": 0.05, "roughness": 0.9, "fresnel": 0.05}
-LIGHT_FROM = {"x": 0, "y": 0, "z": 1e5}  # above, so that both hemispheres are lit alike
+LIGHT_FROM = {"x": 0, "y": 0, "z": -1e5}  # from behind the reader: both hemispheres are lit alike
 
 
 def plot_surface(
@@ -98,41 +99,29 @@ def on_vertices(values, atlas: xr.Dataset | None = None) -> xr.DataArray:
         fact = f"Expected one value per parcel (dim 'roi') or {2 * N_FSAVERAGE5} vertices of "
         fact += f"fsaverage5, found {found}"
         raise InputError(fact, "Select or average the other dims first")
-    atlas = (_atlas_of(values) if by_roi else load_atlas()) if atlas is None else atlas
-    labels = atlas.labels_fsaverage5.values
-    rank = np.zeros(labels.max() + 1, int)
-    rank[atlas.label.values] = np.arange(1, atlas.sizes["roi"] + 1)
-    rank = rank[labels]  # 0 = no parcel, else position in the atlas + 1
-    per_vertex = _per_parcel(values, atlas)[rank] if by_roi else np.asarray(values, np.float32)
-    out = xr.DataArray(per_vertex, dims=VERTEX, attrs=getattr(values, "attrs", {}))
-    names = {"parcel": atlas.roi.values, "network": atlas.network.values}
-    return out.assign_coords(
-        {k: (VERTEX, np.concatenate([[""], v])[rank]) for k, v in names.items()}
-        | {"hemi": (VERTEX, np.repeat(SIDES["both"], N_FSAVERAGE5))}
-    )
+    atlas, per_parcel = _in_order(values, atlas) if by_roi else (atlas or load_atlas(), None)
+    parcel = pd.Index(atlas.label.values).get_indexer(atlas.labels_fsaverage5.values)  # or -1
+    per_vertex = np.append(per_parcel, np.nan)[parcel] if by_roi else np.asarray(values)
+    coords = {
+        "parcel": (VERTEX, np.append(atlas.roi.values, "")[parcel]),
+        "network": (VERTEX, np.append(atlas.network.values, "")[parcel]),
+        "hemi": (VERTEX, np.repeat(SIDES["both"], N_FSAVERAGE5)),
+    }
+    attrs = getattr(values, "attrs", {})
+    return xr.DataArray(per_vertex.astype(np.float32), coords, [VERTEX], attrs=attrs)
 
 
-def _atlas_of(values):
-    """The atlas whose parcels these are, by name."""
-    names = [str(n) for n in values.roi.values] if "roi" in values.coords else []
-    for name, size in ATLASES.items():
-        if 0 < len(names) <= size and {*names} <= aliases(atlas := load_atlas(name)).keys():
-            return atlas
-    fact = f"Expected the parcel names of {listed(ATLASES)}, found {listed(names, 3) or 'none'}"
+def _in_order(values, atlas):
+    """The atlas whose parcels these are, by name, and their values in its order."""
+    names = {str(n) for n in values.roi.values} if "roi" in values.coords else {"unnamed parcels"}
+    for one in map(load_atlas, ATLASES) if atlas is None else [atlas]:
+        known = aliases(one)
+        if names <= known.keys() and len(names) <= one.sizes["roi"]:
+            return one, values.to_series().rename(known).reindex(one.roi.values)
+    whose = atlas.attrs.get("atlas", "the atlas") if atlas is not None else listed(ATLASES)
+    found = listed(sorted(names - known.keys()) or names, 3)
+    fact = f"Expected parcel names of {whose}, found {found}"
     raise InputError(fact, "Name them as bhx.load_atlas(name).roi does, or give atlas=")
-
-
-def _per_parcel(values, atlas):
-    """NaN, then one value per parcel of the atlas."""
-    named, known = values.to_series(), aliases(atlas)
-    unknown = named.index.difference(known, sort=False)
-    if len(unknown):
-        raise InputError(
-            f"Expected parcels of {atlas.attrs.get('atlas', 'the atlas')}, found {listed(unknown)}",
-            "Take the atlas that the values were made with",
-        )
-    in_order = named.rename(known).reindex(atlas.roi.values).to_numpy(np.float32)
-    return np.concatenate([[np.nan], in_order]).astype(np.float32)
 
 
 # the cortex -------------------------------------------------------------------------------------

@@ -71,17 +71,10 @@ def with_mm(cubes):
 @cache
 def template():
     """The MNI152 template in nilearn's wheel, masked, on the T1 grid at 2 mm."""
-    from nilearn.datasets import load_mni152_template
-    from nilearn.image import resample_img
+    from bhx.data.anatomy import read_template_t1
 
-    grid = t1_grid(2)
-    first = [mm[0] for mm in grid.values()]
-    affine = np.diag([*(mm[1] - mm[0] for mm in grid.values()), 1])
-    affine[:3, 3] = first
-    shape = [len(mm) for mm in grid.values()]
-    source = load_mni152_template(2)
-    image = resample_img(source, affine, shape, force_resample=True, copy_header=True)
-    return xr.DataArray(image.get_fdata(dtype=np.float32), grid, ("x", "y", "z"))
+    whole = xr.DataArray(read_template_t1(), t1_grid(1), ("x", "y", "z"))
+    return whole.coarsen(x=2, y=2, z=2).mean()
 
 
 def gray_levels(t1):
