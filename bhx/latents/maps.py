@@ -24,12 +24,12 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
     latents : Dataset embedded with keep=("attention",)
     token : one token, several, or None for all; several are averaged
     subjects : ids or a boolean mask; None for all. People without the modality are left out
-    of : a modality's name, for its own map: "bold" on roi, "t1" on cubes (cx, cy, cz), ...; "roi"
-        for the first modality that has a map on parcels; "modality" for the share of each
+    of : name of a modality, for its own map; "roi" for the first that has one on parcels; "modality"
+        for the share of each
 
     Returns
     -------
-    DataArray on the dims of that map
+    DataArray on the dims of that map, such as roi, (cx, cy, cz) or modality
     """
     values = each_token(latents, of=of, subjects=subjects)
     values = values.isel(token=_tokens(latents, token)).mean("token", keep_attrs=True)
@@ -72,7 +72,7 @@ def _map_of(latents, of):
 def spin_test(values: xr.DataArray, other, atlas: xr.Dataset, *, n_spins=1000, seed=0):
     """Is a map related to another map, or to the networks, beyond what smooth maps always are?
 
-    The parcels' centres are turned on the sphere, the right hemisphere as the mirror image of the
+    The parcels' centers are turned on the sphere, the right hemisphere as the mirror image of the
     left, and every parcel takes the value of one turned onto it (`geometry.spins`).
 
     Parameters
@@ -114,7 +114,7 @@ def map_controls(
     The region maps of all tokens, averaged over subjects, of the model and of its controls: the
     same network with random weights; the parcels' series under shuffled names; and the first and
     the second half of every scan. A map that random weights or shuffled parcels also give says
-    nothing about what was learnt or about these brains.
+    nothing about what was learned or about these brains.
 
     Returns
     -------

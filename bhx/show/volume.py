@@ -33,9 +33,8 @@ def plot_volume(
 
     Parameters
     ----------
-    values : DataArray (x, y, z) on the T1 grid, say `cohort.t1.sel(subject=...)`; None for the
-        MNI152 template
-    overlay : DataArray (cx, cy, cz), say `region_map(latents, of="t1")`
+    values : DataArray (x, y, z) on the T1 grid, one subject's; None for the MNI152 template
+    overlay : DataArray (cx, cy, cz), such as a `region_map` over cubes
     at : MNI coordinates [mm] where the planes start, or for static=True lie
     n_slices : positions on each plane's slider; slices are sent at 2 mm or coarser
     cmap, limits, title : as in `plot_surface`, of the overlay
