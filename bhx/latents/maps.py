@@ -24,8 +24,8 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
     latents : Dataset embedded with keep=("attention",)
     token : one token, several, or None for all; several are averaged
     subjects : ids or a boolean mask; None for all. People without the modality are left out
-    of : name of a modality, for its own map; "roi" for the first that has one on parcels; "modality"
-        for the share of each
+    of : name of a modality, for its own map; "roi" for the first map that lies on parcels;
+        "modality" for the share of each
 
     Returns
     -------
