@@ -1,5 +1,8 @@
 """Laws of the latent space: labels travel, nothing depends on the order of rows, nulls are null."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -159,6 +162,14 @@ def test_contrast_finds_the_planted_token_only():
     assert found.p.min() >= 1 / 201
 
 
+def test_contrast_leaves_out_people_without_a_label():
+    data = toy()
+    unknown = data.assign_coords(diagnosis=data.diagnosis.where(np.arange(24) != 3, "n/a"))
+    some = similarity_file.contrast(unknown, "diagnosis", n_permutations=5)
+    same = similarity_file.contrast(data.drop_isel(subject=3), "diagnosis", n_permutations=5)
+    xr.testing.assert_allclose(some, same)
+
+
 def test_contrast_statistic_is_the_anova_f_for_one_feature():
     from scipy.stats import f_oneway
 
@@ -308,10 +319,17 @@ def test_spin_test_of_networks_is_the_difference_of_means():
     assert float(found.p.sel(network="Vis")) < 0.05
 
 
-def test_umap_repeats_itself():
-    pytest.importorskip("umap")
-    data = toy(n=30)
-    first, again = (pool_file.project(data, method="umap", seed=3) for _ in range(2))
-    xr.testing.assert_identical(first, again)
-    assert first.dims == ("subject", "component")
-    assert "explained" not in first.coords
+def test_umap_is_asked_for_a_repeatable_fit(monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=CoordinatesOf))
+    data, chosen = pool_file.pool(toy(n=30)), np.arange(30) < 12
+    found = pool_file.project(data, method="umap", seed=3, fit_on=chosen)
+    expected = data.features[:, :2] - data.features[chosen, :2].mean("subject") + 3
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert found.dims == ("subject", "component")
+    assert "explained" not in found.coords
+
+
+def test_umap_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(InputError, match="umap-learn"):
+        pool_file.project(toy(), method="umap")

@@ -36,7 +36,10 @@ ROOMS = {
         *("metrics", "options", "confounds", "features", "estimators", "rows", "folds", "task"),
         *("probe", "scores", "report", "fine_tuning"),
     ),
-    "show": ("look", "surface", "volume", "tokens", "people", "hidden", "figures", "explorer"),
+    "show": (
+        *("colors", "surface", "volume", "tokens", "people", "hidden", "figures", "panels"),
+        "explorer",
+    ),
 }
 LAST = ("demo", "__main__")
 CORRIDOR = [f"{room}.{file}".lstrip("./") for room, files in ROOMS.items() for file in files]

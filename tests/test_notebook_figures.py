@@ -35,15 +35,15 @@ def test_the_last_bits_are_no_difference():
 
 
 @pytest.mark.parametrize(
-    "changed, said",
+    "changed, message",
     [
         ({"change": 0.05}, r"data\[0\] 'cohort'.*differs by up to 0.0"),
         ({"title": "sex"}, r"title.text is 'sex', expected 'age'"),
         ({"gap": True}, r"data\[1\].*"),
     ],
 )
-def test_a_difference_is_named(changed, said):
-    assert re.search(said, rules.different(figure(**changed), figure()))
+def test_a_difference_is_named(changed, message):
+    assert re.search(message, rules.different(figure(**changed), figure()))
 
 
 def test_traces_that_come_or_go_are_named():

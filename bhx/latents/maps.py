@@ -8,9 +8,9 @@ import xarray as xr
 from bhx.data.geometry import spins
 from bhx.errors import InputError, check_choice, listed
 from bhx.latents.pool import standardized, subject_mask
-from bhx.schema import check
-
-MAPS = {"roi": "hub_to_roi", "t1": "hub_to_t1", "modality": "modality_share"}
+from bhx.modalities.bold import BOLD
+from bhx.modalities.table import MODALITIES, modality
+from bhx.schema import ATTENTION, check, who_has
 
 
 def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi") -> xr.DataArray:
@@ -24,11 +24,12 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
     latents : Dataset embedded with keep=("attention",)
     token : one token, several, or None for all; several are averaged
     subjects : ids or a boolean mask; None for all. People without the modality are left out
-    of : "roi" (parcels), "t1" (cubes: cx, cy, cz) or "modality"
+    of : name of a modality, for its own map; "roi" for the first map that lies on parcels;
+        "modality" for the share of each
 
     Returns
     -------
-    DataArray on roi; on (cx, cy, cz); or on modality
+    DataArray on the dims of that map, such as roi, (cx, cy, cz) or modality
     """
     values = each_token(latents, of=of, subjects=subjects)
     values = values.isel(token=_tokens(latents, token)).mean("token", keep_attrs=True)
@@ -38,33 +39,40 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
 
 def each_token(latents: xr.Dataset, *, of: str = "roi", subjects=None) -> xr.DataArray:
     """The maps of all tokens, averaged over subjects: DataArray (token, ...); see `region_map`."""
-    check_choice("of", of, MAPS)
-    check(latents, "latents")
-    if MAPS[of] not in latents:
+    name, has = _map_of(check(latents, "latents"), of)
+    if name not in latents:
         raise InputError(
-            f"Expected latents with the variable '{MAPS[of]}', found {listed(latents.data_vars)}",
+            f"Expected latents with the variable '{name}', found {listed(latents.data_vars)}",
             'Keep the attention when embedding: embed(cohort, model, keep=("attention",))',
         )
-    values = latents[MAPS[of]]
-    chosen = subject_mask(values, subjects) & who_has(latents, of)
+    values = latents[name]
+    chosen = subject_mask(values, subjects) & has
     if not chosen.any():
         fact = "Expected at least one subject with this modality, found none in the selection"
-        raise InputError(fact, "Choose other subjects, or the other modality's map")
+        raise InputError(fact, "Choose other subjects, or another modality's map")
     out = values.isel(subject=np.flatnonzero(chosen)).mean("subject")
     return out.assign_attrs(n_subjects=int(chosen.sum()))
 
 
-def who_has(latents: xr.Dataset, of: str) -> np.ndarray:
-    """Which subjects have what a kind of map is about: a mask (subject)."""
-    name = {"roi": "has_bold", "t1": "has_t1"}.get(of)
-    everyone = np.ones(latents.sizes["subject"], bool)
-    return latents[name].values.astype(bool) if name in latents.coords else everyone
+def maps_in(latents: xr.Dataset, dims: tuple[str, ...]) -> list[str]:
+    """Names of the modalities with a map on these dims in the latents, in the table's order."""
+    return [n for n, m in MODALITIES.items() if m.map_dims == dims and m.map_name in latents]
+
+
+def _map_of(latents, of):
+    """The variable with a kind of map, and who has what it is about: a mask (subject)."""
+    check_choice("of", of, ("roi", "modality", *MODALITIES))
+    if of == "modality":
+        return ATTENTION, np.ones(latents.sizes["subject"], bool)
+    if of == "roi":
+        of = [*maps_in(latents, ("roi",)), BOLD.name][0]
+    return modality(of).map_name, who_has(latents, modality(of).variable)
 
 
 def spin_test(values: xr.DataArray, other, atlas: xr.Dataset, *, n_spins=1000, seed=0):
     """Is a map related to another map, or to the networks, beyond what smooth maps always are?
 
-    The parcels' centres are turned on the sphere, the right hemisphere as the mirror image of the
+    The parcels' centers are turned on the sphere, the right hemisphere as the mirror image of the
     left, and every parcel takes the value of one turned onto it (`geometry.spins`).
 
     Parameters
@@ -89,11 +97,9 @@ def spin_test(values: xr.DataArray, other, atlas: xr.Dataset, *, n_spins=1000, s
         observed, null = weights @ values.values, turned @ weights.T
         dims, coords = (other,), {other: names}
     else:
-        target = standardized(other.sel(roi=atlas.roi.values).values[None])[0]
-        observed, null = (
-            standardized(values.values[None])[0] @ target,
-            standardized(turned) @ target,
-        )
+        target = standardized(other.sel(roi=atlas.roi.values).values)
+        observed = standardized(values.values) @ target
+        null = standardized(turned) @ target
         dims, coords = (), {}
     p = (1 + (np.abs(null) >= np.abs(observed) - 1e-12).sum(0)) / (n_spins + 1)
     out = xr.Dataset({"statistic": (dims, observed), "p": (dims, p)}, coords)
@@ -108,7 +114,7 @@ def map_controls(
     The region maps of all tokens, averaged over subjects, of the model and of its controls: the
     same network with random weights; the parcels' series under shuffled names; and the first and
     the second half of every scan. A map that random weights or shuffled parcels also give says
-    nothing about what was learnt or about these brains.
+    nothing about what was learned or about these brains.
 
     Returns
     -------
@@ -120,36 +126,38 @@ def map_controls(
     from bhx.encode.model import random_model
 
     cohort = check(cohort, "cohort")
-    chosen = subject_mask(cohort, subjects) & cohort.has_bold.values.astype(bool)
+    chosen = subject_mask(cohort, subjects) & who_has(cohort, BOLD.variable)
     cohort = cohort.isel(subject=np.flatnonzero(chosen))
+    series = cohort[BOLD.variable]
     order = np.random.default_rng(seed).permutation(cohort.sizes["roi"])
     late = xr.DataArray(np.arange(cohort.sizes["time"]), dims="time") >= cohort.n_volumes / 2
-    shuffled = cohort.bold.isel(roi=order).assign_coords(cohort.roi.coords)
-    versions = {
-        "model": (cohort, model),
-        "random weights": (cohort, random_model(model.config, seed=seed)),
-        "shuffled parcels": (cohort.assign(bold=shuffled), model),
-        "first half": (cohort.assign(bold=cohort.bold.where(~late)), model),
-        "second half": (cohort.assign(bold=cohort.bold.where(late)), model),
+
+    def maps_of(series, network):
+        changed = cohort.assign({BOLD.variable: series})
+        options = {"keep": ("attention",), "attention": attention}
+        latents = embed(changed, network, missing_parcels="leave out", **options)
+        return each_token(latents, of=BOLD.name).compute()
+
+    renamed = series.isel(roi=order).assign_coords(cohort.roi.coords)
+    maps = {
+        "model": maps_of(series, model),
+        "random weights": maps_of(series, random_model(model.config, seed=seed)),
+        "shuffled parcels": maps_of(renamed, model),
+        "first half": maps_of(series.where(~late), model),
+        "second half": maps_of(series.where(late), model),
     }
-    options = {"keep": ("attention",), "attention": attention, "missing_parcels": "leave out"}
-    each = [each_token(embed(c, m, **options)).compute() for c, m in versions.values()]
-    maps = xr.concat(
-        each, xr.Variable("version", list(versions)), coords="minimal", compat="override"
-    )
-    unit = maps.copy(data=standardized(maps.transpose("version", "token", "roi").values))
-    pairs = {
-        "random weights": ("model", "random weights"),
-        "shuffled parcels": ("model", "shuffled parcels"),
-        "retest": ("first half", "second half"),
+    unit = {name: m.copy(data=standardized(m.values)) for name, m in maps.items()}
+    agreement = {
+        "random weights": (unit["model"] * unit["random weights"]).sum("roi"),
+        "shuffled parcels": (unit["model"] * unit["shuffled parcels"]).sum("roi"),
+        "retest": (unit["first half"] * unit["second half"]).sum("roi"),
     }
-    agreement = [
-        (unit.sel(version=a, drop=True) * unit.sel(version=b, drop=True)).sum("roi")
-        for a, b in pairs.values()
-    ]
-    return xr.Dataset(
-        {"map": maps, "agreement": xr.concat(agreement, xr.Variable("control", list(pairs)))}
-    )
+    return xr.Dataset({"map": _stack(maps, "version"), "agreement": _stack(agreement, "control")})
+
+
+def _stack(arrays, dim):
+    names = xr.Variable(dim, list(arrays))
+    return xr.concat(list(arrays.values()), names, coords="minimal", compat="override")
 
 
 def _tokens(latents, token):
