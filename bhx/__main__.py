@@ -1,28 +1,31 @@
-"""python -m bhx: one subcommand a job. Each is a line in `_parser` and a function that calls bhx.
+"""python -m bhx: one subcommand a job. Each is a function that adds its options and one that runs.
 
-No computation may be here. `doctor` runs without any of the packages it looks for.
+Whatever can be seen without reading data (paths, names, numbers) is checked while the command line
+is read, before a heavy package is imported. No computation may be here.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import platform
 import re
+import shutil
 import sys
-from importlib import metadata
+import tempfile
+from ast import literal_eval
 from pathlib import Path
 
 import bhx
-from bhx.errors import InputError
+from bhx.errors import InputError, listed
+from bhx.settings import PACKAGE
 
-HERE = Path(__file__).parent
-NEEDED = ("", "notebooks")  # extras that the lessons run on; "" is the core
-LABEXTENSIONS = {  # what JupyterLab needs for widgets and figures -> the package that brings it
-    "@jupyter-widgets/jupyterlab-manager": "ipywidgets",
-    "anywidget": "anywidget",
-    "jupyterlab-plotly": "plotly",
-}
+# Repeated here, where nothing heavy is imported; tests/test_commands.py compares them.
+ATLASES = ("schaefer100", "schaefer200", "schaefer400")
+ORDERS = ("7networks", "17networks")
+STAGES = ("structure", "dynamics", "harmonizer")
+PRESETS = ("workshop", "small", "base")
+KEEP = ("dynamics", "structure", "attention")
 
 
 def main(argv=None) -> int:
@@ -36,243 +39,314 @@ def main(argv=None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bhx", description=bhx.__doc__.splitlines()[0])
+# The subcommands ----------------------------------------------------------------------------------
+
+
+def _parser():
+    parser = _Parser(prog="python -m bhx", description=bhx.__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"bhx {bhx.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-
-    doctor = commands.add_parser("doctor", help="versions, device, memory; what is missing")
-    doctor.set_defaults(run=_doctor)
-
-    demo = commands.add_parser("demo", help="a real scan and a cohort to tokens, scores, a page")
-    demo.add_argument("--out", default="demo")
-    demo.add_argument("--subjects", type=int, help="of the synthetic cohort; all by default")
-    demo.set_defaults(run=_demo)
-
-    catalog = commands.add_parser("catalog", help="list and check the catalogue's entries")
-    catalog.add_argument("--catalog", help="folder with entries of your own")
-    catalog.set_defaults(run=_catalog)
-
-    prepare = commands.add_parser("prepare", help="derivatives to a checked store")
-    prepare.add_argument("source", help="catalogue entry or folder of derivatives")
-    prepare.add_argument("out", help="store to write or continue")
-    prepare.add_argument("--workers", type=int, default=1)
-    prepare.add_argument("--scheduler", dest="client", help="a Dask cluster's, not threads")
-    prepare.add_argument("--atlas", default="schaefer400")
-    prepare.add_argument("--order", choices=("7networks", "17networks"))
-    prepare.add_argument("--labels", help="label image or file, instead of the atlas's own")
-    prepare.add_argument("--voxel-mm", type=float, default=1.0)
-    prepare.add_argument("--task", default="rest")
-    prepare.add_argument("--phenotypes", help="table of participants")
-    prepare.add_argument(
-        "--no-denoising",
-        dest="denoising",
-        action="store_const",
-        const=None,
-        default=argparse.SUPPRESS,
-        help="BOLD is denoised already",
-    )
-    prepare.add_argument("--quality", metavar="HTML", help="write the quality page here")
-    prepare.set_defaults(run=_prepare)
-
-    pretrain = commands.add_parser("pretrain", help="train one stage; also under torchrun")
-    pretrain.add_argument("cohort", help="store of bhx prepare or bhx.save_cohort")
-    pretrain.add_argument("--stage", required=True)
-    pretrain.add_argument("--out", required=True)
-    pretrain.add_argument("--preset", default="workshop")
-    pretrain.add_argument("--model", help="where to begin instead of --out or random weights")
-    pretrain.add_argument("--workers", type=int, default=0)
-    pretrain.add_argument("--device")
-    pretrain.add_argument("--resume", action="store_true")
-    pretrain.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="settings")
-    pretrain.set_defaults(run=_pretrain)
-
-    embed = commands.add_parser("embed", help="a cohort to latents")
-    embed.add_argument("cohort", help="catalogue entry or store")
-    embed.add_argument("out", help="store to write or continue")
-    embed.add_argument("--model", default="workshop")
-    embed.add_argument("--keep", nargs="*", default=[])
-    embed.add_argument("--device")
-    embed.set_defaults(run=_embed)
-
-    evaluate = commands.add_parser("evaluate", help="scores of latents beside the connectome's")
-    evaluate.add_argument("latents", help="store that embed wrote")
-    evaluate.add_argument("cohort", help="the cohort it was made from")
-    evaluate.add_argument("--target", required=True, nargs="+")
-    evaluate.add_argument("--groups", help="coordinate held out whole, such as site")
-    evaluate.set_defaults(run=_evaluate)
+    for add in (_doctor, _demo, _catalog, _prepare, _pretrain, _embed, _evaluate):
+        add(commands)
     return parser
 
 
-def _demo(**options):
+def _doctor(commands):
+    from bhx.doctor import doctor
+
+    _command(commands, "doctor", doctor, "versions, device and memory; what is missing", "")
+
+
+def _demo(commands):
+    text = "a real scan and a cohort: tokens, scores and one page of figures"
+    command = _command(commands, "demo", _run_demo, text, "--out demo --subjects 60")
+    command.add_argument("--out", type=_output, default="demo", help="folder to write")
+    command.add_argument(
+        "--subjects", type=_at_least_one, help="how many of the synthetic cohort; all if not given"
+    )
+
+
+def _run_demo(**options):
     from bhx.demo import run_demo
 
     run_demo(**options)
 
 
-def _catalog(catalog):
-    from bhx.data.catalog import catalog_table
+def _catalog(commands):
+    text = "list and check the entries of the catalogue"
+    command = _command(commands, "catalog", _run_catalog, text, "--catalog my_entries")
+    command.add_argument("--catalog", type=_folder, help="folder with entries of your own")
 
-    print(catalog_table(catalog).to_string())
+
+def _run_catalog(catalog=None):
+    print(bhx.catalog_table(catalog).to_string())
 
 
-def _prepare(quality, **options):
-    from bhx.data.quality_page import quality_page
+def _prepare(commands):
+    text = "read the files of a study into one checked store"
+    example = "derivatives cohort.zarr --atlas schaefer100 --quality page.html"
+    command = _command(commands, "prepare", _run_prepare, text, example)
+    add = command.add_argument
+    add("source", type=_source, help="catalogue entry, or folder of derivatives (fMRIPrep-like)")
+    add("out", type=_output, help="store to write, or to continue")
+    add("--workers", type=_at_least_one, default=2, help="subjects read at a time")
+    add("--scheduler", dest="client", help="address of a Dask cluster, instead of threads here")
+    add("--atlas", choices=ATLASES, default="schaefer400", help="parcels to average over")
+    add("--order", choices=ORDERS, help="order of tables whose columns have no names")
+    add("--labels", type=_file, help="label image or file, instead of the atlas's own")
+    add("--voxel-mm", type=_above_zero, default=1.0, help="voxel of stored volumes [mm]")
+    add("--task", default="rest", help="task in the names of the files")
+    add("--phenotypes", type=_file, help="table of participants, with their labels")
+    add(
+        "--no-denoising",
+        dest="denoising",
+        action="store_const",
+        const=None,
+        help="the scans are denoised already",
+    )
+    add("--quality", type=_output, metavar="HTML", help="write the page of quality checks here")
 
+
+def _run_prepare(quality=None, **options):
     cohort = bhx.prepare(**options)
     print(f"{cohort.sizes['subject']} subjects in {options['out']}")
     for subject, reason in cohort.attrs["refused"].items():
         print(f"left out: {subject}: {reason}")
     if quality:
-        print(f"quality page {quality_page(cohort, quality)}")
+        print(f"quality page {bhx.quality_page(cohort, quality)}")
 
 
-def _pretrain(settings, **options):
-    from ast import literal_eval
+def _pretrain(commands):
+    text = "train one part of a model on a cohort; also under torchrun"
+    example = "cohort.zarr --stage structure --out run --set steps=200 batch=8"
+    command = _command(commands, "pretrain", _run_pretrain, text, example)
+    add = command.add_argument
+    add("cohort", type=_store, help="store that prepare or bhx.save_cohort wrote")
+    add("--stage", required=True, choices=STAGES, help="which part, in this order")
+    add("--out", required=True, type=_output, help="folder of the run, shared by the stages")
+    add("--preset", choices=PRESETS, default="workshop", help="size of the model")
+    add("--model", type=_weights, help="weights to start from, instead of those in OUT or random")
+    add("--workers", type=_at_least_zero, default=0, help="processes that read ahead")
+    add("--device", type=_device, help="cpu, cuda, cuda:N or mps; a GPU where there is one")
+    add("--resume", action="store_true", help="continue from the last checkpoint in OUT")
+    add(
+        "--set",
+        nargs="+",
+        type=_setting,
+        default=argparse.SUPPRESS,
+        metavar="NAME=VALUE",
+        dest="settings",
+        help="other settings of the training, such as steps=200",
+    )
 
-    for name, text in (pair.split("=", 1) for pair in settings):
-        try:
-            options[name] = literal_eval(text)
-        except (ValueError, SyntaxError):
-            options[name] = text
-    bhx.pretrain(**options)
+
+def _run_pretrain(stage, preset, settings=(), **options):
+    from bhx.train.recipes import recipe
+
+    recipe(stage, preset, **dict(settings))  # refuses settings before torch is imported
+    bhx.pretrain(stage=stage, preset=preset, **options, **dict(settings))
     print(f"weights in {options['out']}")
 
 
-def _embed(cohort, out, model, keep, device):
+def _embed(commands):
+    text = "turn every subject of a cohort into tokens"
+    example = "sample latents.zarr --reparcellate --keep attention"
+    command = _command(commands, "embed", _run_embed, text, example)
+    add = command.add_argument
+    add("cohort", type=_cohort, help="catalogue entry, such as synthetic; or a store or folder")
+    add("out", type=_output, help="store to write, or to continue")
+    add("--model", type=_weights, default="workshop", help="shipped name, folder or release:FOLDER")
+    also = f"what to store beside the hub tokens: {listed(KEEP)}"
+    add("--keep", nargs="+", choices=KEEP, metavar="WHAT", help=also)
+    add("--reparcellate", action="store_true", help="average to the parcels that the model reads")
+    add("--device", type=_device, help="cpu, cuda, cuda:N or mps; a GPU where there is one")
+
+
+def _run_embed(cohort, out, model, keep=(), reparcellate=False, device=None):
+    cohort, wanted = bhx.open_cohort(cohort), _atlas_of(model)
+    found = cohort.attrs.get("atlas", wanted) if "roi" in cohort.dims else wanted
+    if found != wanted:
+        if not reparcellate:
+            fact = f"Expected parcels of {wanted}, which the model '{model}' reads, found {found}"
+            raise InputError(fact, f"Add --reparcellate to average them to parcels of {wanted}")
+        cohort = bhx.reparcellate(cohort, wanted)
     network = bhx.load_model(model, device=device)
-    print(bhx.embed(bhx.open_cohort(cohort), network, store=out, keep=keep))
+    print(bhx.embed(cohort, network, store=out, keep=keep))
 
 
-def _evaluate(latents, cohort, target, groups):
+def _evaluate(commands):
+    text = "scores of hub tokens beside those of the connectome"
+    example = "latents.zarr cohort.zarr --target age sex --groups site"
+    command = _command(commands, "evaluate", _run_evaluate, text, example)
+    add = command.add_argument
+    add("latents", type=_store, help="store that embed wrote")
+    add("cohort", type=_cohort, help="the cohort that it was made from")
+    add("--target", required=True, nargs="+", help="labels to predict, such as age")
+    add("--groups", help="label whose groups are held out whole, such as site")
+
+
+def _run_evaluate(latents, cohort, target, groups=None):
     import xarray as xr
 
-    ours = bhx.pool(xr.open_zarr(latents, consolidated=False).load())
+    from bhx.schema import check, subject_coords
+
+    tokens = check(xr.open_zarr(latents, consolidated=False), "latents")
+    for name in [*target, *([groups] if groups else [])]:
+        if name not in subject_coords(tokens):
+            fact = f"Expected a label of the subjects in '{latents}', found '{name}'"
+            raise InputError(fact, f"The labels are {listed(subject_coords(tokens), 30)}")
+    ours = bhx.pool(tokens.load())
     control = bhx.connectome(bhx.open_cohort(cohort)).compute()
     scores = [bhx.probe([ours, control], name, groups=groups) for name in target]
     print(bhx.compare(*scores, control=control.attrs["name"]).to_string())
 
 
-def _doctor() -> int:
-    """Print what this machine has, and what is missing; 1 when the core is not complete."""
-    packages = _packages()
-    sections = {
-        f"bhx {bhx.__version__}": _system(),
-        "device": _devices(),
-        "memory": _memory(),
-        "notebooks": _front_end(),
-        "folders": [f"{name:<8}{_state(path)}" for name, path in bhx.folders().items()],
-        "packages": [_row(*package) for package in packages],
-        "missing": _missing(p for p in packages if p[1] in NEEDED),
-        "optional, and not needed by the notebooks": _missing(
-            p for p in packages if p[1] not in NEEDED
-        ),
-    }
-    for title, lines in sections.items():
-        print(title, *(f"  {line}" for line in lines or ["nothing: ready"]), sep="\n")
-    return int(any(extra == "" and problem for _, extra, _, problem in packages))
+# How the command line is read ---------------------------------------------------------------------
 
 
-def _system():
-    return [f"Python {platform.python_version()} at {sys.prefix}", platform.platform()]
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, width=min(100, shutil.get_terminal_size().columns))
 
 
-def _devices():
-    lines = [f"{os.cpu_count()} CPU cores"]
-    try:
-        import torch
-    except (ImportError, OSError) as error:  # OSError: a library of the build does not load
-        return [*lines, f"GPU unknown: torch does not import ({error})"]
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    mps = ["Apple GPU (mps)"] if torch.backends.mps.is_available() else []
-    return [*lines, *(names + mps or ["no GPU: bhx runs on the CPU"])]
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one sentence; an option that is not given is left to the function's default."""
+
+    def __init__(self, **options):
+        options |= {"formatter_class": _Help, "argument_default": argparse.SUPPRESS}
+        super().__init__(**options)
+
+    def error(self, message):
+        self.exit(2, f"bhx: {message.rstrip('.')}. See {self.prog} --help.\n")
 
 
-def _memory():
-    try:
-        import psutil
-    except ImportError:
-        return ["unknown: psutil is missing"]
-    ram = psutil.virtual_memory()
-    lines = [f"{ram.total / 2**30:.1f} GiB, {ram.available / 2**30:.1f} GiB of it free"]
-    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(i)
-            lines.append(f"GPU {i}: {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of it free")
-    return lines
+def _command(commands, name, run, text, example):
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example:\n  python -m bhx {name} {example}".rstrip(),
+    )
+    command.set_defaults(run=run)
+    return command
 
 
-def _front_end():
-    """Does this environment's JupyterLab show widgets and figures?"""
-    folder = Path(sys.prefix, "share", "jupyter", "labextensions")
-    absent = [package for name, package in LABEXTENSIONS.items() if not (folder / name).is_dir()]
-    if absent:
-        return [f"figures and widgets may stay blank: {', '.join(absent)} not in {folder}"]
-    return ["JupyterLab finds ipywidgets, anywidget and plotly"]
+def _refused(expected, found, help):
+    return argparse.ArgumentTypeError(f"Expected {expected}, found {found}. {help}")
 
 
-def _state(path: Path) -> str:
-    near = next(p for p in (path, *path.parents) if p.exists())
-    made = "" if path.exists() else ", made when needed"
-    return f"{path} ({'writable' if os.access(near, os.W_OK) else 'NOT writable'}{made})"
-
-
-def _packages() -> list[tuple[str, str, str, str]]:
-    """(package, extra or "" for the core, version or "", problem or "") of all that bhx can use."""
-    found = []
-    for line in _requirements():
-        name, bounds, extra = re.match(
-            r"([\w.-]+)(?:\[\w+\])?\s*([^;]*?)\s*(?:;.*extra == ['\"](\w+)['\"])?$", line
-        ).groups(default="")
+def _number(kind, fits, expected):
+    def read(text):
         try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found.append((name, extra, "", "missing"))
-        else:
-            found.append((name, extra, version, _outside(version, bounds)))
-    return sorted(found, key=lambda package: (package[1], package[0]))
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise _refused(expected, f"'{text}'", "Give another number")
+        return value
+
+    return read
 
 
-def _requirements() -> list[str]:
-    """What pyproject.toml asks for: from the file beside bhx, or from the installed package."""
-    project = HERE.parent / "pyproject.toml"
-    if not project.is_file():
-        return metadata.requires("bhx") or []
-    import tomllib
-
-    table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-    extras = table["optional-dependencies"].items()
-    optional = [f'{line}; extra == "{extra}"' for extra, lines in extras for line in lines]
-    return table["dependencies"] + optional
+_at_least_one = _number(int, lambda n: n >= 1, "a whole number of at least 1")
+_at_least_zero = _number(int, lambda n: n >= 0, "a whole number of at least 0")
+_above_zero = _number(float, lambda x: 0 < x < float("inf"), "a number above 0")
 
 
-def _outside(version: str, bounds: str) -> str:
+def _setting(text):
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise _refused("NAME=VALUE", f"'{text}'", "Write it without spaces, as in steps=200")
     try:
-        from packaging.specifiers import SpecifierSet
-    except ImportError:  # comes with several core packages; one of them is missing then
-        return ""
-    fits = SpecifierSet(bounds).contains(version, prereleases=True)
-    return "" if fits else f"needs {bounds}"
+        return name, literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
-def _row(name, extra, version, problem):
-    where = f"extra '{extra}'" if extra else "core"
-    return f"{name:<16}{version or '-':<16}{where:<20}{problem}".rstrip()
+def _device(text):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", text):
+        raise _refused("cpu, cuda, cuda:N or mps", f"'{text}'", "Name one of these devices")
+    return text
 
 
-def _missing(packages):
-    """A line for the core and one for each extra: what is wrong, and the command that mends it."""
-    wrong = {}
-    for name, extra, _, problem in packages:
-        if problem:
-            wrong.setdefault(extra, []).append(f"{name} {problem}")
-    checkout = (HERE.parent / "pyproject.toml").is_file()
-    before, name = ("--editable ", ".") if checkout else ("", "bhx")
-    return [
-        f"{extra or 'CORE'}: {', '.join(problems)}; "
-        f'pip install --upgrade {before}"{name}{extra and f"[{extra}]"}"'
-        for extra, problems in wrong.items()
-    ]
+def _file(text):
+    if not Path(text).is_file():
+        raise _refused("a file", f"none at '{text}'", "Name one that exists")
+    return text
+
+
+def _folder(text):
+    if not Path(text).is_dir():
+        raise _refused("a folder", f"none at '{text}'", "Name one that exists")
+    return text
+
+
+def _output(text):
+    """A path that can be written: tried in the nearest folder that is there already."""
+    path = Path(text).absolute()
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=nearest.parent if path.is_file() else nearest).close()
+    except OSError as error:
+        found = f"'{nearest}' ({error.strerror})"
+        raise _refused(f"a place to write '{text}'", found, "Name a folder of yours") from None
+    return text
+
+
+def _store(text):
+    if not (Path(text) / "zarr.json").is_file():
+        found = "another folder" if Path(text).is_dir() else "none"
+        help = "Name a folder that prepare or embed wrote"
+        raise _refused(f"a zarr store at '{text}'", found, help)
+    return text
+
+
+def _source(text):
+    entries = catalogue_names()
+    if text not in entries and not Path(text).is_dir():
+        help = f"Name a folder that exists, or one of {listed(entries, 30)}"
+        raise _refused("a catalogue entry or a folder", f"'{text}'", help)
+    return text
+
+
+def _cohort(text):
+    return _store(text) if Path(text).suffix == ".zarr" else _source(text)
+
+
+def _weights(text):
+    folder = Path(text.removeprefix("release:")).expanduser()
+    if text not in shipped_weights() and not folder.is_dir():
+        help = f"Name {listed(shipped_weights())}, a folder of pretrain, or release:FOLDER"
+        raise _refused("weights", f"none at '{text}'", help)
+    return text
+
+
+def catalogue_names() -> list[str]:
+    """Names of the catalogue's entries, read off the names of their files."""
+    folders = [PACKAGE / "data_catalog", PACKAGE.parent / "data_catalog"]
+    folders += [Path(own)] if (own := os.environ.get("BHX_CATALOG")) else []
+    return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+
+
+def shipped_weights() -> list[str]:
+    """Names of the weights that come with bhx."""
+    return sorted(path.parent.name for path in PACKAGE.glob("weights/*/config.json"))
+
+
+def _atlas_of(model):
+    """The atlas whose parcels a model reads, from the description beside its weights."""
+    if model.startswith("release:"):
+        return "schaefer400"
+    shipped = model in shipped_weights()
+    folder = PACKAGE / "weights" / model if shipped else Path(model).expanduser()
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return about["config"]["atlas"]
+    except (OSError, ValueError, KeyError):
+        fact = f"Expected a description of weights in '{folder / 'config.json'}', found none"
+        raise InputError(
+            fact, f"Name {listed(shipped_weights())} or a folder of pretrain"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Figures that notebooks show are compared within a tolerance when nbval runs them.
 
 nbval compares plotly's JSON to the last bit, which differs between processors. Everything else it
-compares is left as it is.
+compares is left as it is. A cell tagged `trained` shows a run that was trained just now.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from copy import copy
 
 import numpy as np
 
+from bhx.show.figures import difference
+
 PLOTLY = "application/vnd.plotly.v1+json"
-TOLERANCE = 2e-3  # of an array's range, as in bhx.figures.check_figure
 
 
 def pytest_configure(config):
@@ -28,38 +29,39 @@ def pytest_configure(config):
 
 def compare_outputs(cell, test, ref, skip_compare=None):
     """nbval's comparison, with figures that are near the stored ones taken for these."""
-    found, said = [copy(output) for output in test], []
+    found, problems = [copy(output) for output in test], []
+    trained = "trained" in cell.cell.metadata.get("tags", ())
     for output, (one, other) in zip(found, zip(map(_plotly, test), map(_plotly, ref))):  # noqa: B905
         if one is None or other is None:
             continue
-        if difference := different(one, other):
-            said.append(f"figure: {difference}")
+        if problem := different(one, other, trained=trained):
+            problems.append(f"figure: {problem}")
         else:
             output["data"] = {**output["data"], PLOTLY: other}
     same = cell.compare_exactly(found, ref, skip_compare)
-    if said:
-        cell.comparison_traceback[:0] = said
+    if problems:
+        cell.comparison_traceback[:0] = problems
     return same
 
 
-def different(found, wanted, path="") -> str:
+def different(found, wanted, path="", trained=False) -> str:
     """Where and by how much two figures differ, or nothing; numbers within the tolerance."""
     if isinstance(wanted, dict) and isinstance(found, dict) and not {"bdata"} & {*found, *wanted}:
         if only := sorted(found.keys() ^ wanted.keys()):
             return f"{path or 'top'}: only one of both has {only[:5]}"
-        return next((s for k in wanted if (s := different(found[k], wanted[k], _at(path, k)))), "")
+        parts = [(found[k], wanted[k], _at(path, k), trained) for k in wanted]
+        return next(filter(None, (different(*part) for part in parts)), "")
     if _holds_objects(wanted) and isinstance(found, list) and len(found) == len(wanted):
         pairs = enumerate(zip(found, wanted, strict=True))
-        return next((s for i, (a, b) in pairs if (s := different(a, b, _at(path, i, b)))), "")
+        parts = [(a, b, _at(path, i, b), trained) for i, (a, b) in pairs]
+        return next(filter(None, (different(*part) for part in parts)), "")
     one, other = _array(found), _array(wanted)
     if one is None or other is None or one.shape != other.shape:
         return "" if found == wanted else f"{path} is {found!r:.80}, expected {wanted!r:.80}"
-    if not np.array_equal(np.isnan(one), np.isnan(other)):
-        return f"{path} is missing values elsewhere"
-    worst = np.nanmax(np.abs(one - other), initial=0)
-    reach = np.ptp(other[~np.isnan(other)]) if other.size > 1 else np.abs(other).max(initial=0)
-    allowed = TOLERANCE * max(float(np.nan_to_num(reach)), 1e-6)
-    return f"{path} differs by up to {worst:.3g}, allowed {allowed:.3g}" if worst > allowed else ""
+    if other.size == 1:  # a number by itself, such as an axis's end
+        one, other = one.squeeze(), other.squeeze()
+    problem = difference(one, other, trained=trained)
+    return f"{path} {problem}" if problem else ""
 
 
 def _plotly(output):

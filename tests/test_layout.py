@@ -25,24 +25,40 @@ ROOMS = {
     "modalities": ("base", "bold", "t1", "table"),
     "./": ("schema",),  # what the table of modalities allows
     "data": (
-        *("files", "atlas", "geometry", "derivatives", "catalog", "quality", "quality_page"),
-        *("bold", "anatomy", "store", "prepare", "synthetic", "cohort", "splits"),
+        *("files", "atlas", "geometry", "derivatives", "catalog", "page", "quality"),
+        *("quality_page", "bold", "anatomy", "store", "prepare", "synthetic", "cohort", "splits"),
     ),
     "model": ("layers", "structure", "dynamics", "harmonizer", "config", "released", "checkpoints"),
     "encode": ("inputs", "model", "embed"),
-    "train": ("recipes", "dataset", "objectives", "log", "token_cache", "loop", "yardsticks"),
-    "latents": ("pool", "similarity", "maps", "lesions"),
+    "train": ("recipes", "processes", "dataset", "objectives", "log", "loop", "pretrain"),
+    "latents": ("pool", "similarity", "maps", "gradients", "lesions"),
     "evaluate": (
         *("metrics", "options", "confounds", "features", "estimators", "rows", "folds", "task"),
         *("probe", "scores", "report", "fine_tuning"),
     ),
-    "show": ("look", "surface", "volume", "tokens", "people", "hidden", "figures", "explorer"),
+    "show": (
+        *("colors", "surface", "volume", "tokens", "people", "hidden", "figures", "panels"),
+        "explorer",
+    ),
 }
-LAST = ("demo", "__main__")
+LAST = ("demo", "doctor", "__main__")
 CORRIDOR = [f"{room}.{file}".lstrip("./") for room, files in ROOMS.items() for file in files]
 CORRIDOR += LAST
 AT_MOST_LINES = 9700  # of code in the whole library; to be lowered, never raised
 AT_MOST = {"file": 400, "function": 60}  # lines of code
+
+# What still breaks a rule below. These lists only get shorter: nothing is added, and what has been
+# mended is deleted (the tests ask for it).
+STILL_NAME_A_MODALITY = (
+    *("data.files", "data.atlas", "data.derivatives", "data.catalog", "data.quality_page"),
+    *("data.bold", "data.anatomy", "data.store", "data.prepare", "data.synthetic", "data.cohort"),
+    *("encode.inputs", "encode.model", "encode.embed"),
+    *("train.dataset", "train.objectives", "train.token_cache", "train.yardsticks"),
+    *("latents.maps", "latents.lesions", "evaluate.features"),
+    *("show.volume", "show.tokens", "show.hidden", "show.explorer", "demo"),
+)
+STILL_LONG_FILES = ("data.synthetic", "train.loop", "show.explorer")
+STILL_LONG_FUNCTIONS = ("evaluate.probe.probe",)
 
 SOURCES = [p for room in ROOMS for p in (PACKAGE / room).glob("*.py")]
 there = sorted({".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in SOURCES})
@@ -167,11 +183,91 @@ def test_docstrings(file):
     assert not bare, f"without a docstring: {bare}"
 
 
-def test_library_is_thin():
+# Only bhx/modalities/ knows which modalities there are --------------------------------------------
+
+MODALITY_NAMES = ("bold", "t1", "has_bold", "has_t1", "hub_to_roi", "hub_to_t1")
+MODALITY_WORD = re.compile(rf"(?<!\w)({'|'.join(MODALITY_NAMES)})(?!\w)")
+
+
+def modality_names(module: ast.Module) -> list[tuple[int, str]]:
+    """(line, text) of each string and attribute that names a modality; docstrings may."""
+    silent = {id(n.value) for n in ast.walk(module) if isinstance(n, ast.Expr)}
+    found = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute) and node.attr in MODALITY_NAMES:
+            found.append((node.lineno, f".{node.attr}"))
+        elif isinstance(node, ast.Constant) and id(node) not in silent:
+            text = node.value if isinstance(node.value, str) else ""
+            found += [(node.lineno, text)] if MODALITY_WORD.search(text) else []
+    return sorted(found)
+
+
+def test_modalities_are_named_in_their_room_alone():
+    named = {f: modality_names(tree(f)) for f in there if room_of(f) != "modalities"}
+    only_known({file for file, found in named.items() if found}, STILL_NAME_A_MODALITY, named)
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("cohort['bold']", ["bold"]),
+        ("cohort.has_t1", [".has_t1"]),
+        ("print(f'{x} of hub_to_roi')", [" of hub_to_roi"]),
+        ("help = 'cohort.t1.sel(subject=...)'", ["cohort.t1.sel(subject=...)"]),
+        ("open('task-rest_bold.nii')", []),
+        ("print('bolder')", []),
+        ("bold = patchify(bold, t1=None)  # bold", []),
+        ("from bhx.modalities.bold import BOLD", []),
+        ("def read():\n    'Volumes of bold.'", []),
+    ],
+)
+def test_what_counts_as_naming_a_modality(line, expected):
+    assert [text for _, text in modality_names(ast.parse(line))] == expected
+
+
+def only_known(found: set[str], known: tuple[str, ...], detail) -> None:
+    """A rule is broken by those of its list alone, and by each of them."""
+    new = sorted(found - set(known))
+    assert not new, "\n".join(f"{name}: {detail[name]}" for name in new)
+    mended = sorted(set(known) - found)
+    assert not mended, f"mended, so delete from the list in {Path(__file__).name}: {mended}"
+
+
+# Size --------------------------------------------------------------------------------------------
+
+
+def test_library_is_small():
     assert sum(map(code_lines, there)) < AT_MOST_LINES
 
 
-def code_lines(file) -> int:
+def test_files_are_short():
+    sizes = {file: code_lines(file) for file in there}
+    long = {file for file, n in sizes.items() if n > AT_MOST["file"]}
+    only_known(long, STILL_LONG_FILES, sizes)
+
+
+def test_functions_are_short():
+    every = sorted((n, f"{file}.{name}") for file in there for name, n in function_sizes(file))
+    sizes = {name: n for n, name in every}  # the longest of one name
+    long = {name for name, n in sizes.items() if n > AT_MOST["function"]}
+    only_known(long, STILL_LONG_FUNCTIONS, sizes)
+
+
+def function_sizes(file: str) -> list[tuple[str, int]]:
+    """(name, lines of code) of every function and method of a file."""
+    lines = lines_with_code(file)
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [node for node in ast.walk(tree(file)) if isinstance(node, functions)]
+    return [(n.name, len(lines & set(range(n.lineno, n.end_lineno + 1)))) for n in found]
+
+
+def code_lines(file: str) -> int:
+    """Number of lines that hold code."""
+    return len(lines_with_code(file))
+
+
+@cache
+def lines_with_code(file: str) -> set[int]:
     """Lines that hold code: no blank ones, comments or docstrings."""
     source = path_of(file).read_text(encoding="utf-8")
     quiet = {COMMENT, NL, NEWLINE, INDENT, DEDENT, ENDMARKER}
@@ -182,7 +278,7 @@ def code_lines(file) -> int:
             node
         ):
             code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(code)
+    return code
 
 
 @pytest.mark.parametrize("name", [n for names in bhx.PUBLIC.values() for n in names])

@@ -140,7 +140,7 @@ def test_first_cell_installs_and_last_cell_says_what_was_used(name):
     assert (code[0].source, code[0].metadata.get("tags")) == (INSTALL, ["install"])
     assert code[0].outputs == []
     assert any("bhx.made_with(" in cell.source for cell in code)
-    assert re.fullmatch(r"print\(made_with\(\w.*\)\)", code[-1].source)
+    assert re.fullmatch(r"print\(bhx\.made_with\(\w.*\)\)", code[-1].source)
 
 
 @every_notebook
@@ -235,16 +235,30 @@ def test_outputs_belong_to_the_code_and_the_weights(name):
 
 
 @every_notebook
-def test_only_what_is_live_goes_uncompared(name):
-    """A cell is tagged just when it holds a widget or draws while it runs; what it prints would go
-    unseen."""
+def test_only_what_is_live_is_not_compared(name):
+    """A cell is tagged just when it holds a widget or draws while it runs: what it prints is not
+    compared."""
     for cell in read(name).code[1:]:
         kinds = [set(output.get("data", {})) for output in cell.outputs]
         live = any(LIVE[1] in kind for kind in kinds) or "live(" in cell.source
-        assert cell.metadata.get("tags", []) == (["nbval-ignore-output"] if live else [])
+        assert ("nbval-ignore-output" in cell.metadata.get("tags", [])) == live
         if live:
             drawn = [bool(kind & {*LIVE, "image/png"}) for kind in kinds]
             assert all(drawn), f"text beside something live: {cell.source}"
+
+
+@every_notebook
+def test_figures_of_training_are_tagged(name):
+    """`trained` stands at the cells that show a log, or a figure checked as one of training."""
+    cells = read(name).code[1:]
+    checked = [re.findall(r"check_figure\((\w+), .*trained=True\)", c.source) for c in cells]
+    logs = {figure for found in checked for figure in found}
+    for cell in cells:
+        drawn = any(LIVE[0] in output.get("data", {}) for output in cell.outputs)
+        of_training = "plot_log(" in cell.source or cell.source.split("\n")[-1] in logs
+        tagged = "trained" in cell.metadata.get("tags", [])
+        assert tagged == (drawn and of_training), cell.source
+        assert set(cell.metadata.get("tags", [])) <= {"trained", "nbval-ignore-output"}
 
 
 @every_notebook

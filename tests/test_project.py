@@ -59,7 +59,7 @@ def test_prescribed_packages_are_there(environment):
 def test_extras():
     assert set(EXTRAS) == {
         *("notebooks", "test", "book"),
-        *("assets", "umap", "interpret", "niivue", "bids", "brainmarks"),
+        *("assets", "umap", "interpret", "brainmarks"),
     }
 
 
@@ -160,11 +160,11 @@ def test_doctor_without_any_package():
 
 
 def test_doctor_sees_an_old_version(monkeypatch, capsys):
-    from bhx import __main__
+    from bhx import doctor
 
-    real = __main__.metadata.version
+    real = doctor.metadata.version
     old = {"torch": "2.0.1", "umap-learn": "0.1"}
-    monkeypatch.setattr(__main__.metadata, "version", lambda name: old.get(name) or real(name))
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: old.get(name) or real(name))
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert re.search(r"CORE: torch needs \S*>=2\.13", said)
@@ -172,15 +172,15 @@ def test_doctor_sees_an_old_version(monkeypatch, capsys):
 
 
 def test_doctor_forgives_a_missing_extra(monkeypatch, capsys):
-    from bhx import __main__
+    from bhx import doctor
 
     def version(name):
         if name == "umap-learn":
-            raise __main__.metadata.PackageNotFoundError(name)
+            raise doctor.metadata.PackageNotFoundError(name)
         return real(name)
 
-    real = __main__.metadata.version
-    monkeypatch.setattr(__main__.metadata, "version", version)
+    real = doctor.metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", version)
     assert main(["doctor"]) == 0
     assert "umap: umap-learn missing; pip install" in capsys.readouterr().out
 
