@@ -339,7 +339,7 @@ def test_constant_features_are_refused_and_some_constant_ones_ignored(features):
     np.testing.assert_allclose(probe(partly, "age").score, probe(without, "age").score, atol=1e-6)
 
 
-def test_small_sites_are_held_out_together_and_said_so(features):
+def test_small_sites_are_held_out_together_with_a_note(features):
     site = features.site.values.astype("U10")
     site[:2], site[2:4] = "tiny", "small"
     scores = probe(features.assign_coords(site=("subject", site)), "age", groups="site")
@@ -397,7 +397,7 @@ def test_groups_are_balanced_over_strata(features):
     assert "balanced over nothing" in one.attrs["notes"]
 
 
-def test_strata_of_numbers_are_fifths_and_rare_ones_are_said(features):
+def test_strata_of_numbers_are_fifths_and_rare_ones_are_noted(features):
     late = np.random.default_rng(0).permutation(np.repeat(np.arange(45.0), 2))
     some = features.assign_coords(
         late=("subject", late), word=("subject", [f"w{i}" for i in range(90)])
@@ -419,7 +419,7 @@ def test_folds_one_by_one_are_not_repeated(features, options):
     assert "the same in every repeat" in thrice.attrs["notes"]
 
 
-def test_folds_that_measure_no_correlation_are_said(features):
+def test_folds_that_measure_no_correlation_are_noted(features):
     pairs = probe(features.isel(subject=slice(10)), "age", folds=5)
     assert pairs.attrs["notes"].count("its r is no measure") == 5
     flat = features.assign_coords(
@@ -428,7 +428,7 @@ def test_folds_that_measure_no_correlation_are_said(features):
     assert "fold A tests 1 distinct" in probe(flat, "age", groups="site").attrs["notes"]
 
 
-def test_more_folds_than_groups_is_one_fold_a_group_and_said_so(features):
+def test_more_folds_than_groups_is_one_fold_a_group_with_a_note(features):
     scores = probe(features, "age", groups="site", folds=8)
     assert list(np.sort(scores.fold.values)) == ["A", "B", "C"]
     assert "3 folds that hold out whole values of site" in scores.attrs["notes"]
@@ -586,7 +586,7 @@ def test_intervals_end_where_their_metric_does(features, options, least, most):
 @pytest.mark.parametrize(
     ("classes", "chance"), [((2,), 1 / 2), ((3,), 1 / 3), ((2, 3), None), ((1, 3), 1 / 3)]
 )
-def test_chance_is_told_where_all_models_share_it(features, classes, chance):
+def test_chance_stands_where_all_models_share_it(features, classes, chance):
     """Of one class are numbers, which have no balanced accuracy."""
     third = np.array(list("abc"))[np.arange(90) // 2 % 3]
     many = features.assign_coords(third=("subject", third))
@@ -674,9 +674,9 @@ def test_what_the_confounds_explain_wholly_predicts_nothing(features):
         iq=("subject", features.age.values + 5 * rng.normal(size=90)),
         word=("subject", [f"{v:.6f}" for v in rng.normal(size=90)]),
     )
-    told = confound_features(some, ["iq", "site"])
-    assert probe(told, "age").score.sel(metric="r").mean() > 0.8
-    gone = probe(told, "age", confounds=["site", "iq"])
+    words = confound_features(some, ["iq", "site"])
+    assert probe(words, "age").score.sel(metric="r").mean() > 0.8
+    gone = probe(words, "age", confounds=["site", "iq"])
     np.testing.assert_array_equal(gone.score.sel(metric="r"), 0)
     flat = probe(confound_features(some, ["site"]), "iq", harmonize="site")
     np.testing.assert_array_equal(flat.score.sel(metric="r"), 0)

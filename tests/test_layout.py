@@ -54,11 +54,11 @@ STILL_NAME_A_MODALITY = (
     *("data.bold", "data.anatomy", "data.store", "data.prepare", "data.synthetic", "data.cohort"),
     *("encode.inputs", "encode.model", "encode.embed"),
     *("train.dataset", "train.objectives", "train.token_cache", "train.yardsticks"),
-    *("latents.maps", "latents.lesions", "evaluate.features"),
+    *("latents.maps", "latents.lesions"),
     *("show.volume", "show.tokens", "show.hidden", "show.explorer", "demo"),
 )
 STILL_LONG_FILES = ("data.synthetic", "train.loop", "show.explorer")
-STILL_LONG_FUNCTIONS = ("evaluate.probe.probe",)
+STILL_LONG_FUNCTIONS = ()
 
 SOURCES = [p for room in ROOMS for p in (PACKAGE / room).glob("*.py")]
 there = sorted({".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in SOURCES})

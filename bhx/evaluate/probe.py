@@ -26,7 +26,7 @@ from bhx.data.splits import permute_within
 from bhx.errors import InputError, check_choice, listed
 from bhx.evaluate.confounds import ComBat, ConfoundRegression
 from bhx.evaluate.estimators import ESTIMATORS, OrdinalLogistic, Rotation
-from bhx.evaluate.features import encoded, name_of, parts_of
+from bhx.evaluate.features import encoded, name_of, parts_of, provenance_of
 from bhx.evaluate.options import check_count, check_name, check_names
 from bhx.evaluate.rows import check_leak
 from bhx.evaluate.task import Task, make_task
@@ -122,10 +122,10 @@ def probe(
         fact = f"Expected harmonize beside preserve, found preserve={preserve!r} alone"
         raise InputError(fact, "It says what ComBat keeps: name harmonize, or leave it out")
     used = [name for name in (harmonize, *confounds, *preserve) if name]
-    options = {"groups": groups, "stratify": stratify, "task": task, "classes": classes}
-    options |= {"positive": positive, "protocol": protocol, "split": split, "folds": folds}
-    options |= {"repeats": repeats, "train_share": train_share, "seed": seed}
-    task = make_task(many, target, **options, needed=used)
+    design = {"groups": groups, "stratify": stratify, "protocol": protocol, "split": split}
+    design |= {"folds": folds, "repeats": repeats, "train_share": train_share, "seed": seed}
+    labels = {"task": task, "classes": classes, "positive": positive}
+    task = make_task(many, target, **labels, needed=used, **design)
     check_leak(task.rows.labels, used, target, task.truth, task.names)
     _check_estimator(estimator, task.kind)
     beside = Beside.of(task.rows.labels, confounds, harmonize, preserve)
@@ -142,13 +142,6 @@ def probe(
         features=json.dumps({name_of(one): provenance_of(one) for one in many}),
         versions=json.dumps({"bhx": __version__, "scikit-learn": sklearn.__version__}),
     )
-
-
-def provenance_of(features) -> dict:
-    """What made these features, as scores keep it."""
-    keep = ("model", "weights", "weights_sha256")
-    keep += ("config", "scaling", "atlas", "versions", "source")
-    return {k: str(features.attrs[k]) for k in keep if k in features.attrs}
 
 
 def _check_estimator(estimator, kind):
@@ -263,7 +256,7 @@ def _probe_one(features, task, estimator, beside, permutations):
         raise InputError(fact, "Were they pooled over subjects by mistake")
     if own := features.attrs.get("estimator"):
         check_choice("attrs['estimator'] of features", own, list(ESTIMATORS))
-        estimator = ESTIMATORS[own](task.kind, task.seed)
+        estimator = ESTIMATORS[own](task.kind, task.design.seed)
         task.notes.append(f"{name_of(features)}: {estimator!r}")
     steps = preparation(features, beside, estimator is None or "components" in features.attrs)
     if x.shape[1] == 0:
@@ -271,7 +264,7 @@ def _probe_one(features, task, estimator, beside, permutations):
         estimator = DummyRegressor() if number else DummyClassifier(strategy="prior")
         folds = _prepared(x, None, task, False)
     else:
-        nested = estimator is None and task.protocol != "brainmarks"
+        nested = estimator is None and task.design.protocol != "brainmarks"
         folds = _prepared(np.hstack([x, beside.columns]), steps, task, nested)
     folds = list(folds) if permutations else folds
     out = task.scores(name_of(features), *_predict(folds, task, task.truth, estimator))
@@ -295,8 +288,8 @@ def fit_fold(fold: Fold, task: Task, truth, estimator=None):
     """The estimator fitted to a fold's training rows: that given, or one of chosen penalty."""
     if estimator is not None:
         return clone(estimator).fit(fold.x, truth[fold.train])
-    if task.protocol == "brainmarks":
-        cuts = resplit_people(task.splits.units[fold.train], truth[fold.train], task.seed)
+    if task.design.protocol == "brainmarks":
+        cuts = resplit_people(task.splits.units[fold.train], truth[fold.train], task.design.seed)
         scoring = {"scoring": "balanced_accuracy", "use_legacy_attributes": False}
         model = LogisticRegressionCV(Cs=10, l1_ratios=(0,), max_iter=1000, cv=cuts, **scoring)
         return model.fit(fold.x, truth[fold.train])
@@ -362,7 +355,7 @@ def _null(folds, task, estimator, permutations):
     An exchange that leaves a training part without some label is drawn again: that of the truth
     has them all, too.
     """
-    rng, rows = np.random.default_rng(task.seed), task.rows
+    rng, rows = np.random.default_rng(task.design.seed), task.rows
     labels = 0 if task.names is None else len(task.names)
     out = []
     for drawn in range(1, 100 * permutations + 1):
