@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 from small_cohorts import make_cohort, noise
 
+from bhx.data.splits import split
 from bhx.errors import InputError
 from bhx.evaluate import estimators as estimators_file
 from bhx.evaluate import folds as folds_file
@@ -463,6 +464,101 @@ def test_a_site_of_one_class_gets_no_auroc_and_a_note(features):
     assert np.isfinite(compare(scores).score.drop("positive_f1", level="metric")).all()
 
 
+# ---------------------------------------------------- splits that were made before
+
+
+@pytest.fixture(scope="module")
+def parts(features):
+    """Three cuts of the participants into train, validation and test."""
+    return split(make_cohort(), stratify="site", repeats=3, seed=1)
+
+
+def test_a_split_says_who_trains_and_who_is_tested(features, parts):
+    scores = probe([features, noise(features)], "age", split=parts)
+    tested = np.isfinite(scores.output[0, :, :, 0].values)
+    np.testing.assert_array_equal(tested, parts.values == "test")
+    assert scores.attrs["test_share"] == pytest.approx(1 / 3, abs=0.05)
+    assert json.loads(scores.attrs["split"])["seed"] == 1
+    assert np.isfinite(compare(scores).score).all()
+    assert "3 splits that were made before" in report_file.methods(scores)
+
+
+def test_a_split_that_leaves_sites_out_is_the_folds_over_sites(features):
+    by_site = probe(features, "age", split=split(make_cohort(), leave_out="site"))
+    folds = probe(features, "age", groups="site")
+    assert set(by_site.fold.values) == {"A", "B", "C"}
+    turned = folds.sel(fold=by_site.fold)
+    tested = [np.isfinite(s.output.values[0, :, :, 0]) for s in (by_site, turned)]
+    np.testing.assert_array_equal(*tested)
+
+
+def test_a_split_chooses_the_penalty_on_its_validation_part(features, parts):
+    """What the validation rows are called changes their predictions' use, and no one else's."""
+    task = make_task(features, "age", split=parts)
+    for (train, test, validation), part in zip(task.folds(), parts.values, strict=True):
+        fit, stop = task.stopping_split(train, validation)
+        np.testing.assert_array_equal(fit, np.flatnonzero(part == "train"))
+        np.testing.assert_array_equal(stop, np.flatnonzero(part == "validation"))
+        np.testing.assert_array_equal(test, np.flatnonzero(part == "test"))
+
+
+def test_subjects_that_a_split_does_not_know_are_left_out(features, parts):
+    scores = probe(features, "age", split=parts.isel(subject=slice(None, 80)))
+    assert scores.attrs["n"] == 80
+    assert len(json.loads(scores.attrs["excluded"])["not in the split"]) == 10
+
+
+def bad_splits(parts):
+    torn = parts.copy(deep=True)
+    torn[1, 0], torn[1, 1] = "train", "test"
+    return [
+        ({"split": parts[0]}, r"Expected split as a DataArray \(repeat, subject\), found"),
+        ({"split": parts.values}, r"Expected split as a DataArray .*, found ndarray"),
+        ({"split": parts, "groups": "site"}, "Expected split alone, found groups, stratify"),
+        ({"split": parts, "protocol": "paper"}, "Expected protocol 'paper' alone, found split too"),
+        ({"split": torn}, "Expected one part for all rows of a participant, .*sub-000 in repeat 1"),
+        (
+            {"split": parts.where(parts != "test", "held")},
+            "Expected subjects to train on and to test in repeat 0, found .* and 0",
+        ),
+    ]
+
+
+def test_splits_that_do_not_fit_are_refused(features, parts):
+    for options, message in bad_splits(parts):
+        with pytest.raises(InputError, match=message):
+            probe(features, "age", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": "site"}, {"protocol": "paper"}])
+def test_who_says_when_to_stop_shares_no_participant_with_anyone(features, options):
+    task = make_task(features, "group", **options)
+    for train, test, validation in task.folds():
+        fit, stop = task.stopping_split(train, validation)
+        assert set(fit) | set(stop) == set(train) | set(validation)
+        people = [np.unique(task.rows.people[rows]) for rows in (fit, stop, test)]
+        assert np.unique(np.concatenate(people), return_counts=True)[1].max() == 1
+        assert 0.1 < len(stop) / len(fit) < 0.4
+
+
+def test_a_task_needs_labels_alone_and_scores_what_it_is_given(features):
+    """What a network predicts stands beside a probe in the same folds."""
+    task = make_task(make_cohort(), "group", seed=3)
+    output, decision = task.empty()
+    for i, (train, test, _) in enumerate(task.folds()):
+        output[i, test] = np.bincount(task.truth[train]) / len(train)
+        decision[i, test] = task.decide(output[i, test], task.truth[train])
+    ours = task.scores("guess", output, decision, estimator="by hand")
+    check(ours, "scores")
+    guess = probe(nothing(features), "group", seed=3)
+    np.testing.assert_allclose(ours.score, guess.score)
+    np.testing.assert_allclose(ours.output, guess.output)
+    np.testing.assert_array_equal(ours.truth, guess.truth)
+    assert ours.attrs["estimator"] == "by hand"
+    table = compare(ours, probe(features, "group", seed=3))
+    assert np.isfinite(table.loc[("guess", "auroc"), "p"])
+
+
 # ----------------------------------------------------------------- compare
 
 
@@ -897,7 +993,7 @@ def test_features_may_bring_a_network_or_keep_their_leading_axes(features):
     scores = probe([network, some], "same")
     auroc = scores.score.sel(metric="auroc").mean("fold")
     assert auroc[0] > 0.9 > 0.7 > auroc[1]
-    assert "MLPClassifier" in scores.attrs["notes"]
+    assert "MLPClassifier" in scores["estimator"].values[0]
     assert probe(network, "size").score.sel(metric="r").mean() > 0.8
     leading = estimators_file.Rotation(keep=3).fit(features.features.values)
     np.testing.assert_allclose(

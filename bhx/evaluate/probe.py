@@ -104,8 +104,9 @@ def probe(
     Scores Dataset: `score (model, metric, fold)`, `prediction (model, subject)` (mean over the
     folds that tested the subject), `output (model, fold, subject, class)` and
     `decision (model, fold, subject)`, `truth (subject)`, and `null (model, permutation)` of the
-    first metric. attrs: target, task, n, excluded (JSON: reason -> subject ids), notes (JSON list
-    of fallbacks that were taken and of folds that say too little), and every option.
+    first metric; the coordinate `estimator (model)` says what read the features. attrs: target,
+    task, n, excluded (JSON: reason -> subject ids), notes (JSON list of fallbacks that were taken
+    and of folds that say too little), and every option.
 
     Notes
     -----
@@ -131,13 +132,16 @@ def probe(
     beside = Beside.of(task.rows.labels, confounds, harmonize, preserve)
     if harmonize and groups == harmonize:
         task.notes.append(f"ComBat has not seen the {harmonize} it tests: features left as are")
-    scores = [_probe_one(one, task, estimator, beside, permutations) for one in task.rows.features]
+    given = [_estimator_of(one, task, estimator) for one in task.rows.features]
+    pairs = zip(task.rows.features, given, strict=True)
+    scores = [_probe_one(one, task, own, beside, permutations) for one, own in pairs]
     out = xr.concat(scores, "model", data_vars="minimal", coords="minimal", compat="override")
-    return out.assign_attrs(
+    read_by = [_described(own, task) for own in given]
+    return out.assign_coords(estimator=("model", read_by)).assign_attrs(
         confounds=json.dumps(list(confounds)),
         harmonize=harmonize or "",
         preserve=json.dumps(list(preserve)),
-        estimator=NAMES[task.kind] if estimator is None else repr(estimator),
+        estimator=_described(estimator, task),
         notes=json.dumps(task.notes),
         features=json.dumps({name_of(one): provenance_of(one) for one in many}),
         versions=json.dumps({"bhx": __version__, "scikit-learn": sklearn.__version__}),
@@ -254,24 +258,34 @@ def _probe_one(features, task, estimator, beside, permutations):
     if x.shape[1] and not (np.nanstd(x, 0) > 0).any():
         fact = f"Expected features that vary over subjects, found constants in {name_of(features)}"
         raise InputError(fact, "Were they pooled over subjects by mistake")
-    if own := features.attrs.get("estimator"):
-        check_choice("attrs['estimator'] of features", own, list(ESTIMATORS))
-        estimator = ESTIMATORS[own](task.kind, task.design.seed)
-        task.notes.append(f"{name_of(features)}: {estimator!r}")
+    width = x.shape[1]
     steps = preparation(features, beside, estimator is None or "components" in features.attrs)
-    if x.shape[1] == 0:
-        number = task.kind == "number"
-        estimator = DummyRegressor() if number else DummyClassifier(strategy="prior")
-        folds = _prepared(x, None, task, False)
-    else:
-        nested = estimator is None and task.design.protocol != "brainmarks"
-        folds = _prepared(np.hstack([x, beside.columns]), steps, task, nested)
+    nested = estimator is None and task.design.protocol != "brainmarks"
+    x = np.hstack([x, beside.columns]) if width else x
+    folds = _prepared(x, steps if width else None, task, nested)
     folds = list(folds) if permutations else folds
     out = task.scores(name_of(features), *_predict(folds, task, task.truth, estimator))
     if permutations:
         null = _null(folds, task, estimator, permutations)
         out["null"] = (("model", "permutation"), null[None])
     return out
+
+
+def _estimator_of(features, task, given):
+    """What reads these features; None is a penalized regression, chosen in the fold."""
+    if features.sizes["feature"] == 0:
+        return DummyRegressor() if task.kind == "number" else DummyClassifier(strategy="prior")
+    if own := features.attrs.get("estimator"):
+        check_choice("attrs['estimator'] of features", own, list(ESTIMATORS))
+        return ESTIMATORS[own](task.kind, task.design.seed)
+    return given
+
+
+def _described(estimator, task):
+    """An estimator for the methods of a report."""
+    if isinstance(estimator, DummyRegressor | DummyClassifier):
+        return "the mean or the frequencies of the training part"
+    return NAMES[task.kind] if estimator is None else " ".join(repr(estimator).split())
 
 
 def _predict(folds, task, truth, estimator):

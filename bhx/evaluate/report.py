@@ -19,7 +19,7 @@ from bhx.data.page import page
 from bhx.data.splits import cohort_hash
 from bhx.errors import InputError, listed
 from bhx.evaluate import metrics
-from bhx.evaluate.features import CONFOUNDS, GUESS, encoded
+from bhx.evaluate.features import CONFOUNDS, encoded
 from bhx.evaluate.scores import compare
 from bhx.evaluate.task import codes_of, participants_of, plan_of
 from bhx.schema import subject_coords
@@ -183,13 +183,10 @@ def methods(scores: xr.Dataset) -> str:
 
 def _read_by(scores):
     """Which features were read by which estimator, in words."""
-    by, notes = {}, json.loads(scores.attrs["notes"])
-    for model in scores.model.values.astype(str):
-        own = [n.removeprefix(f"{model}: ") for n in notes if n.startswith(f"{model}: ")]
-        how = own[0] if own else scores.attrs["estimator"]
-        if model == GUESS:
-            how = "the mean or the frequencies of the training part"
-        by.setdefault(" ".join(how.split()), []).append(model)
+    by, estimators = {}, scores.attrs["estimator"]
+    estimators = scores.coords.get("estimator", np.full(scores.sizes["model"], estimators))
+    for model, how in zip(scores.model.values, np.asarray(estimators), strict=True):
+        by.setdefault(str(how), []).append(model)
     return ", ".join(f"from {listed(models, 20)} by {how}" for how, models in by.items())
 
 
