@@ -47,6 +47,18 @@ def test_scores_within_sites_are_those_of_the_sites_rows(ages):
         within(ages, "scanner")
 
 
+def test_subjects_without_a_label_are_in_no_stratum(ages):
+    """Neither those of a missing number nor those of a missing word, whatever it is written as."""
+    half, site = np.arange(90) // 2 % 2 * 1.0, ages.site.values.astype("U3")
+    half[:6], site[:6] = np.nan, "n/a"
+    some = ages.assign_coords(half=("subject", half), site=("subject", site))
+    for by, values in (("half", [0, 1]), ("site", ["A", "B", "C"])):
+        table = within(some, by).loc["connectome"]
+        assert list(table.index) == values
+        assert table.n.sum() == 84
+    assert explained_by(some, ["site"]).loc["connectome", "n"] == 84
+
+
 def test_confounds_explain_a_prediction_made_of_them_and_nothing_of_another(features, ages):
     with_age = ages.assign_coords(years=("subject", ages.truth.values))
     own = explained_by(with_age, ["years"])

@@ -48,9 +48,10 @@ class Design:
             raise InputError(fact, "Give a share such as 0.5, or leave it out to train on everyone")
         if self.protocol is not None:
             check_choice("protocol", self.protocol, list(RESPLITS))
-        if self.split is not None and {"repeat", "subject"} != {*getattr(self.split, "dims", ())}:
-            found = getattr(self.split, "dims", type(self.split).__name__)
-            fact = f"Expected split as a DataArray (repeat, subject), found {found}"
+        array = isinstance(self.split, xr.DataArray)
+        dims = self.split.dims if array else type(self.split).__name__
+        if self.split is not None and not (array and {*dims} == {"repeat", "subject"}):
+            fact = f"Expected split as a DataArray (repeat, subject), found {dims}"
             raise InputError(fact, "Make it with bhx.split")
         made = [f"protocol '{self.protocol}'"] if self.protocol else []
         made += ["split"] if self.split is not None else []

@@ -22,7 +22,7 @@ from bhx.evaluate import metrics
 from bhx.evaluate.features import CONFOUNDS, encoded
 from bhx.evaluate.scores import compare
 from bhx.evaluate.task import codes_of, participants_of, plan_of
-from bhx.schema import subject_coords
+from bhx.schema import is_missing, subject_coords
 from bhx.settings import PACKAGE, __version__
 
 BLUE, GRAY = "#0072B2", "#7f7f7f"
@@ -338,12 +338,13 @@ def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
         fact = f"Expected '{by}' as a coordinate on subject, found {listed(known, 20)}"
         raise InputError(fact, "Assign it to the features before the probe")
     scores = tested(scores)
-    plan, truth, rows = plan_of(scores), codes_of(scores), []
+    strata, rows = scores[by].values, []
+    plan, truth = plan_of(scores), codes_of(scores)
     for i, model in enumerate(scores.model.values):
         output = np.nanmean(scores.output.values[i], 0)
         decision = metrics.majority(scores.decision.values[i], scores.sizes["class"])
-        for value in np.unique(scores[by].values):
-            t = np.flatnonzero(scores[by].values == value)
+        for value in np.unique(strata[~is_missing(strata)]):
+            t = np.flatnonzero(strata == value)
             measured = plan.measure(truth[t], output[t], decision[t])
             row = {"model": str(model), by: value, "n": len(t)}
             rows.append(row | {k: v[0] for k, v in measured.items()})
