@@ -49,16 +49,9 @@ AT_MOST = {"file": 400, "function": 60}  # lines of code
 
 # What still breaks a rule below. These lists only get shorter: nothing is added, and what has been
 # mended is deleted (the tests ask for it).
-STILL_NAME_A_MODALITY = (
-    *("data.files", "data.atlas", "data.derivatives", "data.catalog", "data.quality_page"),
-    *("data.bold", "data.anatomy", "data.store", "data.prepare", "data.synthetic", "data.cohort"),
-    *("encode.inputs", "encode.model", "encode.embed"),
-    *("train.dataset", "train.objectives", "train.token_cache", "train.yardsticks"),
-    *("latents.maps", "latents.lesions", "evaluate.features"),
-    *("show.volume", "show.tokens", "show.hidden", "show.explorer", "demo"),
-)
-STILL_LONG_FILES = ("data.synthetic", "train.loop", "show.explorer")
-STILL_LONG_FUNCTIONS = ("evaluate.probe.probe",)
+STILL_NAME_A_MODALITY = ("data.derivatives", "show.hidden")
+STILL_LONG_FILES = ("data.synthetic",)
+STILL_LONG_FUNCTIONS = ("evaluate.task.make_task",)
 
 SOURCES = [p for room in ROOMS for p in (PACKAGE / room).glob("*.py")]
 there = sorted({".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in SOURCES})
@@ -158,8 +151,8 @@ def test_data_wing_never_imports_torch(file):
 def test_model_wing_knows_no_labels(file):
     if room_of(file) == "model":
         assert not packages_imported(tree(file)) & {"xarray", "dask", "zarr", "pandas"}
-        allowed = {"errors", "settings"}
-        assert {f for f in files_imported(tree(file)) if room_of(f) != "model"} <= allowed
+        rooms = {room_of(f) or f for f in files_imported(tree(file))}
+        assert rooms <= {"model", "modalities", "errors", "settings"}
 
 
 @every_file
