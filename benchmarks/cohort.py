@@ -75,7 +75,7 @@ def read_ratios(folder, n=24):
     from bhx.data.store import save_cohort
 
     cohort = bhx.synthetic_cohort(n, atlas="schaefer400", voxel_mm=1.0, missing=0)
-    store = save_cohort(cohort, folder / "read.zarr", t1_dtype="float16")
+    store = save_cohort(cohort, folder / "read.zarr", half=["t1"])
     out = {}
     for name, dtype in (("bold", "float32"), ("t1", "float16")):
         array = zarr.open_array(store / name, mode="r")

@@ -248,7 +248,7 @@ def probed(first, other, trait):
     guess = np.empty(len(trait))
     x, z = first.features.values, other.features.values
     for train, test in KFold(5, shuffle=True, random_state=0).split(x):
-        model = make_pipeline(preparation([(x.shape[1], "")]), Ridge(0.1 * len(train)))
+        model = make_pipeline(preparation(first), Ridge(0.1 * len(train)))
         guess[test] = model.fit(x[train], trait[train]).predict(z[test])
     return np.corrcoef(guess, trait)[0, 1]
 

@@ -22,6 +22,7 @@ from bhx.evaluate.probe import probe
 from bhx.evaluate.scores import compare
 from bhx.latents.maps import region_map
 from bhx.latents.pool import pool, project
+from bhx.modalities.t1 import ANATOMY
 from bhx.show.people import plot_latents
 from bhx.show.surface import plot_surface
 from bhx.show.tokens import plot_tokens
@@ -56,8 +57,10 @@ def run_demo(out="demo", *, subjects: int | None = None, model: str = "workshop"
         table = score_table(latents, cohort)
         table.to_csv(out / "scores.csv")
     with _step("draw the page"):
-        page = _page(out / "index.html", table, _figures(sample, latents, cohort), latents)
-    print(shown(table).to_string())
+        body = _body(table, _figures(sample, latents, cohort), latents)
+        page = out / "index.html"
+        page.write_text(_page("bhx: a scan in, labelled tokens out", body), encoding="utf-8")
+    print(main_scores(table).to_string())
     print(f"\nlatents   {out / 'latents.zarr'}, {out / 'sample.zarr'}")
     print(f"scores    {out / 'scores.csv'}")
     print(f"figures   {page}   <- open this in a browser")
@@ -71,19 +74,18 @@ def score_table(latents, cohort):
     return compare(*scores, control=control.attrs["name"])
 
 
-def shown(table):
+def main_scores(table):
     """The rows to read first; `scores.csv` has every metric."""
     return table[table.index.get_level_values("metric").isin(("r", "mae", "balanced_accuracy"))]
 
 
 def _figures(sample, latents, cohort):
     """Title and figure, in the order of the page."""
-    real = sample.isel(subject=[0])
-    first = cohort.t1.sel(subject=str(latents.subject.values[0]))
+    first = cohort[ANATOMY.variable].sel(subject=str(latents.subject.values[0]))
+    cubes = region_map(latents, of=ANATOMY.name)
     people = plot_latents(project(pool(latents)), color="age")
-    cubes = region_map(latents, of="t1")
     return {
-        "The real scan: parcels its hub tokens read": plot_surface(region_map(real)),
+        "The real scan: parcels its hub tokens read": plot_surface(region_map(sample)),
         "The synthetic cohort: subjects in the latent space": people,
         "Its hub tokens: which network, which modality": plot_tokens(latents),
         "Its T1 cubes that hub tokens read, on the first subject": plot_volume(
@@ -92,7 +94,8 @@ def _figures(sample, latents, cohort):
     }
 
 
-def _page(path, table, figures, latents):
+def _body(table, figures, latents):
+    """The page's content as HTML; the first figure brings plotly along."""
     parts = [
         f"<h2>{html.escape(title)}</h2>"
         + figure.to_html(full_html=False, include_plotlyjs=i == 0, default_width="100%")
@@ -102,20 +105,23 @@ def _page(path, table, figures, latents):
         f"{k}: {html.escape(str(latents.attrs[k])[:80])}"
         for k in ("model", "weights", "weights_sha256", "versions", "scaling")
     )
-    path.write_text(
-        "<!doctype html><meta charset=utf-8><title>bhx demo</title>"
+    return (
+        "<p>Every score of the hub tokens stands beside the same estimator on the plain "
+        "connectome. <b>The cohort is synthetic: it shows mechanics, not findings.</b></p>"
+        + main_scores(table).to_html(border=0, na_rep="")
+        + "".join(parts)
+        + f"<footer>{made_by}</footer>"
+    )
+
+
+def _page(title, body):
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{title}</title>"
         "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;"
         "padding:0 1rem;color:#222}table{border-collapse:collapse}td,th{padding:.2rem .8rem;"
         "text-align:right;border-bottom:1px solid #ddd}footer{color:#666;font-size:.8rem}</style>"
-        "<h1>bhx: a scan in, labelled tokens out</h1>"
-        "<p>Every score of the hub tokens stands beside the same estimator on the plain "
-        "connectome. <b>The cohort is synthetic: it shows mechanics, not findings.</b></p>"
-        + shown(table).to_html(border=0, na_rep="")
-        + "".join(parts)
-        + f"<footer>{made_by}</footer>",
-        encoding="utf-8",
+        f"<h1>{title}</h1>{body}"
     )
-    return path
 
 
 def _fresh(out):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from bhx.assets.make_assets import adjacency, gradients, harmonics_of_both, parcel_means
 from bhx.data.atlas import load_atlas, load_mesh, load_sample, load_sulc, match_names
-from bhx.data.geometry import adjacency, gradients, harmonics, parcel_means
 from bhx.errors import InputError
 
 DATA = Path(__file__).parent / "data"
@@ -159,7 +159,7 @@ def test_the_first_mode_tells_left_from_right_and_the_rest_live_on_one_side(any_
 def test_harmonics_are_those_of_another_mesh_of_the_same_cortex(atlas, cortex):
     """fsaverage5 is another sampling of another group's cortex; its slow modes are the same."""
     labels = atlas.labels_fsaverage5.values
-    _, modes = harmonics(*cortex, 14, labels > 0)
+    _, modes = harmonics_of_both(*cortex, labels > 0, 14)
     other = parcel_means(modes[:, 1:], labels, 400)
     likeness = np.abs(np.corrcoef(atlas.harmonics[:, :9].T, other.T)[:9, 9:])
     assert (likeness.max(axis=1) > 0.95).all()

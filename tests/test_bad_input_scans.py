@@ -66,7 +66,9 @@ bad("unknown ending", "Expected BOLD in a file ending in .* found a.mat")(
 )
 bad("name too long", "Expected a file at")(lambda d: refused(d / ("x" * 300 + ".tsv")))
 bad("NUL in a path", "Expected a file at")(lambda d: refused("a\0.tsv"))
-bad("row without files", "BOLD or a T1, found neither")(lambda d: prepare_file.read_scan({}))
+bad("row without files", "a file under 'bold' or 't1', found none")(
+    lambda d: prepare_file.read_scan({})
+)
 
 
 @bad("loop of links", "Too many levels of symbolic links")
@@ -451,7 +453,7 @@ bad("half a brain", "in MNI152 space, found .* ml of brain")(
         t1_image(d / "a.nii", 2, turn=lambda t: t * (np.arange(160) < 70)[:, None, None])
     )
 )
-bad("empty mask", "found 0 everywhere. Check the mask")(
+bad("empty mask", "found 0 everywhere. Give the brain mask")(
     lambda d: refused_t1(
         t1_image(d / "a.nii", 2), t1_image(d / "mask.nii", 2, turn=lambda t: 0 * t)
     )

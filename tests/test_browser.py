@@ -51,10 +51,10 @@ pytestmark = [
 def lab(tmp_path_factory):
     """The address of a JupyterLab that shows the explorer's notebook."""
     import nbformat
-    from test_explorer import toy
+    from small_latents import make_latents
 
     folder = tmp_path_factory.mktemp("lab")
-    toy(n=40).to_zarr(folder / "latents.zarr", consolidated=False, zarr_format=3)
+    make_latents(n=40).to_zarr(folder / "latents.zarr", consolidated=False, zarr_format=3)
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS])
     book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(book, folder / "explorer.ipynb")
@@ -282,7 +282,7 @@ def test_typed_network_and_its_code(page):
     page.get_by_label("parcel").fill("Default")
     page.get_by_label("parcel").press("Enter")
     changed(page, "tokens", tokens)
-    page.get_by_role("button", name="write code").click()
+    page.get_by_role("button", name="Show code").click()
     page.wait_for_function(
         "() => document.querySelector('textarea:not(.xterm-helper-textarea)').value"
     )

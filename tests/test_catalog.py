@@ -44,7 +44,6 @@ def test_entries_say_how_to_be_had():
         assert entry.citation
         assert entry.licence
         assert entry.steps or entry.layout in ("synthetic", "sample", "nilearn")
-        assert {*entry.splits} <= {"stratify", "leave_out", "shares", "repeats", "seed"}
         assert {*entry.prepare} <= {"atlas", "voxel_mm", "denoising", "order"}
 
 
@@ -81,14 +80,21 @@ BAD_ENTRIES = {
     "backslashes": ({"path": "..\\x"}, "leads out"),
     "pattern outside": ({"files": {"bold": "../{participant}/a.tsv"}}, "files.bold: .* leads out"),
     "pattern without participant": ({"files": {"bold": "a.tsv"}}, "has no folder {participant}"),
+    "file of no modality": ({"files": {"eeg": "{participant}/a.edf"}}, "'eeg' is not among bold"),
     "unknown field": ({"colour": "red"}, "colour: Extra inputs are not permitted"),
     "unknown access": ({"access": "stolen"}, "access: Input should be 'open'"),
     "unknown layout": ({"layout": "zip"}, "layout: Input should be"),
     "text as TR": ({"sites": {"a": "fast"}}, "sites.a: Input should be a valid number"),
     "no licence": ({"licence": None}, "licence: Input should be a valid string"),
-    "name with a slash": ({"title": "x", "modalities": ["eeg"]}, "modalities.0: Input should be"),
+    "name with a slash": (
+        {"title": "x", "modalities": ["eeg"]},
+        "modalities: .*'eeg' is not among bold, t1",
+    ),
     "other function": (
-        {"fetch": {"function": "fetch_haxby", "id": "x"}, "layout": "nilearn"},
+        {
+            "fetch": {"function": "fetch_haxby", "id": "x", "files": {"bold": "func"}},
+            "layout": "nilearn",
+        },
         "fetch.function: Input should be",
     ),
     "nothing to fetch": ({"layout": "nilearn"}, "layout 'nilearn' needs 'fetch'"),
@@ -208,7 +214,7 @@ def test_a_failed_download_is_said(home, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("nilearn.datasets.fetch_adhd", fetch)
-    with pytest.raises(InputError, match="found ConnectionError: no route. Check the connection"):
+    with pytest.raises(InputError, match="found ConnectionError: no route. Try again with"):
         cohort_file.open_cohort("adhd200")
 
 

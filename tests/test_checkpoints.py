@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import bhx
 from bhx.data.atlas import load_atlas
+from bhx.encode.inputs import Reading, encode, sequences
 from bhx.errors import InputError
 from bhx.model import checkpoints
 from bhx.model import checkpoints as checkpoints_file
 from bhx.model import released as released_file
 from bhx.model.checkpoints import read_weights
 from bhx.model.config import PRESETS, RELEASE, Harmonix, HarmonixConfig, build
-from bhx.model.dynamics import patchify
 
 TINY = replace(
     PRESETS["workshop"],
@@ -48,13 +48,14 @@ def same(a, b):
 @torch.no_grad()
 def hub(networks):
     """Hub tokens of one scan with both modalities."""
-    random = torch.Generator().manual_seed(0)
-    c = networks.config
-    patches = patchify(torch.randn(100, 100, generator=random), 2.0, c.dynamics)
-    t1 = torch.randn(1, *c.structure.shape, generator=random)
-    tokens = torch.cat([networks.dynamics([patches])[0], networks.structure(t1)[0]])
-    rows = [c.harmonizer.dynamics_rows(patches.shape[1]), c.harmonizer.structure_rows()]
-    return networks.harmonizer([tokens], [torch.cat(rows)])
+    random, config = np.random.default_rng(0), networks.config
+    scan = random.standard_normal((config.dynamics.parcels, 100)).astype("float32")
+    t1 = random.standard_normal(config.structure.shape).astype("float32")
+    reading, facts = Reading(), {"tr": 2.0, "n_volumes": 100}
+    for name, values in {"bold": scan, "t1": t1}.items():
+        reading.add(name, config.modalities[name].cut(values, facts, config))
+    tokens = encode(networks, [reading], "cpu")
+    return networks.harmonizer(sequences(config, [reading], tokens).subjects)
 
 
 # Our own format ----------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_chunks_of_nan_are_not_written(tmp_path, monkeypatch):
 def test_t1_may_be_stored_in_half_precision(tmp_path):
     cohort = small_cohort()
     again = cohort_file.open_cohort(
-        store_file.save_cohort(cohort, tmp_path / "c.zarr", t1_dtype="float16")
+        store_file.save_cohort(cohort, tmp_path / "c.zarr", half=["t1"])
     )
     assert again.t1.dtype == "float32"
     np.testing.assert_allclose(again.t1, cohort.t1, rtol=1e-3)
@@ -110,6 +110,12 @@ def test_half_written_store_is_refused_with_its_count(tmp_path, monkeypatch):
         store_file.save_cohort(cohort.assign(bold=bold), tmp_path / "c.zarr")
     with pytest.raises(InputError, match=r"finished store .* found 4 of 6 subjects written"):
         cohort_file.open_cohort(tmp_path / "c.zarr")
+    with pytest.raises(InputError, match="Expected a new path"):  # that store is of other subjects
+        store_file.save_cohort(cohort.isel(subject=[5, 4, 3, 2, 1, 0]), tmp_path / "c.zarr")
+    continued = store_file.save_cohort(cohort, tmp_path / "c.zarr")
+    xr.testing.assert_equal(
+        cohort_file.open_cohort(continued).drop_attrs(), small_cohort().drop_attrs()
+    )
 
 
 def test_selections_stay_lazy(tmp_path):

@@ -12,14 +12,15 @@ from small_cohorts import make_cohort, noise
 
 from bhx.errors import InputError
 from bhx.evaluate import estimators as estimators_file
+from bhx.evaluate import folds as folds_file
 from bhx.evaluate import metrics
 from bhx.evaluate import probe as probe_file
 from bhx.evaluate import report as report_file
-from bhx.evaluate import rows as rows_file
 from bhx.evaluate import scores as scores_file
 from bhx.evaluate.features import confound_features, connectome, fuse, nothing
 from bhx.evaluate.probe import probe
 from bhx.evaluate.scores import compare
+from bhx.evaluate.task import make_task
 from bhx.schema import check
 
 
@@ -184,7 +185,7 @@ def bad_features(features):
         (features.features.values, "Expected features as an xarray.Dataset, found ndarray"),
         (features.assign(features=values), "Expected finite numbers in connectome, or NaN"),
         (features.assign(features=words), "Expected numbers in connectome, found <U"),
-        (fuse(features, noise(features)).isel(feature=slice(30)), "Expected all features of"),
+        (fuse(features, noise(features)).isel(feature=[30, 2]), "Expected all features of"),
         (tangent.isel(feature=slice(30)), "Expected all features of 'connectome, tangent'"),
     ]
 
@@ -241,12 +242,12 @@ BAD = [
     ({"target": "age", "groups": "scanner"}, "Expected 'scanner' as a coordinate"),
     ({"target": ["age"]}, "Expected target as the name of a coordinate, found .'age'."),
     ({"target": "age", "groups": ["site"]}, "Expected groups as the name of a coordinate"),
-    ({"target": "age", "harmonise": ["site"]}, "Expected harmonise as the name of a coordinate"),
+    ({"target": "age", "harmonize": ["site"]}, "Expected harmonize as the name of a coordinate"),
     ({"target": "age", "confounds": "group"}, "Expected confounds as a list .*, found 'group'"),
     ({"target": "age", "confounds": None}, "Expected confounds as a list .*, found None"),
     ({"target": "age", "confounds": 7}, "Expected confounds as a list .*, found 7"),
     ({"target": "age", "preserve": "sex"}, "Expected preserve as a list .*, found 'sex'"),
-    ({"target": "age", "preserve": ["sex"]}, "Expected harmonise beside preserve, found preserve="),
+    ({"target": "age", "preserve": ["sex"]}, "Expected harmonize beside preserve, found preserve="),
     ({"target": "age", "seed": -1}, "Expected seed as a whole number of at least 0, found -1"),
     ({"target": "age", "seed": None}, "Expected seed as a whole number of at least 0, found None"),
     ({"target": "age", "folds": 2.5}, "Expected folds as a whole number of at least 1, found 2.5"),
@@ -281,16 +282,16 @@ BAD = [
     ({"target": "age", "confounds": ["age"]}, "found 'age', which tells 'age' of everyone"),
     ({"target": "age", "confounds": ["born"]}, "found 'born', which tells 'age' of everyone"),
     (
-        {"target": "age", "preserve": ["log_age"], "harmonise": "site"},
+        {"target": "age", "preserve": ["log_age"], "harmonize": "site"},
         "found 'log_age', which tells 'age'",
     ),
     ({"target": "age", "confounds": ["participant"]}, "found 'participant', which tells 'age'"),
-    ({"target": "site", "harmonise": "site"}, "found 'site', which tells 'site' of everyone"),
+    ({"target": "site", "harmonize": "site"}, "found 'site', which tells 'site' of everyone"),
     (
-        {"target": "group", "preserve": ["coded"], "harmonise": "site"},
+        {"target": "group", "preserve": ["coded"], "harmonize": "site"},
         "found 'coded', which tells 'group'",
     ),
-    ({"target": "group", "harmonise": "subtype"}, "found 'subtype', which tells 'group'"),
+    ({"target": "group", "harmonize": "subtype"}, "found 'subtype', which tells 'group'"),
     ({"target": "age", "train_share": 0}, "Expected train_share above 0 and at most 1, found 0"),
     ({"target": "group", "positive": "ASD"}, "Expected positive to be older, younger, found"),
     ({"target": "mixed"}, "Expected distinct labels in 'mixed', found 'ASD', 'asd' that differ"),
@@ -433,13 +434,13 @@ def test_more_folds_than_groups_is_one_fold_a_group_and_said_so(features):
     assert "3 folds that hold out whole values of site" in scores.attrs["notes"]
 
 
-def test_a_site_with_one_subject_is_harmonised_and_a_family_of_one_is_exchanged(features):
+def test_a_site_with_one_subject_is_harmonized_and_a_family_of_one_is_exchanged(features):
     site = features.site.values.astype("U8")
     site[0] = "lone"
     family = np.array([f"f{i // 8}" for i in range(90)])
     family[4:6] = "f alone"
     some = features.assign_coords(site=("subject", site), family=("subject", family))
-    scores = probe(some, "group", harmonise="site", permutations=3)
+    scores = probe(some, "group", harmonize="site", permutations=3)
     assert np.isfinite(scores.score.sel(metric="auroc")).all()
     assert np.isfinite(scores.null).all()
 
@@ -677,7 +678,7 @@ def test_what_the_confounds_explain_wholly_predicts_nothing(features):
     assert probe(told, "age").score.sel(metric="r").mean() > 0.8
     gone = probe(told, "age", confounds=["site", "iq"])
     np.testing.assert_array_equal(gone.score.sel(metric="r"), 0)
-    flat = probe(confound_features(some, ["site"]), "iq", harmonise="site")
+    flat = probe(confound_features(some, ["site"]), "iq", harmonize="site")
     np.testing.assert_array_equal(flat.score.sel(metric="r"), 0)
     with pytest.raises(InputError, match="Expected fewer confounds than training rows"):
         probe(some, "age", confounds=["word"])
@@ -691,13 +692,13 @@ def test_combat_in_the_fold_removes_site_but_not_age(features):
     scanner = np.where(rng.random(90) < 0.05, "A", features.site)  # nearly the site, not quite
     shifted = shifted.assign_coords(scanner=("subject", scanner))
     seen = probe(shifted, "site").score.sel(metric="auroc").mean()
-    gone = probe(shifted, "scanner", harmonise="site").score.sel(metric="auroc").mean()
+    gone = probe(shifted, "scanner", harmonize="site").score.sel(metric="auroc").mean()
     assert seen > 0.99
     assert gone < 0.65
     plain = probe(shifted, "age").score.sel(metric="r").mean()
-    harmonised = probe(shifted, "age", harmonise="site", preserve=["group"])
-    assert harmonised.score.sel(metric="r").mean() > plain - 0.05
-    apart = probe(shifted, "age", harmonise="site", groups="site")
+    harmonized = probe(shifted, "age", harmonize="site", preserve=["group"])
+    assert harmonized.score.sel(metric="r").mean() > plain - 0.05
+    apart = probe(shifted, "age", harmonize="site", groups="site")
     assert "ComBat has not seen the site it tests" in apart.attrs["notes"]
 
 
@@ -725,13 +726,14 @@ def test_exchanged_labels_that_leave_a_fold_without_one_are_drawn_again(features
 
 
 def test_a_label_that_no_model_knows_is_never_decided(features):
-    fold = probe_file._Fold(
-        np.arange(60), np.arange(60, 90), np.ones((60, 1)), np.ones((30, 1)), None
-    )
-    plan = probe_file.Plan("label", np.array(["a", "b", "c"]), 2, None, None, 0)
-    output, decision = probe_file._fit_fold(fold, np.arange(90) % 2, plan)
+    third = np.array(["a", "b", "c"])[np.arange(90) // 2 % 3]
+    some = features.assign_coords(third=("subject", third))
+    task = make_task(some, "third")
+    fold = probe_file.Fold(np.arange(60), np.arange(60, 90), np.ones((60, 1)), np.ones((30, 1)))
+    truth = np.arange(90) % 2
+    output = probe_file._outputs(probe_file.fit_fold(fold, task, truth), fold.test_x, task)
     assert (output[:, 2] == 0).all()
-    assert set(decision) <= {0, 1}
+    assert set(task.decide(output, truth[:60])) <= {0, 1}
 
 
 def test_large_numbers_keep_their_digits(features):
@@ -744,7 +746,7 @@ def test_large_numbers_keep_their_digits(features):
 def test_brainmarks_chooses_its_penalty_on_whole_participants():
     person = np.repeat([f"p{i}" for i in range(20)], 2)[::-1]
     truth = np.repeat(np.arange(20) % 2, 2)
-    cuts = probe_file._resplit_people(person, truth, 0)
+    cuts = probe_file.resplit_people(person, truth, 0)
     assert len(cuts) == 5
     for fit, hold in cuts:
         assert not set(person[fit]) & set(person[hold])
@@ -752,12 +754,12 @@ def test_brainmarks_chooses_its_penalty_on_whole_participants():
     from sklearn.model_selection import StratifiedShuffleSplit
 
     plain = StratifiedShuffleSplit(5, test_size=0.25, random_state=0).split(truth, truth)
-    alone = probe_file._resplit_people(np.arange(40).astype(str), truth, 0)
+    alone = probe_file.resplit_people(np.arange(40).astype(str), truth, 0)
     for (fit, hold), (a, b) in zip(alone, plain, strict=True):
         np.testing.assert_array_equal(fit, np.sort(a))
         np.testing.assert_array_equal(hold, np.sort(b))
     with pytest.raises(InputError, match="Expected at least 2 training participants of each"):
-        probe_file._resplit_people(person[:6], truth[:6], 0)
+        probe_file.resplit_people(person[:6], truth[:6], 0)
 
 
 def test_words_that_are_numbers_or_dates_are_refused(features):
@@ -796,7 +798,6 @@ def bad_estimators():
         ),
         ("age", "ridge", fits),
         ("age", Ridge, fits),
-        ("age", estimators_file.AttentionPooling(4), "Expected at least 5 training rows, found 4"),
     ]
 
 
@@ -849,8 +850,8 @@ def test_paper_protocol_is_three_splits_of_6_2_2_balanced_over_sites(features):
 
 
 def test_brainmarks_protocol_is_a_hundred_resplits(features, monkeypatch):
-    assert rows_file.RESPLITS["brainmarks"] == 100
-    monkeypatch.setitem(rows_file.RESPLITS, "brainmarks", 6)
+    assert folds_file.RESPLITS["brainmarks"] == 100
+    monkeypatch.setitem(folds_file.RESPLITS, "brainmarks", 6)
     scores = probe(features.isel(subject=slice(40)), "group", protocol="brainmarks")
     tested = np.isfinite(scores.output[0, :, :, 0].values)
     assert tested.shape[0] == 6
@@ -866,7 +867,8 @@ def test_subjects_predict_each_other_in_folds_and_not_in_one_split(features):
     assert folds.attrs["mutual"] == pytest.approx(1)
     assert 0 < half.attrs["mutual"] < 0.8
     tested = np.isfinite(paper.output[0, :, :, 0].values)
-    one = rows_file.Splits([np.nonzero(~tested[0]) + np.nonzero(tested[0])], [], np.arange(90), [])
+    one = folds_file.Splits(np.arange(90))
+    one.add("0", train=~tested[0], test=tested[0])
     assert one.mutual == 0
     assert 0 < paper.attrs["mutual"] < 0.5
 
@@ -874,7 +876,10 @@ def test_subjects_predict_each_other_in_folds_and_not_in_one_split(features):
 def test_mutual_counts_pairs_that_predict_each_other():
     rng = np.random.default_rng(0)
     cuts = [np.split(rng.permutation(12), [7, 10]) for _ in range(4)]  # train, test, neither
-    found = rows_file.Splits([s[:2] for s in cuts], [], np.arange(12), []).mutual
+    splits = folds_file.Splits(np.arange(12))
+    for train, test, _ in cuts:
+        splits.add("fold", train=train, test=test)
+    found = splits.mutual
     n = np.zeros((12, 12))
     for train, test, _ in cuts:
         n[np.ix_(test, train)] += 1
@@ -913,8 +918,8 @@ def test_less_training_data_same_test_subjects(features):
 def test_less_training_data_has_as_many_of_each_label(features, options, monkeypatch):
     """Participants are left out, not sites, and validation rows with them."""
     seen = []
-    fold = probe_file._Fold
-    monkeypatch.setattr(probe_file, "_Fold", lambda *a: seen.append(fold(*a)) or seen[-1])
+    fold = probe_file.Fold
+    monkeypatch.setattr(probe_file, "Fold", lambda *a: seen.append(fold(*a)) or seen[-1])
     third = np.array(["low", "mid", "high"])[np.digitize(features.age.values, [40, 72])]
     some = features.assign_coords(third=("subject", third))
     n = probe(some, "third", **options).sizes["fold"]
@@ -925,34 +930,6 @@ def test_less_training_data_has_as_many_of_each_label(features, options, monkeyp
         assert (abs(kept[1] - 0.4 * given[1]) <= 4).all()
         if options.get("protocol"):
             assert len(b.inner[0][1]) < 0.7 * len(a.inner[0][1])
-
-
-def test_attention_pooling_finds_the_token_that_knows():
-    """One token of eight carries the label by its content; a mean over tokens dilutes it."""
-    pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    tokens = rng.normal(size=(240, 8, 6)).astype(np.float32)
-    tokens[:, 3, 0] += 4  # what marks the informative token, at one place in everyone
-    y = (tokens[:, 3, 1] > 0).astype(int)
-    x = tokens.reshape(240, -1)
-    fitted = estimators_file.AttentionPooling(8, lr=0.05, decay=0.01).fit(x[:180], y[:180])
-    share = fitted.attention(x[180:])
-    np.testing.assert_allclose(share.sum(1), 1, rtol=1e-6)
-    assert share.mean(0).argmax() == 3
-    assert (fitted.predict(x[180:]) == y[180:]).mean() > 0.85
-    np.testing.assert_allclose(fitted.predict_proba(x).sum(1), 1)
-    again = estimators_file.AttentionPooling(8, lr=0.05, decay=0.01).fit(x[:180], y[:180])
-    np.testing.assert_array_equal(again.query_, fitted.query_)
-    with pytest.raises(InputError, match="Expected features of 7 tokens, found 48 columns"):
-        estimators_file.AttentionPooling(7).fit(x, y)
-
-
-def test_attention_pooling_is_an_estimator_of_probe(features):
-    pytest.importorskip("torch")
-    scores = probe(features, "age", estimator=estimators_file.AttentionPooling(4))
-    assert np.isfinite(scores.score).all()
-    labels = probe(features, "group", estimator=estimators_file.AttentionPooling(4))
-    assert labels.score.sel(metric="auroc").mean() > 0.55
 
 
 @pytest.mark.parametrize("effect", [0.0, 1.0])

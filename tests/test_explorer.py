@@ -4,57 +4,22 @@ import matplotlib
 import numpy as np
 import pytest
 import xarray as xr
+from small_latents import make_latents
 
-from bhx import explore, load_atlas, region_map
+from bhx import explore, plot_tokens, pool, region_map, register
 from bhx.errors import InputError
+from bhx.modalities.base import Modality
 from bhx.modalities.t1 import t1_grid
+from bhx.modalities.table import MODALITIES
 from bhx.show.tokens import token_table
 
 matplotlib.use("agg")
 BAD = "<img src=x onerror=alert(1)>"
 
 
-def toy(n=20, tokens=8, seed=0):
-    """Latents of Schaefer-100 with fMRI-only and T1-only people among them."""
-    atlas = load_atlas("schaefer100")
-    rng = np.random.default_rng(seed)
-    has_bold, has_t1 = np.arange(n) % 5 != 3, np.arange(n) % 5 != 2
-    share = rng.random((n, tokens)) * has_bold[:, None]
-    share[~has_t1] = 1
-    to_roi = rng.dirichlet(np.ones(100), (n, tokens)) * share[..., None]
-    to_t1 = rng.dirichlet(np.ones(150), (n, tokens)) * (1 - share)[..., None]
-    ids = np.array([f"sub-{i:02d}" for i in range(n)])
-    data = xr.Dataset(
-        {
-            "hub": (("subject", "token", "feature"), rng.standard_normal((n, tokens, 4))),
-            "hub_to_roi": (("subject", "token", "roi"), to_roi),
-            "hub_to_t1": (
-                ("subject", "token", "cx", "cy", "cz"),
-                to_t1.reshape(n, tokens, 5, 6, 5),
-            ),
-            "modality_share": (("subject", "token", "modality"), np.stack([share, 1 - share], -1)),
-        },
-        {
-            "subject": ids,
-            "participant": ("subject", ids),
-            "token": np.arange(tokens),
-            "modality": ["bold", "t1"],
-            "has_bold": ("subject", has_bold),
-            "has_t1": ("subject", has_t1),
-            "age": ("subject", rng.uniform(20, 80, n)),
-            "site": ("subject", np.array(["A", "B"])[np.arange(n) % 2]),
-            "roi": atlas.roi.values,
-            "network": ("roi", atlas.network.values),
-        },
-        {"atlas": "schaefer100"},
-    )
-    names = {n: c.astype(object) for n, c in data.coords.items() if c.dtype.kind == "U"}
-    return data.assign_coords(names)
-
-
 @pytest.fixture
 def explorer():
-    return explore(toy())
+    return explore(make_latents())
 
 
 def test_maps_are_those_of_region_map(explorer):
@@ -64,14 +29,14 @@ def test_maps_are_those_of_region_map(explorer):
     expected = region_map(explorer.latents, 5, subjects=who)
     np.testing.assert_allclose(explorer.surface_map(), expected, rtol=1e-5)
     np.testing.assert_allclose(
-        explorer.t1_map(), region_map(explorer.latents, 5, subjects=who, of="t1"), rtol=1e-5
+        explorer.cube_map(), region_map(explorer.latents, 5, subjects=who, of="t1"), rtol=1e-5
     )
     explorer.select_token(None)
     np.testing.assert_allclose(
         explorer.surface_map(), region_map(explorer.latents, None, subjects=who), rtol=1e-5
     )
     np.testing.assert_allclose(
-        explorer.t1_map(), region_map(explorer.latents, None, subjects=who, of="t1"), rtol=1e-4
+        explorer.cube_map(), region_map(explorer.latents, None, subjects=who, of="t1"), rtol=1e-4
     )
 
 
@@ -89,7 +54,7 @@ def test_comparison_is_the_difference_of_maps(explorer):
 
 
 def test_parcel_leads_to_the_token_that_prefers_it():
-    data = toy()
+    data = make_latents()
     data.hub_to_roi.values[:, 6, 42] += 1
     explorer = explore(data)
     explorer.select_parcel(str(data.roi.values[42]))
@@ -128,25 +93,25 @@ def test_lazy_store_gives_the_same(tmp_path, explorer):
     np.testing.assert_allclose(lazy.surface_map(), explorer.surface_map())
     np.testing.assert_allclose(lazy.points, explorer.points, atol=1e-6)
     assert lazy.panels.card.value == explorer.panels.card.value
-    lazy.panels.controls["colour"].value = "site"
+    lazy.panels.controls["color"].value = "site"
     assert len(set(lazy.panels.people.data[0].marker.color)) == 2
     xr.testing.assert_allclose(token_table(lazy.latents), token_table(explorer.latents))
 
 
 @pytest.mark.parametrize("kept", ["bold", "t1"])
 def test_one_modality_is_enough(kept):
-    data = toy()
+    data = make_latents()
     data = data.isel(subject=np.flatnonzero(~data[f"has_{'t1' if kept == 'bold' else 'bold'}"]))
     explorer = explore(data)
     panels = explorer.panels
     explorer.select_token(2)
     assert bool(explorer.surface_map().any()) == (kept == "bold")
-    assert bool(explorer.t1_map().any()) == (kept == "t1")
+    assert bool(explorer.cube_map().any()) == (kept == "t1")
     assert ("nobody" in panels.heading.value) == (kept == "t1")
 
 
 def test_latents_without_attention_still_open():
-    explorer = explore(toy()[["hub"]])
+    explorer = explore(make_latents()[["hub"]])
     explorer.select_subjects(["sub-03"])
     assert "attention" in explorer.panels.brain.layout.title.text
     assert "sub-03" in explorer.card()
@@ -180,7 +145,7 @@ def test_only_intensities_are_sent_after_the_mesh(explorer, panels):
     assert not ({"x", "y", "z", "i", "j", "k", "text"} & (keys | changed))
 
 
-def test_brain_shows_the_map_and_its_colour_bar(explorer, panels):
+def test_brain_shows_the_map_and_its_color_bar(explorer, panels):
     explorer.select_token(4)
     values = explorer.surface_map()
     left, right = (t for t in panels.brain.data if t.name.endswith("values"))
@@ -192,7 +157,7 @@ def test_brain_shows_the_map_and_its_colour_bar(explorer, panels):
 
 
 def test_callbacks_do_what_the_methods_do(explorer, panels):
-    panels._picked([1, 2, 8])
+    panels._people_picked([1, 2, 8])
     np.testing.assert_array_equal(np.flatnonzero(explorer.chosen), [1, 2, 8])
     assert list(panels.people.data[0].selectedpoints) == [1, 2, 8]
     panels._token_clicked([5])
@@ -205,7 +170,7 @@ def test_callbacks_do_what_the_methods_do(explorer, panels):
     assert panels.strip.data[2].visible
     panels.controls["subject"].value = "sub-07"
     assert explorer.subjects[explorer.chosen] == ["sub-07"]
-    panels.controls["everyone"].click()
+    panels.controls["reset"].click()
     assert {panels.controls[name].value for name in ("token", "parcel", "subject")} == {""}
     assert explorer.chosen.all()
     assert explorer.token is None
@@ -222,22 +187,45 @@ def test_click_on_the_brain_selects_the_parcel_under_it(explorer, panels):
     assert panels.controls["parcel"].value == name
 
 
-def test_two_marked_groups_are_compared(explorer, panels):
-    panels._picked([0, 1, 4])
+def test_two_groups_are_compared(explorer, panels):
+    panels._people_picked([0, 1, 4])
     panels.controls["first"].click()
-    panels._picked([5, 6, 7, 8])
+    panels._people_picked([5, 6, 7, 8])
     panels.controls["second"].click()
     assert [g.sum() for g in explorer.groups] == [3, 4]
     assert "minus" in panels.heading.value
 
 
-def test_wrong_entries_are_answered_not_raised(panels):
-    panels.controls["parcel"].value = "Amygdala"
-    assert "Amygdala" in panels.heading.value
-    panels.controls["token"].value = "99"
-    assert "found 99" in panels.heading.value
-    panels.controls["token"].value = "many"
-    assert "many" in panels.heading.value
+def test_two_compared_groups_never_become_one(explorer, panels):
+    explorer.compare(explorer.subjects[:3], explorer.subjects[5:9])
+    panels.controls["first"].click()
+    assert "Select people first" in panels.message.value
+    panels._people_picked([9])
+    panels.controls["second"].click()
+    assert explorer.groups is None  # there is no group A yet
+    panels.controls["first"].click()
+    assert "sub-09 in both" in panels.message.value
+    assert "sub-09" not in panels.heading.value
+
+
+def test_bars_point_the_way_a_share_changed(explorer, panels):
+    a, b = explorer.subjects[[0, 1]], explorer.subjects[[5, 6]]
+    explorer.compare(a, b)
+    assert panels.strip.layout.barmode == "relative"  # below 0 what is negative
+    share = explorer.latents.modality_share
+    change = share.sel(subject=a).mean("subject") - share.sel(subject=b).mean("subject")
+    for i, bar in enumerate(panels.strip.data[:2]):
+        np.testing.assert_allclose(bar.y, change[:, i], atol=1e-6)
+
+
+def test_wrong_entries_are_answered_not_raised(explorer, panels):
+    heading = panels.heading.value
+    for box, entry in (("parcel", "Amygdala"), ("token", "99"), ("token", "many")):
+        panels.controls[box].value = entry
+        assert entry in panels.message.value
+        assert panels.heading.value == heading
+    explorer.select_token(3)
+    assert panels.message.value == ""
 
 
 def test_button_writes_the_code(explorer, panels):
@@ -248,24 +236,24 @@ def test_button_writes_the_code(explorer, panels):
 
 
 @pytest.mark.parametrize("name", ["age", "site", "has_t1", "attention"])
-def test_people_take_the_colour_of_any_label(explorer, panels, name):
+def test_people_take_the_color_of_any_label(explorer, panels, name):
     explorer.select_parcel("Vis")
-    panels.controls["colour"].value = name
-    colour = panels.people.data[0].marker.color
-    assert len(colour) == len(explorer.subjects)
+    panels.controls["color"].value = name
+    color = panels.people.data[0].marker.color
+    assert len(color) == len(explorer.subjects)
     if name == "attention":
-        np.testing.assert_allclose(colour, explorer.reading(), rtol=1e-5)
+        np.testing.assert_allclose(color, explorer.reading(), rtol=1e-5)
     if name == "site":
-        assert len(set(colour)) == 2
+        assert len(set(color)) == 2
 
 
 def test_names_cannot_inject_html():
-    data = toy().assign_coords(subject=[BAD + str(i) for i in range(20)])
+    data = make_latents().assign_coords(subject=[BAD + str(i) for i in range(20)])
     data["site"] = ("subject", [BAD] * 10 + ["B"] * 10)
     explorer = explore(data)
     panels = explorer.panels
-    panels.controls["colour"].value = "site"
-    panels._picked([4])
+    panels.controls["color"].value = "site"
+    panels._people_picked([4])
     panels.controls["subject"].value = BAD
     for html in (panels.card.value, panels.heading.value, panels.legend.value):
         assert "<img" not in html
@@ -273,19 +261,102 @@ def test_names_cannot_inject_html():
 
 
 def test_one_person_is_shown_with_their_own_t1():
-    data = toy()
+    """Where the voxels are of another size than the template's, the axes are too."""
+    data = make_latents()
     grid = t1_grid(4)
     t1 = np.random.default_rng(0).random((20, *(len(v) for v in grid.values()))).astype("f4")
     labels = {name: data[name] for name in ("subject", "participant", "has_t1", "has_bold")}
     cohort = xr.Dataset({"t1": (("subject", "x", "y", "z"), t1)}, labels | grid)
     panels = explore(data, cohort).panels
-    before = np.asarray(panels.slices.data[0].z)
-    panels._picked([0])
-    own = np.asarray(panels.slices.data[0].z)
-    assert own.shape != before.shape
+    sagittal = panels.slices.data[0]
+    before = np.array(sagittal.z)
+    panels._people_picked([0])
+    own = np.array(sagittal.z)
+    assert own.shape == (len(sagittal.y), len(sagittal.x)) == (len(grid["z"]), len(grid["y"]))
+    np.testing.assert_allclose(sagittal.x, np.sort(grid["y"]))
     assert own.std() > 10
-    panels._picked([2])  # has no T1
-    np.testing.assert_array_equal(panels.slices.data[0].z, before)
+    panels._people_picked([2])  # has no T1
+    np.testing.assert_array_equal(sagittal.z, before)
+    assert before.shape == (len(sagittal.y), len(sagittal.x))
+
+
+def test_sliders_move_the_slices_and_what_they_say(panels):
+    axial = next(t for t in panels.slices.data if t.name == "axial")
+    before = np.array(axial.z)
+    panels.sliders["z"].value = 40
+    assert (np.array(axial.z) != before).any()
+    assert "z 40 mm" in axial.hovertemplate
+
+
+class Morphometry(Modality):
+    """Measures of each parcel, read by hub tokens beside BOLD."""
+
+    name = "morphometry"
+    map_name = "hub_to_morphometry"
+
+
+@pytest.fixture
+def with_third():
+    """Latents with a modality that only this test has registered."""
+    register(Morphometry())
+    data, rng = make_latents(), np.random.default_rng(1)
+    third = rng.dirichlet(np.ones(100), (20, 8)) / 2
+    share = np.concatenate([data.modality_share / 2, np.full((20, 8, 1), 0.5)], -1)
+    tokens = rng.standard_normal((20, 100, 4))
+    yield (
+        data.drop_vars("modality_share")
+        .drop_dims("modality", errors="ignore")
+        .assign(
+            hub_to_morphometry=(("subject", "token", "roi"), third),
+            morphometry_tokens=(("subject", "roi", "feature"), tokens),
+            modality_share=(("subject", "token", "modality"), share),
+        )
+        .assign_coords(
+            modality=["bold", "t1", "morphometry"], has_morphometry=("subject", np.arange(20) != 4)
+        )
+    )
+    del MODALITIES["morphometry"]
+
+
+def test_a_third_modality_is_pooled_mapped_and_drawn(with_third):
+    pooled = pool(with_third, of="morphometry_tokens")
+    np.testing.assert_allclose(pooled.features, with_third.morphometry_tokens.mean("roi"), 1e-5)
+    own = region_map(with_third, 3, of="morphometry")
+    who = with_third.has_morphometry.values
+    np.testing.assert_allclose(own, with_third.hub_to_morphometry[who, 3].mean("subject"))
+    xr.testing.assert_identical(region_map(with_third, 3), region_map(with_third, 3, of="bold"))
+    figure = plot_tokens(with_third, of="morphometry")
+    assert [bar.name for bar in figure.data[1:]] == ["bold", "t1", "morphometry"]
+    np.testing.assert_allclose(sum(np.array(bar.x) for bar in figure.data[1:]), 1, rtol=1e-5)
+
+
+def test_a_third_modality_is_explored(with_third):
+    explorer = explore(with_third)
+    panels = explorer.panels
+    assert panels.controls["map"].options == ("bold", "morphometry", "t1")
+    explorer.select_token(5)
+    shares = with_third.modality_share.mean("subject")
+    np.testing.assert_allclose(explorer.shares(), shares, rtol=1e-5)
+    panels.controls["map"].value = "morphometry"
+    expected = region_map(with_third, 5, of="morphometry")
+    np.testing.assert_allclose(explorer.surface_map(), expected, rtol=1e-5)
+    left = next(t for t in panels.brain.data if t.name == "left values")
+    assert np.isin(np.float32(left.intensity), np.float32(explorer.surface_map())).all()
+    assert len([t for t in panels.strip.data if t.type == "bar"]) == 3
+    names = {"latents": with_third}
+    exec(explorer.code(), names)
+    np.testing.assert_allclose(names["values"], explorer.surface_map(), atol=1e-7)
+    explorer.select_subjects(["sub-04"])
+    assert "nobody selected has morphometry" in explorer.heading()
+
+
+def test_one_map_on_each_place_leaves_nothing_to_choose(panels):
+    assert panels.controls["map"].layout.display == "none"
+
+
+def test_no_figure_offers_to_upload_its_data(panels):
+    for figure in (panels.people, panels.strip, panels.brain, panels.slices):
+        assert "sendChartToCloud" in figure.layout.modebar.remove
 
 
 def bad_calls():
@@ -294,7 +365,7 @@ def bad_calls():
     yield lambda e: e.select_subjects(["who"]), "who"
     yield lambda e: e.select_subjects(np.zeros(20, bool)), "none"
     yield lambda e: e.compare(["sub-01"], ["sub-01", "sub-02"]), "sub-01 in both"
-    yield lambda e: explore(e.latents, e.latents.isel(subject=slice(5))), "missing"
+    yield lambda e: explore(e.latents, e.latents.isel(subject=slice(5))), "found without"
     yield lambda e: explore(e.latents.drop_vars("hub")), "'hub'"
 
 

@@ -1,11 +1,13 @@
 """Laws of the latent space: labels travel, nothing depends on the order of rows, nulls are null."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import xarray as xr
 
 from bhx.errors import InputError
-from bhx.latents import lesions as lesions_file
 from bhx.latents import maps as maps_file
 from bhx.latents import pool as pool_file
 from bhx.latents import similarity as similarity_file
@@ -160,6 +162,14 @@ def test_contrast_finds_the_planted_token_only():
     assert found.p.min() >= 1 / 201
 
 
+def test_contrast_leaves_out_people_without_a_label():
+    data = toy()
+    unknown = data.assign_coords(diagnosis=data.diagnosis.where(np.arange(24) != 3, "n/a"))
+    some = similarity_file.contrast(unknown, "diagnosis", n_permutations=5)
+    same = similarity_file.contrast(data.drop_isel(subject=3), "diagnosis", n_permutations=5)
+    xr.testing.assert_allclose(some, same)
+
+
 def test_contrast_statistic_is_the_anova_f_for_one_feature():
     from scipy.stats import f_oneway
 
@@ -261,81 +271,6 @@ def intact(brains):
     return embed(*brains, keep=("attention",)).compute()
 
 
-def test_lesion_of_a_modality_is_the_cohort_without_it(brains, intact):
-    from bhx import embed
-
-    cohort, model = brains
-    gone = lesions_file.lesion(cohort, model, modality="t1", intact=intact)
-    alone = embed(cohort.drop_vars("t1").assign_coords(has_t1=~cohort.has_bold), model)
-    np.testing.assert_allclose(gone.hub, alone.hub, atol=1e-5)
-    expected = np.linalg.norm(alone.hub.values - intact.hub.values, axis=-1)
-    np.testing.assert_allclose(gone.moved, expected, rtol=1e-4)
-
-
-def test_lesion_by_network_names_its_parcels_and_box_finds_them(brains, intact):
-    cohort, model = brains
-    by_name = cohort.roi.values[cohort.network == "Limbic"]
-    network = lesions_file.lesion(cohort, model, network="Limbic", intact=intact)
-    named = lesions_file.lesion(cohort, model, roi=by_name, intact=intact)
-    xr.testing.assert_identical(network, named)
-    assert (network.moved > 0).all()
-    boxed = lesions_file._without(cohort, None, None, None, None, {"x": (0, 100), "z": (40, 100)})
-    gone = np.isnan(boxed.bold).all(["time", "subject"])
-    np.testing.assert_array_equal(gone, (cohort.mni_x >= 0) & (cohort.mni_z >= 40))
-    inside = (boxed.x >= 0) & (boxed.z >= 40)
-    assert np.isnan(boxed.t1.where(inside, drop=True)).all()
-    assert not np.isnan(boxed.t1.where(~inside, 0)).any()
-
-
-def test_lesion_of_a_span_leaves_the_other_volumes(brains):
-    cohort, _ = brains
-    cut = lesions_file._without(cohort, None, None, None, (60, 120), None)
-    onset = cohort.tr * xr.DataArray(np.arange(cohort.sizes["time"]), dims="time")
-    gone = (onset >= 60) & (onset < 120)
-    assert np.isnan(cut.bold.where(gone)).all()
-    xr.testing.assert_equal(cut.bold.where(~gone), cohort.bold.where(~gone))
-
-
-def test_lesion_tells_how_predictions_move(brains, intact):
-    cohort, model = brains
-    weights = np.random.default_rng(0).standard_normal(intact.sizes["feature"])
-    found = lesions_file.lesion(
-        cohort, model, modality="bold", intact=intact, predict=lambda f: f.features.values @ weights
-    )
-    expected = pool_file.pool(intact).features.values @ weights
-    np.testing.assert_allclose(found.prediction.sel(state="intact"), expected, rtol=1e-5)
-    assert (abs(found.prediction.diff("state")) > 0).all()
-
-
-def test_who_has_nothing_left_is_left_out(brains):
-    cohort, _ = brains
-    some = cohort.assign_coords(has_t1=("subject", [True, False, True, True]))
-    left = lesions_file._without(some, None, None, "bold", None, None)
-    np.testing.assert_array_equal(left.subject, some.subject[[0, 2, 3]])
-
-
-def test_integrated_gradients_add_up_to_the_distance(brains):
-    cohort, model = brains
-    found = maps_file.integrated_gradients(cohort, model, cohort.subject.values[0], 5, steps=24)
-    assert abs(found.attrs["gap"]) < 1e-3
-    total = float(found.roi_part.sum() + found.t1_part.sum())
-    assert total == pytest.approx(found.attrs["distance"], rel=1e-3)
-    assert found.roi_part.sizes == {"roi": 100}
-
-
-def test_integrated_gradients_follow_parcel_names(brains):
-    cohort, model = brains
-    order = np.random.default_rng(0).permutation(100)
-    who = cohort.subject.values[1]
-    straight, mixed = (
-        maps_file.integrated_gradients(
-            c.isel(time=slice(0, 80)).drop_vars("t1"), model, who, 0, steps=2
-        )
-        for c in (cohort, cohort.isel(roi=order))
-    )
-    xr.testing.assert_allclose(straight, mixed, rtol=1e-4)
-
-
 def test_controls_of_an_untrained_model_are_itself(brains):
     """Random weights agree with themselves wholly, and every agreement is a correlation."""
     cohort, model = brains
@@ -353,22 +288,6 @@ def _t1_share(cohort, model):
 
     two = embed(cohort.isel(subject=[0, 1]), model, keep=("attention",))
     return two.modality_share.sel(modality="t1").mean("subject").compute()
-
-
-def bad_lesions():
-    yield {}, "found nothing"
-    yield {"network": "Amygdala"}, "found Amygdala"
-    yield {"roi": ["Vis"]}, "found Vis"
-    yield {"modality": "pet"}, "found 'pet'"
-    yield {"box": {"x": (5, -5)}}, "(5, -5)"
-    yield {"box": {"t": (0, 5)}}, "'t'"
-
-
-@pytest.mark.parametrize("asked, says", list(bad_lesions()))
-def test_bad_lesions_are_named(brains, asked, says):
-    with pytest.raises(InputError) as caught:
-        lesions_file.lesion(*brains, **asked)
-    assert says in str(caught.value)
 
 
 def spinning(seed):
@@ -400,41 +319,17 @@ def test_spin_test_of_networks_is_the_difference_of_means():
     assert float(found.p.sel(network="Vis")) < 0.05
 
 
-def test_integrated_gradients_are_captums(brains):
-    import torch
-
-    captum = pytest.importorskip("captum.attr")
-    from bhx.encode.inputs import encode_parts, sequences
-
-    cohort, model = brains
-    who, token = cohort.subject.values[2], 7
-    reading = maps_file.reading(cohort, model, who)
-    whole = [reading.windows[0].nan_to_num(), reading.t1.nan_to_num()]
-
-    def hub(bold, t1):
-        reading.windows, reading.t1 = [bold], t1
-        parts = encode_parts(model.networks, [reading], model.device)
-        tokens, rows, _ = sequences(model.config, [reading], *parts)
-        return model.networks.harmonizer(tokens, rows)[0, 1 + token]
-
-    with torch.no_grad():
-        way = hub(*whole) - hub(*(torch.zeros_like(x) for x in whole))
-
-    def output(bold, t1):
-        return torch.stack([hub(*x) @ way / way.norm() for x in zip(bold, t1, strict=True)])
-
-    bold, t1 = captum.IntegratedGradients(output).attribute(
-        tuple(x[None] for x in whole), n_steps=8, method="gausslegendre", internal_batch_size=1
-    )
-    found = maps_file.integrated_gradients(cohort, model, who, token, steps=8)
-    np.testing.assert_allclose(found.roi_part, bold[0].sum((1, 2)).detach(), atol=1e-5)
-    assert float(found.t1_part.sum()) == pytest.approx(float(t1.sum()), abs=1e-4)
+def test_umap_is_asked_for_a_repeatable_fit(monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=CoordinatesOf))
+    data, chosen = pool_file.pool(toy(n=30)), np.arange(30) < 12
+    found = pool_file.project(data, method="umap", seed=3, fit_on=chosen)
+    expected = data.features[:, :2] - data.features[chosen, :2].mean("subject") + 3
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert found.dims == ("subject", "component")
+    assert "explained" not in found.coords
 
 
-def test_umap_repeats_itself():
-    pytest.importorskip("umap")
-    data = toy(n=30)
-    first, again = (pool_file.project(data, method="umap", seed=3) for _ in range(2))
-    xr.testing.assert_identical(first, again)
-    assert first.dims == ("subject", "component")
-    assert "explained" not in first.coords
+def test_umap_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(InputError, match="umap-learn"):
+        pool_file.project(toy(), method="umap")

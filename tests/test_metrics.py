@@ -1,14 +1,20 @@
 """Metrics equal scikit-learn's under any weights; resampling draws whole participants."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn import metrics as oracle
 
+from bhx.data.splits import permute_within
 from bhx.errors import InputError
 from bhx.evaluate import metrics as metrics_file
+
+
+def drawn(units, draws):
+    return np.concatenate(list(metrics_file.bootstrap_weights(units, draws)))
 
 
 def cases(seed, n, labels):
@@ -70,7 +76,7 @@ def test_number_metrics_equal_references(seed, n):
 def test_number_metrics_do_not_depend_on_where_zero_is(offset, scale):
     rng = np.random.default_rng(0)
     y = rng.normal(size=50)
-    p, weights = y + rng.normal(size=50), metrics_file.bootstrap_weights(np.arange(50), 20)
+    p, weights = y + rng.normal(size=50), drawn(np.arange(50), 20)
     moved = metrics_file.measure_numbers(offset + scale * y, offset + scale * p, weights)
     for name, values in metrics_file.measure_numbers(y, p, weights).items():
         wanted = values * (scale if name == "mae" else 1)
@@ -80,7 +86,7 @@ def test_number_metrics_do_not_depend_on_where_zero_is(offset, scale):
 @pytest.mark.parametrize("level", [0.0, 0.1, 3.7e6, -1e9])
 def test_numbers_that_differ_by_rounding_only_are_constant(level):
     jitter = np.nextafter(level, np.where(np.arange(40) % 2, np.inf, -np.inf))
-    y, weights = np.arange(40.0), metrics_file.bootstrap_weights(np.arange(40), 20)
+    y, weights = np.arange(40.0), drawn(np.arange(40), 20)
     assert (metrics_file.measure_numbers(y, jitter, weights)["r"] == 0).all()
     for constant in (jitter, np.full(40, level)):
         assert np.isnan(metrics_file.measure_numbers(constant, y, weights)["r"]).all()
@@ -100,7 +106,7 @@ def test_undefined_scores_are_nan_not_a_number_that_looks_fine():
 
 def test_many_rows_of_weights_equal_one_at_a_time():
     truth, output, _ = cases(0, 25, 2)
-    weights = metrics_file.bootstrap_weights(np.arange(25), 20)
+    weights = drawn(np.arange(25), 20)
     together = metrics_file.measure_labels(truth, output, output.argmax(1), weights)
     for b in range(20):
         alone = metrics_file.measure_labels(truth, output, output.argmax(1), weights[b])
@@ -108,16 +114,19 @@ def test_many_rows_of_weights_equal_one_at_a_time():
             np.testing.assert_allclose(together[name][b], values[0], err_msg=name)
 
 
-def test_bootstrap_draws_whole_participants_within_strata():
+@pytest.mark.parametrize("block", [1, 7, 200])
+def test_bootstrap_draws_whole_participants_whatever_the_block(block):
     people = np.repeat(["a", "b", "c", "d"], [1, 2, 3, 4])
-    strata = np.repeat([0, 0, 1, 1], [1, 2, 3, 4])
-    weights = metrics_file.bootstrap_weights(people, 200, strata=strata)
-    per_person = np.stack([weights[:, people == p] for p in "d"])[0]
-    assert (per_person == per_person[:, :1]).all()
-    first = np.array([0, 1, 3, 6])
-    assert (weights[:, first[:2]].sum(1) == 2).all()
-    assert (weights[:, first[2:]].sum(1) == 2).all()
+    blocks = list(metrics_file.bootstrap_weights(people, 200, block=block))
+    assert max(map(len, blocks)) == block
+    weights = np.concatenate(blocks)
+    assert weights.shape == (200, 10)
+    for person in "abcd":
+        own = weights[:, people == person]
+        assert (own == own[:, :1]).all()
+    assert (weights[:, [0, 1, 3, 6]].sum(1) == 4).all()
     assert weights.std() > 0
+    np.testing.assert_array_equal(weights, drawn(people, 200))
 
 
 def test_interval_sets_the_draws_about_the_estimate_and_widens_them():
@@ -138,7 +147,7 @@ def test_permutations_keep_participants_whole_and_within_their_site():
     values = np.array([label[u] for u in units])
     seen = set()
     for _ in range(50):
-        order = metrics_file.permuted_rows(units, sites, rng)
+        order = permute_within(units, sites, rng)
         assert sorted(order) == list(range(12))
         np.testing.assert_array_equal(sites[order], sites)
         moved = values[order]
@@ -151,7 +160,7 @@ def test_permutations_exchange_families_whole():
     rng = np.random.default_rng(0)
     family = np.array(["f1", "f1", "f2", "f2", "f3", "f4"])
     units, sites = np.array(list("abcdef")), np.full(6, "X")
-    orders = {tuple(metrics_file.permuted_rows(units, sites, rng, family)) for _ in range(400)}
+    orders = {tuple(permute_within(units, sites, rng, family)) for _ in range(400)}
     for order in orders:
         origin = family[list(order)]
         assert origin[0] == origin[1]
@@ -161,9 +170,7 @@ def test_permutations_exchange_families_whole():
 
 def test_permutation_p_counts_the_observation():
     assert metrics_file.permutation_p(5.0, np.arange(99) / 100) == pytest.approx(0.01)
-    assert metrics_file.permutation_p(
-        0.5, [0.4, np.nan, 0.6], lower_is_better=True
-    ) == pytest.approx(2 / 3)
+    assert metrics_file.permutation_p(0.5, [0.4, np.nan, 0.6]) == pytest.approx(2 / 3)
 
 
 def test_corrected_t_is_the_t_test_without_overlap_and_keeps_its_level_with_it():
@@ -189,8 +196,8 @@ def test_calibration_error_is_small_for_true_probabilities_only():
     rng = np.random.default_rng(0)
     p = rng.random(20_000)
     truth = rng.random(20_000) < p
-    assert metrics_file.calibration(truth, p)["error"] < 0.02
-    assert metrics_file.calibration(truth, p**3)["error"] > 0.15
+    assert metrics_file.calibration(truth, p).attrs["error"] < 0.02
+    assert metrics_file.calibration(truth, p**3).attrs["error"] > 0.15
     assert metrics_file.calibration(truth, p)["count"].sum() == 20_000
 
 
@@ -201,28 +208,17 @@ def test_calibration_never_depends_on_the_order_of_rows(seed, decimals, bins):
     p = np.round(rng.random(50), decimals)  # the fewer decimals, the more ties
     truth = rng.random(50) < p
     sorted_ = metrics_file.calibration(np.sort(truth), p[np.argsort(truth)], bins)
-    for name, values in metrics_file.calibration(truth, p, bins).items():
-        np.testing.assert_allclose(sorted_[name], values, atol=1e-12, err_msg=name)
+    found = metrics_file.calibration(truth, p, bins)
+    pd.testing.assert_frame_equal(found, sorted_, rtol=1e-12)
+    assert found.attrs["error"] == pytest.approx(sorted_.attrs["error"], abs=1e-12)
 
 
 def test_calibration_of_one_probability_is_one_bin():
     found = metrics_file.calibration(np.r_[np.zeros(50), np.ones(50)], np.full(100, 0.5))
-    assert found["error"] == 0
+    assert found.attrs["error"] == 0
     assert found["count"].tolist() == [100]
 
 
 def test_calibration_bins_are_of_equal_count_without_ties():
     p = np.random.default_rng(0).permutation(95) / 95
-    assert metrics_file.calibration(p > 0.5, p)["count"].tolist() == [10] * 5 + [9] * 5
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), share=st.floats(0.05, 1.0))
-def test_threshold_reaches_the_sensitivity_and_no_higher_one_does(seed, share):
-    rng = np.random.default_rng(seed)
-    truth, score = rng.random(40) < 0.4, rng.random(40)
-    truth[0] = True
-    at = metrics_file.threshold_for(truth, score, share)
-    assert (score[truth] >= at).mean() >= share - 1e-9
-    above = score[truth][score[truth] > at]
-    assert len(above) == 0 or (score[truth] >= above.min()).mean() < share
+    assert sorted(metrics_file.calibration(p > 0.5, p)["count"]) == [9] * 5 + [10] * 5

@@ -17,6 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bhx.errors import InputError
+from bhx.modalities import bold as bold_file
+from bhx.modalities.bold import BOLD, GRID_SECONDS, autocovariance, jepa_masks, unpatchify, wiener
+from bhx.modalities.t1 import cubes, volume
 from bhx.model import dynamics as dynamics_file
 from bhx.model.checkpoints import load_strictly
 from bhx.model.config import PRESETS, Harmonix, build
@@ -24,20 +27,15 @@ from bhx.model.dynamics import (
     DynamicsConfig,
     DynamicsEncoder,
     DynamicsPredictor,
-    autocovariance,
     jepa_loss,
-    jepa_masks,
-    patchify,
     resizing,
-    unpatchify,
-    wiener,
 )
 from bhx.model.harmonizer import Harmonizer, HarmonizerConfig, line_positions
 from bhx.model.layers import (
     Attention,
     attend_alike,
     attention_weights,
-    initialise,
+    initialize,
     packed_attention,
     sincos,
 )
@@ -45,11 +43,9 @@ from bhx.model.structure import (
     StructureConfig,
     StructureEncoder,
     cube_positions,
-    cubes,
     mae_loss,
-    normalised_cubes,
+    normalized_cubes,
     reconstruct,
-    volume,
 )
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "golden.npz")
@@ -79,6 +75,20 @@ def near(found, key, bound):
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def patchify(bold, tr, config):
+    return torch.from_numpy(bold_file.patchify(bold.numpy(), tr, config))
+
+
+def cubes_of(t1, edge):
+    return torch.from_numpy(cubes(t1.numpy(), edge))
+
+
+def each_token(encoder, inputs, keep=None):
+    """Tokens (B, n, width) of inputs that have as many."""
+    tokens, lengths = encoder(list(inputs), keep)
+    return torch.stack(tokens.split(lengths))
 
 
 # The published numbers ---------------------------------------------------------------------------
@@ -148,13 +158,14 @@ def test_structure_tokens_are_the_published_ones(dtype):
     load_strictly(encoder, state("S/"), "S")
     t1 = np.random.default_rng(zlib.crc32(b"t1")).standard_normal((1, 1, 160, 192, 160))
     with torch.no_grad():
-        tokens = encoder(torch.from_numpy(t1.astype("float32"))[0].to(dtype))
+        voxels = torch.from_numpy(cubes(t1.astype("float32")[0], 16)).to(dtype)
+        tokens = each_token(encoder, voxels)
     near(tokens[:, ::10], "str_y", BOUND[dtype])
     near(encoder.pos_embed[:, ::100], "S/pos_embed_sample", 1e-6)
 
 
 def test_hub_tokens_and_decoder_are_the_published_ones(dtype):
-    c = HarmonizerConfig(hubs=8, width=48, depth=2, heads=4, decoder_width=32, decoder_depth=1,
+    c = HarmonizerConfig(("bold", "t1"), (7200, 1200), (0, 0), hubs=8, width=48, depth=2, heads=4, decoder_width=32, decoder_depth=1,
                          decoder_heads=4, target_width=16)  # fmt: skip
     harmonizer = Harmonizer(c).to(dtype)
     ours = {k: v for k, v in harmonizer.named_buffers() if k in harmonizer.state_dict()}
@@ -163,9 +174,14 @@ def test_hub_tokens_and_decoder_are_the_published_ones(dtype):
     near(harmonizer.decoder_pos_embed[:, ::600], "H/decoder_pos_embed_sample", 1e-6)
     tokens = np.random.default_rng(zlib.crc32(b"tokens")).standard_normal((8400, 48))
     tokens = torch.from_numpy(tokens.astype("float32")).to(dtype)
-    rows = torch.cat([c.dynamics_rows(int(GOLDEN["har_valid_patches"])), c.structure_rows()])
+    valid = torch.arange(400)[:, None] * 18 + torch.arange(int(GOLDEN["har_valid_patches"]))
+    places = {"bold": valid.flatten(), "t1": torch.arange(1200)}
+    subject = {
+        "bold": (tokens[places["bold"]], places["bold"]),
+        "t1": (tokens[7200:], places["t1"]),
+    }
     with torch.no_grad():
-        hub = harmonizer([tokens[rows - 1]], [rows])
+        hub = harmonizer([subject])
         decoded = harmonizer.decode(hub, [torch.arange(1, 1 + c.data_tokens)])
     near(hub, "har_hub", BOUND[dtype])
     near(decoded[None, ::700], "har_rec_sample", BOUND[dtype])
@@ -247,43 +263,46 @@ def structure_encoder():
 @given(st.tuples(*[st.integers(1, 4)] * 3), st.integers(1, 5), st.integers(1, 3))
 def test_cubes_put_together_are_the_volume(grid, edge, batch):
     t1 = random(batch, *(n * edge for n in grid))
-    assert torch.equal(volume(cubes(t1, edge), grid, edge), t1)
+    assert np.array_equal(volume(cubes(t1.numpy(), edge), grid, edge), t1)
 
 
 def test_cube_embedding_is_the_convolution():
     encoder, t1 = structure_encoder(), random(2, *SMALL.shape)
     proj = encoder.patch_embed.proj
-    ours = cubes(t1, SMALL.cube) @ proj.weight.flatten(1).T + proj.bias
+    ours = cubes_of(t1, SMALL.cube) @ proj.weight.flatten(1).T + proj.bias
     torch.testing.assert_close(ours, proj(t1[:, None]).flatten(2).transpose(1, 2))
 
 
 def test_hidden_cubes_do_not_reach_visible_tokens():
-    encoder, t1 = structure_encoder(), random(2, *SMALL.shape)
+    encoder, voxels = structure_encoder(), cubes_of(random(2, *SMALL.shape), SMALL.cube)
     visible = torch.tensor([[0, 3, 5], [1, 2, 11]])
-    changed = cubes(t1, SMALL.cube).clone()
+    changed = voxels.clone()
     for row, seen in zip(changed, visible, strict=True):
         row[[i for i in range(len(row)) if i not in seen]] = 1e3
-    changed = volume(changed, SMALL.grid, SMALL.cube)
-    assert torch.equal(encoder(t1, visible), encoder(changed, visible))
-    assert not torch.allclose(encoder(t1, visible), encoder(t1)[:, :3])
+    seen = each_token(encoder, voxels, visible)
+    assert torch.equal(seen, each_token(encoder, changed, visible))
+    assert not torch.allclose(seen, each_token(encoder, voxels)[:, :3])
+    few = encoder(list(voxels), [visible[0], visible[1][:1]])[0]  # different numbers together
+    torch.testing.assert_close(few[:3], seen[0], atol=1e-5, rtol=0)
 
 
 def test_masked_autoencoder_scores_removed_cubes_only():
     torch.manual_seed(0)
     networks = Harmonix(replace(PRESETS["workshop"], structure=SMALL, dynamics=EXACT))
-    encoder, decoder, t1 = networks.structure, networks.structure_decoder, random(2, *SMALL.shape)
+    encoder, decoder = networks.structure, networks.structure_decoder
+    voxels = cubes_of(random(2, *SMALL.shape), SMALL.cube)
     hidden = torch.zeros(2, SMALL.tokens)
     hidden[0, [1, 4, 7]] = hidden[1, [0, 2, 11]] = 1
-    guess, target = reconstruct(encoder, decoder, t1, hidden), normalised_cubes(t1, SMALL.cube)
+    guess, target = reconstruct(encoder, decoder, voxels, hidden), normalized_cubes(voxels)
     by_hand = [((g - t)[h == 1] ** 2).mean() for g, t, h in zip(guess, target, hidden, strict=True)]
-    torch.testing.assert_close(mae_loss(encoder, decoder, t1, hidden), torch.stack(by_hand))
+    torch.testing.assert_close(mae_loss(encoder, decoder, voxels, hidden), torch.stack(by_hand))
     torch.testing.assert_close(target.mean(-1), torch.zeros(2, SMALL.tokens), atol=1e-5, rtol=0)
     torch.testing.assert_close(target.var(-1), torch.ones(2, SMALL.tokens), atol=1e-4, rtol=0)
 
 
 def test_volumes_that_are_not_whole_cubes_are_refused():
     with pytest.raises(InputError, match=r"multiples of 4 voxels, found \(8, 10, 8\)"):
-        structure_encoder()(random(1, 8, 10, 8))
+        cubes(np.zeros((1, 8, 10, 8)), 4)
 
 
 # Dynamics: patches -------------------------------------------------------------------------------
@@ -296,7 +315,7 @@ def test_tape_patches_put_together_are_the_scan(tr, extra):
     bold = random(3, volumes)
     patches = patchify(bold, tr, TAPE)
     assert patches.shape[1:] == (TAPE.patch_count(volumes, tr), TAPE.patch_volumes(tr))
-    assert torch.equal(unpatchify(patches, volumes), bold)
+    assert np.array_equal(unpatchify(patches.numpy(), volumes), bold)
 
 
 @settings(deadline=None, max_examples=40)
@@ -325,9 +344,9 @@ def test_scans_shorter_than_a_patch_are_refused(config, volumes, tr):
 def test_wiener_weights_are_the_best_linear_interpolation(tr):
     """No other weights on the same volumes have a smaller expected error under the prior."""
     index, weights = wiener(tr, 60, 40)
-    grid = np.arange(40) * dynamics_file.GRID_SECONDS
+    grid = np.arange(40) * GRID_SECONDS
     rng = np.random.default_rng(0)
-    for at, near_by, w in zip(grid, index.numpy(), weights.numpy(), strict=True):
+    for at, near_by, w in zip(grid, index, weights, strict=True):
         among = autocovariance(tr * np.subtract.outer(near_by, near_by))
         towards = autocovariance(at - near_by * tr)
         error = 1 - 2 * w @ towards + w @ among @ w
@@ -394,7 +413,7 @@ def test_attention_starts_at_tokens_alike():
     """A token of unit variance scores 20 with itself; what is read is handed on unchanged."""
     torch.manual_seed(0)
     attention = Attention(48, 4)
-    initialise(attention)
+    initialize(attention)
     attend_alike(attention)
     x = torch.nn.functional.layer_norm(random(7, 48), (48,))
     q, k, v = attention.split(x)
@@ -574,7 +593,7 @@ def test_jepa_scores_hidden_tokens_against_the_teacher_alone():
 # Harmonizer --------------------------------------------------------------------------------------
 
 
-FUSED = HarmonizerConfig(parcels=6, max_patches=4, cubes=10, hubs=3, width=24, depth=3, heads=2,
+FUSED = HarmonizerConfig(("bold", "t1"), (24, 10), (0, 0), hubs=3, width=24, depth=3, heads=2,
                          decoder_width=12, decoder_depth=1, decoder_heads=2,
                          target_width=24)  # fmt: skip
 
@@ -592,40 +611,54 @@ def harmonizer():
 @pytest.fixture(scope="module")
 def batch():
     """Subjects with both modalities, a short scan, one modality each, and few parcels."""
-    both, f, s = FUSED.dynamics_rows(4), FUSED.dynamics_rows(2), FUSED.structure_rows()
-    rows = [torch.cat([both, s]), torch.cat([f, s]), f, s, torch.cat([both[5:9], s[2:]])]
-    return [random(len(r), 24, seed=i) for i, r in enumerate(rows)], rows
+    parcel = 4 * torch.arange(6)[:, None]  # four patches a parcel
+    both, short, cube = torch.arange(24), (parcel + torch.arange(2)).flatten(), torch.arange(10)
+    places = [{"bold": both, "t1": cube}, {"bold": short, "t1": cube}, {"bold": short},
+              {"t1": cube}, {"bold": both[5:9], "t1": cube[2:]}]  # fmt: skip
+    return [
+        {name: (random(len(at), 24, seed=7 * i + len(name)), at) for name, at in one.items()}
+        for i, one in enumerate(places)
+    ]
 
 
-def test_rows_number_every_place_once(harmonizer):
-    rows = torch.cat([FUSED.dynamics_rows(4), FUSED.structure_rows()])
+def test_rows_number_every_place_once(harmonizer, batch):
+    rows = harmonizer.rows(batch[0])
     assert torch.equal(rows, torch.arange(1, 1 + FUSED.data_tokens))
-    assert FUSED.dynamics_rows(2).tolist() == [1, 2, 5, 6, 9, 10, 13, 14, 17, 18, 21, 22]
-    assert FUSED.is_structure(rows).sum() == 10
+    assert harmonizer.rows(batch[2]).tolist() == [1, 2, 5, 6, 9, 10, 13, 14, 17, 18, 21, 22]
+    assert harmonizer.rows(batch[3]).tolist() == list(range(25, 35))
+
+
+def test_bold_numbers_the_places_of_a_short_scan_as_the_release_does():
+    config = PRESETS["base"]
+    rows = BOLD.rows(config, (400, 2))
+    assert rows[:4].tolist() == [0, 1, 18, 19]
+    assert BOLD.rows(config, BOLD.places(config)).tolist() == list(range(7200))
 
 
 def test_company_does_not_change_a_subjects_hub_tokens(harmonizer, batch):
-    together = harmonizer(*batch)
-    for one, tokens, rows in zip(together, *batch, strict=True):
-        torch.testing.assert_close(harmonizer([tokens], [rows])[0], one, atol=1e-5, rtol=0)
+    together = harmonizer(batch)
+    for one, subject in zip(together, batch, strict=True):
+        torch.testing.assert_close(harmonizer([subject])[0], one, atol=1e-5, rtol=0)
 
 
-def test_order_of_data_tokens_does_not_matter_their_rows_do(harmonizer, batch):
-    tokens, rows = batch[0][0], batch[1][0]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    hub = harmonizer([tokens], [rows])
-    torch.testing.assert_close(harmonizer([tokens[order]], [rows[order]]), hub, atol=1e-5, rtol=0)
-    assert (harmonizer([tokens[order]], [rows]) - hub).abs().max() > 1e-3
+def test_order_of_data_tokens_does_not_matter_their_places_do(harmonizer, batch):
+    tokens, places = batch[0]["bold"]
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
+    hub = harmonizer([batch[0]])
+    moved = batch[0] | {"bold": (tokens[order], places[order])}
+    torch.testing.assert_close(harmonizer([moved]), hub, atol=1e-5, rtol=0)
+    moved = batch[0] | {"bold": (tokens[order], places)}
+    assert (harmonizer([moved]) - hub).abs().max() > 1e-3
 
 
 def test_a_subject_without_tokens_is_refused(harmonizer):
     with pytest.raises(InputError, match="with data tokens, found none"):
-        harmonizer([torch.zeros(0, 24)], [torch.zeros(0, dtype=torch.long)])
+        harmonizer([{}])
 
 
-def full_attention(harmonizer, tokens, rows):
+def full_attention(harmonizer, subject):
     """Head-averaged weights of every layer over one whole sequence (layers, N, N)."""
-    x, lengths = harmonizer.sequence([tokens], [rows])
+    x, lengths = harmonizer.sequence([subject])
     maps = []
     for block in harmonizer.blocks:
         maps.append(block.weights(x, lengths, slice(None))[0])
@@ -638,16 +671,16 @@ def full_attention(harmonizer, tokens, rows):
 
 @pytest.mark.parametrize("method", ["last", "mean", "rollout", 0, -2])
 def test_attention_is_that_of_the_forward_pass(harmonizer, batch, method):
-    kept = harmonizer.attention(*batch, method)
-    for tokens, rows, ours in zip(*batch, kept, strict=True):
-        each = full_attention(harmonizer, tokens, rows)
+    for subject, kept in zip(batch, harmonizer.attention(batch, method), strict=True):
+        each = full_attention(harmonizer, subject)
         if method == "rollout":
             unit = torch.eye(each.shape[-1])
             whole = torch.linalg.multi_dot([(a + unit) / 2 for a in each.flip(0)])
         else:
             whole = {"last": each[-1], "mean": each.mean(0)}.get(method)
             whole = each[method] if whole is None else whole
-        data = whole[-3:, 1:-3]
+        data, ours = whole[-3:, 1:-3], torch.cat(list(kept.values()), 1)
+        assert list(kept) == list(subject)
         torch.testing.assert_close(ours, data / data.sum(1, keepdim=True), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(ours.sum(1), torch.ones(3))
 
@@ -655,23 +688,20 @@ def test_attention_is_that_of_the_forward_pass(harmonizer, batch, method):
 @pytest.mark.parametrize("method", ["first", 3, -4, None])
 def test_unknown_attention_is_refused(harmonizer, batch, method):
     with pytest.raises(InputError, match=r"'rollout' or a layer below 3, found"):
-        harmonizer.attention(*batch, method)
+        harmonizer.attention(batch, method)
 
 
-def test_losses_are_two_terms_over_the_tokens_that_are_there(harmonizer, batch):
-    tokens, rows = batch
-    losses = harmonizer.losses(tokens, rows, tokens, rows)
+def test_losses_are_a_term_a_modality_over_the_tokens_that_are_there(harmonizer, batch):
+    losses = harmonizer.losses(batch, batch)
     assert {k: len(v) for k, v in losses.items()} == {"loss_bold": 4, "loss_t1": 4}
-    places = {"loss_bold": iter((0, 1, 2, 4)), "loss_t1": iter((0, 1, 3, 4))}
-    for name, values in losses.items():
-        for value, i in zip(values, places[name], strict=True):
-            chosen = FUSED.is_structure(rows[i]) == (name == "loss_t1")
-            guess = harmonizer.decode(harmonizer([tokens[i]], [rows[i]]), [rows[i][chosen]])
-            alone = harmonizer.decode(harmonizer([tokens[i]], [rows[i]]), [rows[i]])[chosen]
-            assert guess.shape == alone.shape
-            by_hand = ((alone - tokens[i][chosen]) ** 2).mean()
-            by_hand = by_hand / {"loss_bold": 2, "loss_t1": 0.5}[name]  # in units of the spread
-            torch.testing.assert_close(value, by_hand, atol=1e-5, rtol=1e-4)
+    spread = {"bold": 2, "t1": 0.5}
+    each = {name: iter(losses[f"loss_{name}"]) for name in spread}
+    for subject in batch:
+        decoded = harmonizer.decode(harmonizer([subject]), [harmonizer.rows(subject)])
+        sizes = [len(at) for _, at in subject.values()]
+        for (name, (tokens, _)), guess in zip(subject.items(), decoded.split(sizes), strict=True):
+            by_hand = ((guess - tokens) ** 2).mean() / spread[name]  # in units of the spread
+            torch.testing.assert_close(next(each[name]), by_hand, atol=1e-5, rtol=1e-4)
 
 
 def test_the_decoder_begins_at_the_mean_tokens():
@@ -682,13 +712,21 @@ def test_the_decoder_begins_at_the_mean_tokens():
     torch.testing.assert_close(decoded, fresh.mean_tokens[[2, 6, 29]])
 
 
+def test_mean_tokens_and_spread_are_those_of_the_subjects(harmonizer, batch):
+    fresh = Harmonizer(FUSED)
+    fresh.fit_means(batch)
+    tokens = torch.stack([s["t1"][0] for s in (batch[0], batch[1], batch[3])])
+    torch.testing.assert_close(fresh.mean_tokens[24], tokens[:, 0].mean(0))
+    first = torch.stack([batch[0]["bold"][0][2], batch[0]["bold"][0][2]])  # one subject reads it
+    torch.testing.assert_close(fresh.mean_tokens[2], first.mean(0))
+    assert (fresh.spread > 0).all()
+
+
 def test_a_hidden_modality_is_still_a_target(harmonizer, batch):
-    tokens, rows = batch[0][:1], batch[1][:1]
-    is_t1 = FUSED.is_structure(rows[0])
-    guessed = harmonizer.losses([tokens[0][is_t1]], [rows[0][is_t1]], tokens, rows)
-    changed = tokens[0].clone()
-    changed[~is_t1] += 1
-    other = harmonizer.losses([tokens[0][is_t1]], [rows[0][is_t1]], [changed], rows)
+    seen, whole = [{"t1": batch[0]["t1"]}], [batch[0]]
+    guessed = harmonizer.losses(seen, whole)
+    tokens, places = batch[0]["bold"]
+    other = harmonizer.losses(seen, [batch[0] | {"bold": (tokens + 1, places)}])
     assert guessed["loss_bold"] != other["loss_bold"]
     assert torch.equal(guessed["loss_t1"], other["loss_t1"])
 
@@ -696,9 +734,11 @@ def test_a_hidden_modality_is_still_a_target(harmonizer, batch):
 def test_the_released_loss_is_one_mean_over_all_places(harmonizer, batch):
     """Places that a scan does not have count as zeros."""
     everywhere = torch.arange(1, 1 + FUSED.data_tokens)
-    for loss, tokens, rows in zip(harmonizer.release_loss(*batch), *batch, strict=True):
-        guess = harmonizer.decode(harmonizer([tokens], [rows]), [everywhere])
+    for loss, subject in zip(harmonizer.release_loss(batch), batch, strict=True):
+        guess = harmonizer.decode(harmonizer([subject]), [everywhere])
         target = torch.zeros(FUSED.data_tokens, 24)
+        tokens = torch.cat([x for x, _ in subject.values()])
         scaled = tokens - tokens.mean(1, keepdim=True)
-        target[rows - 1] = scaled / (tokens.var(1, keepdim=True) + 1e-6).sqrt()
+        variance = tokens.var(1, keepdim=True)
+        target[harmonizer.rows(subject) - 1] = scaled / (variance + 1e-6).sqrt()
         torch.testing.assert_close(loss, ((guess - target) ** 2).mean(), atol=1e-5, rtol=1e-4)

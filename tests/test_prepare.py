@@ -13,13 +13,16 @@ import xarray as xr
 from small_files import ATLAS, parcel_series, t1_image
 
 from bhx.data import cohort as cohort_file
+from bhx.data import files as files_file
 from bhx.data import prepare as prepare_file
 from bhx.data import store as store_file
 from bhx.data.anatomy import read_t1, read_template_t1
-from bhx.data.atlas import load_atlas
+from bhx.data.atlas import load_atlas, match_names
 from bhx.data.derivatives import find_scans, join_phenotypes, write_derivatives
 from bhx.errors import InputError
+from bhx.modalities.base import Modality
 from bhx.modalities.t1 import t1_grid
+from bhx.modalities.table import MODALITIES
 from bhx.schema import ROI_COORDS, build_cohort
 
 OPTIONS = {"atlas": ATLAS, "voxel_mm": 16.0}
@@ -335,7 +338,9 @@ def test_scans_of_other_parcels_do_not_mix(tmp_path):
         table.to_csv(tmp_path / f"{name}.tsv", sep="\t", index=False)
     rows = pd.DataFrame({"subject": ["a", "b"], "tr": 2.0})
     rows["bold"] = [str(tmp_path / f"{name}.tsv") for name in "ab"]
-    with pytest.raises(InputError, match="the same parcels in every scan, found others in b"):
+    with pytest.raises(
+        InputError, match="the same labels on 'roi' in every scan, found others in b"
+    ):
         prepare_file.prepare(rows, tmp_path / "both.zarr", atlas=None)
     prepare_file.prepare(rows[:1], tmp_path / "c.zarr", atlas=None)
     with pytest.raises(InputError, match="found others in the new subjects"):
@@ -368,3 +373,72 @@ def test_labels_of_any_kind_survive(derivatives, tmp_path):
     assert cohort.visit.values[1].startswith("2021-05-05")
     assert cohort.score.values.tolist() == [1, 2]
     assert cohort.smoker.values.tolist() == ["True", ""]
+
+
+# --- a modality that is registered here, with files beside the scans ---
+
+
+@pytest.fixture
+def morphometry(monkeypatch):
+    """Thickness and area of each parcel, read from a CSV."""
+
+    class Morphometry(Modality):
+        name, files = "morphometry", ("morphometry",)
+
+    monkeypatch.setitem(MODALITIES, "morphometry", Morphometry())
+    monkeypatch.setattr(files_file, "READERS", dict(files_file.READERS))
+    monkeypatch.setattr(prepare_file, "READERS", files_file.READERS)
+
+    @files_file.reader_of(MODALITIES["morphometry"])
+    def read(row, options):
+        table = pd.read_csv(row["morphometry"], index_col="parcel")
+        table = table.loc[match_names(load_atlas(options["atlas"]).roi.values, options["atlas"])]
+        values = xr.DataArray(table, dims=("roi", "measure"))
+        thin = int((values.sel(measure="thickness") < 1).sum())
+        return values, {"thin": thin}, [f"{thin} parcels below 1 mm"] if thin else []
+
+
+def measured(folder, n=3):
+    """A table of each participant's parcels in an order of its own."""
+    rng, paths = np.random.default_rng(0), []
+    for i in range(n):
+        values = {"thickness": rng.uniform(1.5, 4, 100), "area": rng.uniform(100, 900, 100)}
+        table = pd.DataFrame({"parcel": load_atlas(ATLAS).roi.values, **values})
+        paths.append(folder / f"morphometry_{i}.csv")
+        table.sample(frac=1, random_state=i).to_csv(paths[-1], index=False)
+    return paths
+
+
+def test_a_registered_modality_is_prepared_with_the_scans(morphometry, derivatives, tmp_path):
+    paths, rows = measured(tmp_path), find_scans(derivatives).iloc[:4]
+    rows = rows.assign(morphometry=[*map(str, paths), None])
+    alone = {"subject": "sub-x", "morphometry": str(paths[0])}
+    rows = pd.concat([rows, pd.DataFrame([alone])])
+    cohort = prepare_file.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
+    assert cohort.morphometry.dims == ("subject", "roi", "measure")
+    assert cohort.measure.values.tolist() == ["thickness", "area"]
+    assert cohort.has_morphometry.values.tolist() == [True, True, True, False, True]
+    assert cohort.has_bold.values.tolist() == [True] * 4 + [False]
+    for i, path in enumerate(paths):
+        table = pd.read_csv(path, index_col="parcel").loc[cohort.roi.values]
+        np.testing.assert_allclose(cohort.morphometry[i], table, rtol=1e-6)
+    assert np.isnan(cohort.morphometry[3]).all()
+    np.testing.assert_array_equal(cohort.morphometry[4], cohort.morphometry[0])
+    assert np.isnan(cohort.bold[4]).all()
+
+    grown = prepare_file.prepare(rows.iloc[:2], tmp_path / "d.zarr", **OPTIONS)
+    grown = prepare_file.prepare(rows, tmp_path / "d.zarr", **OPTIONS)
+    xr.testing.assert_identical(grown.compute(), cohort.compute())
+    saved = cohort_file.open_cohort(store_file.save_cohort(grown, tmp_path / "e.zarr"))
+    xr.testing.assert_equal(saved.drop_attrs().compute(), cohort.drop_attrs().compute())
+
+
+def test_other_measures_do_not_mix(morphometry, tmp_path):
+    paths = measured(tmp_path, 2)
+    pd.read_csv(paths[1]).rename(columns={"area": "volume"}).to_csv(paths[1], index=False)
+    rows = pd.DataFrame({"subject": ["a", "b"], "morphometry": [str(p) for p in paths]})
+    with pytest.raises(InputError, match="the same labels on 'measure' in every scan"):
+        prepare_file.prepare(rows, tmp_path / "both.zarr", **OPTIONS)
+    prepare_file.prepare(rows[:1], tmp_path / "c.zarr", **OPTIONS)
+    with pytest.raises(InputError, match="on 'measure', found others in the new subjects"):
+        prepare_file.prepare(rows, tmp_path / "c.zarr", **OPTIONS)

@@ -1,4 +1,4 @@
-"""Strata, confounds, operating points and the page say what the predictions say."""
+"""Strata, confounds and the page say what the predictions say."""
 
 import configparser
 import json
@@ -17,14 +17,7 @@ from bhx.errors import InputError
 from bhx.evaluate import report as report_file
 from bhx.evaluate.features import connectome, nothing
 from bhx.evaluate.probe import probe
-from bhx.evaluate.report import (
-    age_gap,
-    explained_by,
-    learning_curve,
-    operating_point,
-    report,
-    within,
-)
+from bhx.evaluate.report import explained_by, report, within
 from bhx.evaluate.scores import compare
 from bhx.settings import PACKAGE
 
@@ -68,30 +61,6 @@ def test_confounds_explain_a_prediction_made_of_them_and_nothing_of_another(feat
         explained_by(ages, ["iq"])
 
 
-def test_operating_point_reaches_about_the_sensitivity_it_was_asked_for(labels):
-    for wanted in (0.7, 0.95):
-        point = operating_point(labels, sensitivity=wanted)
-        assert abs(point.loc["connectome", "sensitivity"] - wanted) < 0.15
-    loose, strict = (operating_point(labels, s).loc["connectome"] for s in (0.95, 0.5))
-    assert strict.specificity >= loose.specificity
-    with pytest.raises(InputError, match="Expected scores of two labels"):
-        operating_point(probe(make_features_of_three(), "third"))
-
-
-def make_features_of_three():
-    features = connectome(make_cohort(n=30))
-    return features.assign_coords(third=("subject", np.array(list("abc"))[np.arange(30) // 2 % 3]))
-
-
-def test_age_gap_is_biased_with_age_and_the_correction_removes_it(ages, labels):
-    gap = age_gap(ages)
-    assert (gap.bias < -0.3).all()
-    assert (abs(gap.bias_left) < 0.1).all()
-    np.testing.assert_allclose(gap.gap + ages.truth, ages.prediction, rtol=1e-5)
-    with pytest.raises(InputError, match="Expected scores of a number"):
-        age_gap(labels)
-
-
 @pytest.fixture(scope="module")
 def split(features):
     """Scores of the three splits, which leave some subjects untested."""
@@ -101,8 +70,6 @@ def split(features):
 READ = {
     "within": ("group", lambda s: within(s, "site")),
     "explained_by": ("age", lambda s: explained_by(s, ["n_volumes", "site"])),
-    "operating_point": ("group", operating_point),
-    "age_gap": ("age", lambda s: age_gap(s).to_dataframe()[["gap", "corrected"]]),
     "calibration": ("group", lambda s: points(report_file.plot_calibration(s))),
     "predictions": ("age", lambda s: points(report_file.plot_predictions(s))),
 }
@@ -120,14 +87,6 @@ def test_subjects_that_no_split_tested_are_not_there(split, target, read):
     found = read(scores)
     assert np.isfinite(found.to_numpy(float)).all()
     pd.testing.assert_frame_equal(found, read(scores.isel(subject=tested)))
-
-
-def test_learning_curve_improves_and_ends_at_the_full_score(features, ages):
-    curve = learning_curve(features, "age", shares=(0.3, 1.0))
-    assert curve.n_train.values[0] < 0.4 * curve.n_train.values[1]
-    mae = curve.score.sel(metric="mae").mean("fold").squeeze("model").values
-    assert mae[0] > mae[1]
-    np.testing.assert_allclose(curve.score[-1, 0], ages.score[0])
 
 
 def test_page_is_self_contained_and_says_who_was_left_out(features, tmp_path):
@@ -217,7 +176,7 @@ def test_page_escapes_what_users_name(features, tmp_path):
 
 def test_methods_name_every_choice(features):
     scores = probe(
-        features, "group", groups="site", harmonise="site", preserve=["age"], train_share=0.8
+        features, "group", groups="site", harmonize="site", preserve=["age"], train_share=0.8
     )
     text = report_file.methods(scores)
     for part in ("held out whole values of site", "ComBat", "age", "80%"):
@@ -231,9 +190,6 @@ def test_methods_name_every_choice(features):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: operating_point(s, 90), "Expected sensitivity above 0 and at most 1, found 90"),
-        (lambda s: operating_point(s, 0.0), "Expected sensitivity above 0 and at most 1, found 0"),
-        (lambda s: learning_curve(s, "group", shares=()), "Expected shares of the training"),
         (lambda s: explained_by(s, "scanner"), "found no scanner"),
         (lambda s: explained_by(s, ["site", "fold"]), "found no fold"),
         (lambda s: within(s, "fold"), "Expected 'fold' as a coordinate on subject"),

@@ -274,7 +274,7 @@ def test_scales_are_told_apart(change, scale):
 def test_lost_parcels_become_zeros_and_a_warning():
     series = parcel_series(200)
     series[3], series[7, 5] = 1000, np.nan
-    out, facts, warnings = quality_file.judge_bold(bold_of(series), mean_fd=0.8)
+    out, facts, warnings = quality_file.check_bold_quality(bold_of(series), mean_fd=0.8)
     assert facts["coverage"] == pytest.approx(0.98)
     assert (out[[3, 7]] == 0).all()
     np.testing.assert_allclose(out[8], series[8], rtol=1e-6)

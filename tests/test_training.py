@@ -3,7 +3,6 @@
 Runs in other processes (killed, shared, read ahead) are in test_training_processes.py.
 """
 
-import contextlib
 import json
 import math
 import resource
@@ -13,22 +12,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from scipy import signal
 from tiny_runs import QUICK, TINY, tiny_cohort
 
+from bhx.data.splits import cut
 from bhx.data.store import save_cohort
-from bhx.encode.model import Model, load_model, random_model
+from bhx.encode.embed import aligned_to
+from bhx.encode.model import load_model, random_model
 from bhx.errors import InputError
+from bhx.modalities.bold import BOLD, cropped, decimated
+from bhx.modalities.t1 import cube_mask
 from bhx.model import structure as structure_file
 from bhx.model.config import PRESETS
 from bhx.train import loop as loop_file
 from bhx.train import objectives as objectives_file
-from bhx.train.dataset import Feed, cropped, cube_mask, decimated, held_out_rows, opened
+from bhx.train.dataset import Samples, held_out_rows, is_as_stored, opened
 from bhx.train.log import collapse, plot_log, read_log
-from bhx.train.loop import _Run, pretrain, schedule
+from bhx.train.loop import Run
 from bhx.train.objectives import OBJECTIVES
-from bhx.train.recipes import Recipe, recipe
-from bhx.train.token_cache import TokenCache
+from bhx.train.pretrain import pretrain
+from bhx.train.recipes import Recipe, cosine, learning_rate, linear, recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:The representation is collapsing")  # of course
 
@@ -51,22 +55,29 @@ def model():
 
 
 def plan_of(stage, **changes):
-    return recipe(stage, "base", **{**{k: v for k, v in QUICK.items() if k in RECIPE}, **changes})
+    return recipe(
+        stage, "base", **{**{k: v for k, v in QUICK.items() if k in Recipe.model_fields}, **changes}
+    )
 
 
-RECIPE = Recipe.__dataclass_fields__
-
-
-def feed_of(cohort, model, stage, path=None, **changes):
-    return Feed(cohort, model.config, plan_of(stage, **changes), path)
+def samples_of(cohort, model, stage, path=None, **changes):
+    objective, plan = OBJECTIVES[stage], plan_of(stage, **changes)
+    names = objective.names or tuple(model.config.modalities)
+    return Samples(cohort, model.config, plan, names, objective.hide, path)
 
 
 def run_of(cohort, model, stage, folder, held_out=0.2, **changes):
     """A run that has begun."""
-    copy = Model(random_model(TINY).networks.requires_grad_(True))
-    run = _Run(feed_of(cohort, model, stage, **changes), copy, folder / stage, held_out)
-    run.begin(False)
+    networks = random_model(TINY, device="cpu").networks.requires_grad_(True)
+    samples = samples_of(cohort, model, stage, **changes)
+    objective, rows = OBJECTIVES[stage](networks, samples.plan), held_out_rows(samples, held_out)
+    run = Run(objective, samples, samples.plan, folder / stage, *rows, {})
+    run._begin(False)
     return run
+
+
+def batch_of(run, step=0):
+    return [run.samples[step, int(i)] for i in run.batch(step)]
 
 
 def train(cohort, out, stage="structure", **changes):
@@ -116,9 +127,10 @@ def test_unknown_settings_and_stages_are_refused():
 
 
 def test_rate_warms_up_linearly_and_falls_by_a_cosine():
-    plan = Recipe("dynamics", steps=100, warmup=0.2)
+    plan = Recipe(stage="dynamics", steps=100, warmup=0.2)
     first, highest, last = plan.rate
-    rates = np.array([schedule(step, plan)[0] for step in range(100)])
+    rates = [learning_rate(step, plan.steps, plan.warmup, plan.rate) for step in range(100)]
+    rates = np.array(rates)
     assert np.allclose(np.diff(rates[:20]), (highest - first) / 20)
     assert np.isclose(rates[19], highest)
     through = np.arange(80) / 80
@@ -127,10 +139,9 @@ def test_rate_warms_up_linearly_and_falls_by_a_cosine():
 
 
 def test_weight_decay_follows_a_cosine_and_momentum_a_line():
-    plan = Recipe("dynamics", steps=200)
-    _, decay, momentum = np.array([schedule(step, plan) for step in range(201)]).T
-    assert np.allclose(decay[[0, 100, 200]], [0.04, 0.22, 0.4])
-    assert np.allclose(momentum, np.linspace(0.996, 1.0, 201))
+    assert np.allclose([cosine(0.04, 0.4, share) for share in (0, 0.5, 1)], [0.04, 0.22, 0.4])
+    share = np.linspace(0, 1, 201)
+    assert np.allclose([linear(0.996, 1.0, s) for s in share], np.linspace(0.996, 1.0, 201))
 
 
 # Samples -----------------------------------------------------------------------------------------
@@ -138,11 +149,11 @@ def test_weight_decay_follows_a_cosine_and_momentum_a_line():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_sample_is_decided_by_seed_step_and_subject(cohort, model, stage):
-    one, other = feed_of(cohort, model, stage), feed_of(cohort, model, stage)
+    one, other = samples_of(cohort, model, stage), samples_of(cohort, model, stage)
     i = int(one.usable[1])
     for step in (5, 3, 5):  # whatever was made before
         assert equal(one[step, i], other[step, i])
-    reseeded = feed_of(cohort, model, stage, seed=1, drop_modality=1.0)
+    reseeded = samples_of(cohort, model, stage, seed=1, drop_modality=1.0)
     assert not equal(one[5, i], one[6, i])
     assert not equal(one[5, i], reseeded[5, i])
     assert not equal(one[5, i], one[5, int(one.usable[2])])
@@ -150,37 +161,39 @@ def test_a_sample_is_decided_by_seed_step_and_subject(cohort, model, stage):
 
 def equal(a, b):
     """Whether two samples hold the same."""
-    parts = [(s.hidden, *s.keep, *s.hide, *s.reading.windows, s.reading.t1) for s in (a, b)]
-    return (a.subject, a.dropped) == (b.subject, b.dropped) and all(
-        x is y or (x is not None and y is not None and torch.equal(x, y))
-        for x, y in zip(*parts, strict=True)
+    parts = [
+        [*s.hidden.values(), *(w for windows in s.reading.windows.values() for w in windows)]
+        for s in (a, b)
+    ]
+    return (a.subject, a.unseen) == (b.subject, b.unseen) and all(
+        x.shape == y.shape and torch.equal(x, y) for x, y in zip(*parts, strict=True)
     )
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_store_gives_the_samples_of_its_cohort(cohort, store, model, stage):
-    direct = feed_of(cohort, model, stage)
-    aligned, path = opened(store, None, model)
+    direct = samples_of(cohort, model, stage)
+    whole, path = opened(store)
     assert path == str(store)
-    read = Feed(aligned, model.config, direct.plan, path)
+    assert is_as_stored(aligned_to(whole, model), whole)
+    read = samples_of(whole, model, stage, path)
     for i in direct.usable:
         assert equal(direct[0, int(i)], read[0, int(i)])
 
 
 def test_rows_of_a_store_follow_the_chosen_subjects(cohort, store, model):
     chosen = ["s07", "s02", "s10"]
-    aligned, path = opened(store, chosen, model)
-    read = Feed(aligned, model.config, plan_of("structure"), path)
-    direct = feed_of(cohort.sel(subject=chosen), model, "structure")
+    whole, path = opened(store, chosen)
+    read = samples_of(whole, model, "structure", path)
+    direct = samples_of(cohort.sel(subject=chosen), model, "structure")
     assert [read[0, i].subject for i in range(3)] == chosen
     assert all(equal(read[0, i], direct[0, i]) for i in range(3))
 
 
 def test_catalogue_names_open_as_cohorts():
-    small = random_model("workshop")
-    aligned, path = opened("synthetic", None, small)
+    whole, path = opened("synthetic")
     assert path is None
-    assert aligned.sizes["subject"] > 10
+    assert whole.sizes["subject"] > 10
 
 
 @pytest.mark.parametrize("share", [0.75, 0.5])
@@ -193,10 +206,11 @@ def test_exactly_the_asked_share_of_cubes_is_hidden(share):
 
 
 def test_context_and_targets_are_valid_patches_of_their_scan(cohort, model):
-    feed = feed_of(cohort, model, "dynamics")
+    feed = samples_of(cohort, model, "dynamics")
     for step in range(20):
         sample = feed[step, int(feed.usable[step % len(feed.usable)])]
-        (keep,), (hide,), (window,) = sample.keep, sample.hide, sample.reading.windows
+        keep, hide = sample.hidden["keep"], sample.hidden["hide"]
+        (window,) = sample.reading.windows["bold"]
         assert len(keep) > 0
         assert len(hide) > 0
         assert not set(keep.tolist()) & set(hide.tolist())
@@ -208,10 +222,10 @@ def test_context_and_targets_are_valid_patches_of_their_scan(cohort, model):
 @pytest.mark.parametrize("factor", [2, 3])
 def test_thinning_is_slicing_from_a_random_start(factor):
     bold = np.random.default_rng(0).standard_normal((4, 90)).astype(np.float32)
-    plan = Recipe("dynamics", decimate=(factor,), slowest_tr=10.0)
+    plan = Recipe(stage="dynamics", decimate=(factor,), slowest_tr=10.0)
     starts = set()
     for seed in range(20):
-        thin, tr = decimated(bold, 2.0, TINY, plan, np.random.default_rng(seed))
+        thin, tr = decimated(bold, 2.0, TINY.dynamics, plan, np.random.default_rng(seed))
         assert tr == 2.0 * factor
         found = [s for s in range(factor) if np.array_equal(thin, bold[:, s::factor])]
         assert len(found) == 1
@@ -222,26 +236,26 @@ def test_thinning_is_slicing_from_a_random_start(factor):
 def test_antialias_removes_what_the_slow_tr_cannot_show():
     time = np.arange(400) * 0.75
     slow, fast = np.sin(2 * np.pi * 0.05 * time), np.sin(2 * np.pi * 0.55 * time)  # Hz
-    plan = Recipe("dynamics", decimate=(2,), slowest_tr=3.0)
+    plan = Recipe(stage="dynamics", decimate=(2,), slowest_tr=3.0)
     results = {}
     for antialias in (False, True):
-        one = replace(plan, antialias=antialias)
+        one = plan.model_copy(update={"antialias": antialias})
         bold = np.stack([slow, fast])
-        results[antialias], tr = decimated(bold, 0.75, TINY, one, np.random.default_rng(0))
+        results[antialias], tr = decimated(bold, 0.75, TINY.dynamics, one, np.random.default_rng(0))
     power = {k: signal.periodogram(v, 1 / tr)[1].sum(1) for k, v in results.items()}
     assert power[True][0] > 0.9 * power[False][0]
     assert power[True][1] < 1e-2 * power[False][1]
 
 
 def test_thinning_keeps_to_the_slowest_tr_and_leaves_a_patch():
-    plan = Recipe("dynamics", decimate=(1, 2, 3, 4), slowest_tr=3.0)
+    plan = Recipe(stage="dynamics", decimate=(1, 2, 3, 4), slowest_tr=3.0)
     bold = np.zeros((2, 36), np.float32)
     random = np.random.default_rng(0)
-    seen = {decimated(bold, 1.0, TINY, plan, random)[1] for _ in range(50)}
+    seen = {decimated(bold, 1.0, TINY.dynamics, plan, random)[1] for _ in range(50)}
     assert seen == {1.0, 2.0, 3.0}
     just = np.zeros((2, 49), np.float32)  # 35.3 s at 0.72 s: any thinning would leave too little
     for _ in range(20):
-        thin, tr = decimated(just, 0.72, TINY, plan, random)
+        thin, tr = decimated(just, 0.72, TINY.dynamics, plan, random)
         assert TINY.dynamics.patch_count(thin.shape[1], tr) == 1
 
 
@@ -249,34 +263,37 @@ def test_thinning_keeps_to_the_slowest_tr_and_leaves_a_patch():
 @pytest.mark.parametrize("tr", [0.72, 1.5, 2.0, 2.5])
 def test_crops_are_whole_patches_within_the_bounds(tr, patching):
     dynamics = replace(TINY.dynamics, patching=patching, max_patches=6)
-    config = replace(TINY, dynamics=dynamics)
-    plan, random, seen = Recipe("dynamics", shortest=3), np.random.default_rng(0), set()
+    plan, random, seen = Recipe(stage="dynamics", shortest=3), np.random.default_rng(0), set()
     bold = np.arange(int(500 / tr), dtype=np.float32)[None]
     for _ in range(60):
-        crop = cropped(bold, tr, config, plan, random)
+        crop = cropped(bold, tr, dynamics, plan, random)
         seen.add(dynamics.patch_count(crop.shape[1], tr))
         assert np.array_equal(np.diff(crop[0]), np.ones(crop.shape[1] - 1))
     assert seen == {3, 4, 5, 6}
-    short = cropped(bold[:, : int(80 / tr)], tr, config, plan, random)
+    short = cropped(bold[:, : int(80 / tr)], tr, dynamics, plan, random)
     assert dynamics.patch_count(short.shape[1], tr) >= 2
 
 
 def test_thinned_scans_are_scaled_as_scans_of_that_tr(cohort, model):
-    feed = feed_of(cohort, model, "dynamics", crop=False, decimate=(2,), slowest_tr=4.0)
-    random = np.random.default_rng(0)
-    scan, tr = feed._scan(0, random)
-    assert tr == 2 * float(cohort.tr[0])
-    assert np.allclose(scan.mean(1), 0, atol=1e-5)
-    assert np.allclose(scan.std(1), 1, atol=1e-5)
+    feed = samples_of(cohort, model, "dynamics", crop=False, decimate=(2,), slowest_tr=4.0)
+    facts = {"tr": float(cohort.tr[0]), "n_volumes": int(cohort.n_volumes[0])}
+    values = BOLD.trim(cohort.bold.values[0], facts)
+    thin, facts = BOLD.augment(values, facts, TINY, feed.plan, np.random.default_rng(0))
+    assert facts["tr"] == 2 * float(cohort.tr[0])
+    scaled = BOLD.cut(BOLD.scale(thin), facts, TINY)
+    start = int(np.random.default_rng(0).integers(2))
+    assert np.array_equal(thin, values[:, start::2].astype("float32"))
+    window = feed.read(0, np.random.default_rng(0)).windows["bold"][0]
+    assert any(torch.equal(window, torch.from_numpy(w)) for w in scaled)
 
 
 def test_one_modality_is_dropped_at_the_asked_rate_from_those_who_have_both(cohort, model):
-    feed = feed_of(cohort, model, "harmonizer", drop_modality=0.5)
-    both = [i for i in feed.usable if all(there[i] for there in feed.need.values())]
+    feed = samples_of(cohort, model, "harmonizer", drop_modality=0.5)
+    both = [i for i in feed.usable if all(there[i] for there in feed.has.values())]
     single = [i for i in feed.usable if i not in both]
     assert single
-    assert not any(feed[step, int(i)].dropped for i in single for step in range(10))
-    dropped = [feed[step, int(i)].dropped for i in both for step in range(20)]
+    assert not any(feed[step, int(i)].unseen for i in single for step in range(10))
+    dropped = [feed[step, int(i)].unseen for i in both for step in range(20)]
     share = np.mean([d != "" for d in dropped])
     assert abs(share - 0.5) < 4 * math.sqrt(0.25 / len(dropped))
     assert {"bold", "t1"} <= set(dropped)
@@ -291,7 +308,7 @@ def test_a_batch_in_small_parts_is_the_batch(cohort, model, stage, tmp_path):
     for tokens_at_once in (1, 10**6):
         folder = tmp_path / str(tokens_at_once)
         run = run_of(cohort, model, stage, folder, tokens_at_once=tokens_at_once)
-        losses, tokens, norm = run._gradients(0)
+        losses, tokens, norm = run._gradients(batch_of(run))
         gradients = [p.grad for p in run.learning]
         assert all(g is not None for g in gradients)
         found[tokens_at_once] = (list(losses.values()), norm, gradients, tokens)
@@ -305,23 +322,23 @@ def test_a_batch_in_small_parts_is_the_batch(cohort, model, stage, tmp_path):
 
 def test_biases_and_single_rows_do_not_decay(cohort, model, tmp_path):
     run = run_of(cohort, model, "dynamics", tmp_path)
-    decays, still = (g["params"] for g in run.optimiser.param_groups)
+    decays, still = (g["params"] for g in run.optimizer.param_groups)
     names = {id(p): n for n, p in run.objective.named_parameters()}
     assert all(p.ndim > 1 and not names[id(p)].endswith("bias") for p in decays)
     assert all(p.ndim <= 1 or names[id(p)].endswith("bias") for p in still)
     assert {id(p) for p in (*decays, *still)} == {id(p) for p in run.learning}
     assert not {id(p) for p in run.learning} & {id(p) for p in run.objective.teacher.parameters()}
-    run.advance(0)
-    assert run.optimiser.param_groups[0]["weight_decay"] == schedule(0, run.plan)[1]
-    assert run.optimiser.param_groups[1]["weight_decay"] == 0
+    run._advance(batch_of(run))
+    assert run.optimizer.param_groups[0]["weight_decay"] == run.plan.decay[0]
+    assert run.optimizer.param_groups[1]["weight_decay"] == 0
 
 
 def test_the_teacher_is_the_moving_average_of_the_student(cohort, model, tmp_path):
     run = run_of(cohort, model, "dynamics", tmp_path)
     expected = [p.clone() for p in run.objective.teacher.parameters()]
     for step in range(3):
-        run.advance(step)
-        momentum = schedule(step, run.plan)[2]
+        run._advance(batch_of(run, step))
+        momentum = linear(*run.plan.momentum, step / run.plan.steps)
         for e, fast in zip(expected, run.objective.student.parameters(), strict=True):
             e.mul_(momentum).add_(fast.detach(), alpha=1 - momentum)
     for e, slow in zip(expected, run.objective.teacher.parameters(), strict=True):
@@ -350,27 +367,25 @@ def test_only_the_stage_learns(cohort, model, stage, tmp_path):
 
 def test_subjects_with_one_modality_teach_the_harmonizer(cohort, model, tmp_path):
     run = run_of(cohort, model, "harmonizer", tmp_path, drop_modality=1.0)
-    single = [i for i in run.feed.usable if not all(t[i] for t in run.feed.need.values())]
+    single = [i for i in run.samples.usable if not all(t[i] for t in run.samples.has.values())]
     assert len(single) == 2
     for i in single:
-        losses = run.objective([run.feed[0, int(i)]])
+        losses = run.objective([run.samples[0, int(i)]])
         assert sorted(len(v) for v in losses.values()) == [0, 1]
         sum(v.sum() for v in losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in run.learning)
-    both = next(i for i in run.feed.usable if i not in single)
-    sample = run.feed[0, int(both)]
-    assert sample.dropped
+    both = next(i for i in run.samples.usable if i not in single)
+    sample = run.samples[0, int(both)]
+    assert sample.unseen
     assert all(len(v) == 1 for v in run.objective([sample]).values())  # still asked for both
 
 
 def test_each_term_is_the_mean_over_the_subjects_that_have_it(cohort, model, tmp_path):
     run = run_of(cohort, model, "harmonizer", tmp_path, batch=8)
-    step = 0
-    samples = [run.feed[step, int(i)] for i in run._batch(step)]
     with torch.no_grad():
-        each = [run.objective([s]) for s in samples]
+        each = [run.objective([s]) for s in batch_of(run)]
     wanted = {k: torch.cat([e[k] for e in each]).mean() for k in run.objective.terms}
-    losses, _, _ = run._gradients(step)
+    losses, _, _ = run._gradients(batch_of(run))
     for k, v in wanted.items():
         assert np.isclose(losses[k], float(v), rtol=1e-5)
 
@@ -382,26 +397,30 @@ def test_training_lowers_the_held_out_loss(cohort, tmp_path):
     assert found[-1] < 0.9  # a flat guess scores 1
 
 
+HELD_OUT_OF_SIX = set(np.unique([f"p{i}" for i in range(6)])[
+    cut([f"p{i}" for i in range(6)], {"held out": 0.4, "train": 0.6}, 0) == "held out"
+])  # fmt: skip
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_nothing_trains_on_held_out_participants(cohort, model, stage, tmp_path):
     """Two rows of one person stay on one side, in every stage the same people."""
     twice = cohort.assign_coords(participant=("subject", [f"p{i // 2}" for i in range(12)]))
     run = run_of(twice, model, stage, tmp_path, held_out=0.4)
     people = twice.participant.values
-    trained = {people[i] for step in range(20) for i in run._batch(step)}
+    trained = {people[i] for step in range(20) for i in run.batch(step)}
     tested = {people[i] for i in run.test}
     assert tested
     assert not trained & tested
     assert trained == {people[i] for i in run.train}
-    order = np.random.default_rng(0).permutation(np.unique(people))
-    assert tested <= set(order[:2])  # two fifths of six people, whatever the stage
+    assert tested <= HELD_OUT_OF_SIX  # two fifths of six people, whatever the stage
 
 
 def test_a_pass_meets_every_subject_once(cohort, model, tmp_path):
     run = run_of(cohort, model, "structure", tmp_path, batch=3)
     per_pass = len(run.train) // 3
     for number in range(3):
-        met = np.concatenate([run._batch(number * per_pass + k) for k in range(per_pass)])
+        met = np.concatenate([run.batch(number * per_pass + k) for k in range(per_pass)])
         assert len(set(met.tolist())) == 3 * per_pass
 
 
@@ -469,7 +488,7 @@ def test_monitors_of_known_representations():
 
 def test_collapse_warns_and_says_what_to_do(cohort, tmp_path, monkeypatch):
     constant = {"held_out_loss": 0.1, "variance": 1e-9, "effective_rank": 1.0, "cosine": 1.0}
-    monkeypatch.setattr(_Run, "evaluate", lambda self: constant)
+    monkeypatch.setattr(Run, "evaluate", lambda self, rows: constant)
     with pytest.warns(UserWarning, match="collapsing at step 2: effective rank 1.0.*Lower rate="):
         train(cohort, tmp_path, steps=2, evaluate_every=2)
 
@@ -479,15 +498,15 @@ def test_collapse_warns_and_says_what_to_do(cohort, tmp_path, monkeypatch):
 
 def break_off(step, *args, **options):
     """Train, and break off at a step as Ctrl-C would."""
-    advance = _Run.advance
+    advance = Run._advance
 
-    def broken(self, number):
-        if number == step:
+    def broken(self, samples):
+        if self.step == step:
             raise KeyboardInterrupt
-        advance(self, number)
+        advance(self, samples)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Run, "advance", broken)
+        patch.setattr(Run, "_advance", broken)
         with pytest.raises(KeyboardInterrupt):
             train(*args, **options)
 
@@ -539,8 +558,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(cohort, tmp_path, monkeypatch):
     assert "nan" in text
     assert "at step 5" in text
     assert str(tmp_path / "run" / "structure" / "checkpoint.pt") in text
-    run = _Run(feed_of(cohort, random_model(TINY), "structure"), random_model(TINY), tmp_path, 0.2)
-    assert all(s in text for s in cohort.subject.values[run._batch(5)])
+    run = run_of(cohort, random_model(TINY), "structure", tmp_path / "other")
+    assert all(s in text for s in cohort.subject.values[run.batch(5)])
     kept = torch.load(tmp_path / "run" / "structure" / "checkpoint.pt", weights_only=True)
     assert kept["step"] == 4
     resumed = train(cohort, tmp_path / "run", evaluate_every=100, resume=True)
@@ -678,7 +697,7 @@ def test_held_out_ids_that_do_not_fit_are_refused(cohort, model, held_out, fact)
         participant=("subject", ["s01", *cohort.subject.values[1:].tolist()])
     )
     with pytest.raises(InputError, match=fact):
-        held_out_rows(feed_of(twice, model, "dynamics"), held_out)
+        held_out_rows(samples_of(twice, model, "dynamics"), held_out)
 
 
 def test_unknown_subjects_are_refused(cohort, tmp_path):
@@ -700,7 +719,7 @@ def test_a_constant_parcel_names_the_subject(cohort, tmp_path):
         train(flat, tmp_path, "dynamics")
 
 
-# Token cache -------------------------------------------------------------------------------------
+# Token cache ---
 
 
 def test_training_from_a_cache_is_training_from_the_encoders(cohort, model, tmp_path, capsys):
@@ -710,55 +729,27 @@ def test_training_from_a_cache_is_training_from_the_encoders(cohort, model, tmp_
                    cache=tmp_path / "tokens.zarr", progress=True)  # fmt: skip
     assert "tokens.zarr': " in capsys.readouterr().out
     one, other = (read_log(tmp_path / k, "harmonizer") for k in ("direct", "cached"))
-    assert np.allclose(one.loss, other.loss, rtol=1e-2)
-    assert np.isclose(one.held_out_loss_bold[-1], other.held_out_loss_bold[-1], rtol=2e-2)
-    assert not np.array_equal(one.loss, other.loss)  # rounded to bfloat16
-    assert np.array_equal(one.tokens, other.tokens)
+    for name in ("loss", "held_out_loss_bold", "held_out_loss_t1", "tokens"):
+        assert np.allclose(one[name], other[name], rtol=1e-4)
+    frozen = ("dynamics.", "structure.")
+    for trained in (direct, cached):
+        kept = {k: v for k, v in weights(trained).items() if k.startswith(frozen)}
+        assert same(kept, {k: v for k, v in weights(model).items() if k.startswith(frozen)})
     assert not same(weights(direct), weights(model))
-    assert same(
-        {k: v for k, v in weights(cached).items() if k.startswith(("dynamics.", "structure."))},
-        {k: v for k, v in weights(model).items() if k.startswith(("dynamics.", "structure."))},
-    )
 
 
-def test_cached_tokens_are_those_of_the_encoders(cohort, model, tmp_path):
-    plan = {"crop": False, "decimate": (1,), "drop_modality": 0.0}
-    fly, kept = (run_of(cohort, model, "harmonizer", tmp_path / k, **plan) for k in "ab")
-    kept._use_cache(tmp_path / "tokens.zarr")
-    for i in fly.feed.usable:
-        (a,), (rows,) = fly.objective.encode([fly.feed[0, int(i)]])
-        (b,), (kept_rows,) = kept.objective.encode([kept.feed[0, int(i)]])
-        assert torch.equal(rows, kept_rows)
-        assert torch.equal(a.to(torch.bfloat16).float(), b)
-
-
-def test_a_cache_that_was_begun_is_continued_and_another_refused(
-    cohort, model, tmp_path, monkeypatch
-):
-    feed = feed_of(cohort, model, "harmonizer", crop=False, decimate=(1,))
-    make = (tmp_path / "tokens.zarr", feed, model.networks, model.device, False)
-    real, written = TokenCache._write, []
-
-    def counted(self, group, i, *rest):
-        if len(written) == 5:
-            raise KeyboardInterrupt
-        written.append(i)
-        real(self, group, i, *rest)
-
-    monkeypatch.setattr(TokenCache, "_write", counted)
-    for first in (0, 5, 10):  # twelve rows, at most five at a time
-        written.clear()
-        with contextlib.suppress(KeyboardInterrupt):
-            cache = TokenCache(*make)
-        assert written == list(range(first, min(first + 5, 12)))
-    monkeypatch.setattr(TokenCache, "_write", real)
-    fresh = TokenCache(tmp_path / "fresh.zarr", *make[1:])
-    for i in range(12):
-        a, b = (c.read(i, np.random.default_rng(0))[0] for c in (cache, fresh))
-        assert torch.equal(a, b)
-    other = random_model(TINY, seed=1)
-    with pytest.raises(InputError, match="found other encoders"):
-        TokenCache(make[0], feed, other.networks, model.device, False)
+def test_a_cache_that_was_begun_is_continued_and_another_refused(cohort, model, tmp_path):
+    cache, settings = tmp_path / "tokens.zarr", {"model": model, "steps": 1}
+    train(cohort, tmp_path / "a", "harmonizer", cache=cache, **settings)
+    whole = xr.open_zarr(cache, consolidated=False).load()
+    before = {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file()}
+    train(cohort, tmp_path / "b", "harmonizer", cache=cache, **settings)
+    written = [p for p in before if p.stat().st_mtime_ns != before[p]]
+    assert all(p.name == "zarr.json" for p in written)  # no token is computed again
+    xr.testing.assert_identical(whole, xr.open_zarr(cache, consolidated=False).load())
+    other = {"model": random_model(TINY, seed=1), "steps": 1}
+    with pytest.raises(InputError, match="found another weights_sha256"):
+        train(cohort, tmp_path / "c", "harmonizer", cache=cache, **other)
 
 
 def test_a_cache_needs_whole_scans_and_the_harmonizer(cohort, model, tmp_path):
@@ -779,7 +770,7 @@ def test_compiled_blocks_give_the_step_of_eager_ones(cohort, model, tmp_path):
     found = []
     for compiled in (False, True):
         run = run_of(cohort, model, "structure", tmp_path / str(compiled), compile=compiled)
-        losses, _, norm = run._gradients(0)
+        losses, _, norm = run._gradients(batch_of(run))
         found.append((losses["loss"], norm, *(p.grad for p in run.learning)))
         assert not any("_orig_mod" in k for k in run.objective.state_dict())
     (loss, norm, *gradients), (other_loss, other_norm, *others) = found
@@ -791,12 +782,11 @@ def test_compiled_blocks_give_the_step_of_eager_ones(cohort, model, tmp_path):
 def test_every_stage_has_an_objective_and_a_cost(cohort, model):
     assert tuple(OBJECTIVES) == STAGES
     for stage in STAGES:
-        feed = feed_of(cohort, model, stage)
+        feed = samples_of(cohort, model, stage)
         objective = OBJECTIVES[stage](random_model(TINY).networks, feed.plan)
         sample = feed[0, 0]
-        window = sum(w.shape[0] * w.shape[1] for w in sample.reading.windows)
-        cubes = 150 if sample.reading.t1 is not None else 0
-        assert objective.cost(sample) == window + cubes
+        windows = [w for each in sample.reading.windows.values() for w in each]
+        assert objective.cost(sample) == sum(w[..., 0].numel() for w in windows)
 
 
 def test_checkpoints_say_what_they_are(cohort, tmp_path):
@@ -804,8 +794,8 @@ def test_checkpoints_say_what_they_are(cohort, tmp_path):
     state = torch.load(tmp_path / "structure" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 2
     assert set(state) == {
-        "plan", "config", "subjects", "held_out", "encoders", "step", "objective", "optimiser",
-        "random",
+        "plan", "config", "subjects", "held_out", "encoders", "step", "objective", "optimizer",
+        "stopping",
     }  # fmt: skip
     assert json.loads(json.dumps(state["plan"]))["stage"] == "structure"
     assert loop_file.FREE[0] in state["plan"]

@@ -16,9 +16,8 @@ from tiny_runs import QUICK, TINY, tiny_cohort
 
 from bhx.data.store import save_cohort
 from bhx.encode.model import load_model
-from bhx.train.dataset import Feed
 from bhx.train.log import read_log
-from bhx.train.loop import pretrain
+from bhx.train.pretrain import pretrain
 from bhx.train.recipes import STAGES, recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:The representation is collapsing")  # of course
@@ -143,7 +142,7 @@ def test_a_sharded_checkpoint_is_whole(shared):
     for k, v in whole["objective"].items():
         assert split["objective"][k].shape == v.shape
     for one, other in zip(
-        whole["optimiser"]["state"].values(), split["optimiser"]["state"].values(), strict=True
+        whole["optimizer"]["state"].values(), split["optimizer"]["state"].values(), strict=True
     ):
         assert all(other[k].shape == v.shape for k, v in one.items())
 
@@ -177,12 +176,12 @@ def test_an_error_keeps_its_sentence_on_the_way_from_a_worker(tmp_path):
 def test_a_feed_travels_without_its_open_store(store):
     import pickle
 
-    from bhx.encode.model import random_model
-    from bhx.train.dataset import opened
+    from bhx.train.dataset import Samples, opened
+    from bhx.train.objectives import DynamicsObjective as Kind
 
-    aligned, path = opened(store, None, random_model(TINY, device="cpu"))
-    feed = Feed(aligned, TINY, recipe("dynamics"), path)
+    cohort, path = opened(store)
+    feed = Samples(cohort, TINY, recipe("dynamics"), Kind.names, Kind.hide, path)
     first = feed[0, 0]
     there = pickle.loads(pickle.dumps(feed))
-    assert torch.equal(there[0, 0].reading.windows[0], first.reading.windows[0])
+    assert torch.equal(*(s.reading.windows["bold"][0] for s in (there[0, 0], first)))
     assert len(pickle.dumps(feed)) < 100_000  # labels and a path, no data

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from bhx.data.splits import permute_within
 from bhx.data.synthetic import synthetic_cohort
 from bhx.encode.embed import embed
 from bhx.encode.model import load_model
@@ -20,7 +21,7 @@ from bhx.evaluate.report import explained_by, plot_scores
 from bhx.evaluate.scores import compare, resample
 from bhx.latents.pool import pool
 
-PEOPLE, FAMILY = 120, 28  # intervals judged together: 7 targets x 2 features x 2 cohorts
+PEOPLE, FAMILY = 120, 28  # intervals tested together: 7 targets x 2 features x 2 cohorts
 LIGHT = {"minutes": 4, "tr": 2.0, "voxel_mm": 16.0, "missing": 0, "seed": 7}
 PRESENT = {  # effect -> target, the features that it was planted in, and their cohort
     "age in T1": ("age", "T1 cubes", "one"),
@@ -61,7 +62,7 @@ def trap():
     return connectome(cohort)
 
 
-def judged(features, target, level=1 - 0.05 / FAMILY, **options):
+def first_score(features, target, level=1 - 0.05 / FAMILY, **options):
     """The first score of each features, with its interval: r of numbers, AUROC of labels."""
     scores = probe(features, target, **options)
     metric = "r" if scores.attrs["task"] == "number" else "auroc"
@@ -75,20 +76,20 @@ def judged(features, target, level=1 - 0.05 / FAMILY, **options):
 @pytest.mark.parametrize("effect", PRESENT)
 def test_planted_effects_are_found(features, effect):
     target, where, cohort = PRESENT[effect]
-    row = judged(features[cohort], target).loc[where]
+    row = first_score(features[cohort], target).loc[where]
     assert row.low > row.chance, row
 
 
 @pytest.mark.parametrize(("cohort", "target"), [(c, t) for c in ABSENT for t in ABSENT[c]])
 def test_effects_that_were_not_planted_are_not_found(features, cohort, target):
-    table = judged(features[cohort], target)
+    table = first_score(features[cohort], target)
     assert ((table.low < table.chance) & (table.chance < table.high)).all(), table
 
 
 @pytest.mark.parametrize("target", ["sex", "diagnosis"])
 def test_the_other_modality_knows_nothing_of_an_effect_in_one(features, target):
     where = {"sex": "connectome", "diagnosis": "T1 cubes"}[target]
-    row = judged(features["other"], target).loc[where]
+    row = first_score(features["other"], target).loc[where]
     assert row.low < 0.5 < row.high, row
 
 
@@ -201,12 +202,10 @@ def test_permuted_labels_score_at_chance(features):
     rng = np.random.default_rng(0)
     missed = []
     for _ in range(3):
-        at = metrics_file.permuted_rows(
-            *[features["one"][0][n].values for n in ("subject", "site")], rng
-        )
+        at = permute_within(*[features["one"][0][n].values for n in ("subject", "site")], rng)
         for target in ("age", "trait_function", "sex", "fusion"):
             moved = {target: ("subject", features["one"][0][target].values[at])}
-            table = judged([f.assign_coords(moved) for f in features["one"]], target, 0.95)
+            table = first_score([f.assign_coords(moved) for f in features["one"]], target, 0.95)
             missed += list((table.low > table.chance) | (table.chance > table.high))
     assert sum(missed) <= binom.ppf(0.999, len(missed), 0.05), f"{sum(missed)} of {len(missed)}"
 
@@ -217,7 +216,7 @@ def test_label_that_follows_site_is_found_across_people_and_not_across_sites(fea
     usual = np.isin(t1.site.values, ("A", "B"))
     often = np.random.default_rng(0).random(PEOPLE) < 0.9
     t1 = t1.assign_coords(recruited=("subject", np.where(usual == often, "patient", "control")))
-    naive, apart = (judged(t1, "recruited", 0.95, groups=g).iloc[0] for g in (None, "site"))
+    naive, apart = (first_score(t1, "recruited", 0.95, groups=g).iloc[0] for g in (None, "site"))
     assert naive.low > 0.5, naive
     assert apart.low < 0.5 < apart.high, apart
 

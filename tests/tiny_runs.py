@@ -26,7 +26,9 @@ TINY = HarmonixConfig(
         100, max_patches=4, harmonics=8, gradients=4, **WIDTH,
         predictor_width=12, predictor_depth=1, predictor_heads=2,
     ),
-    harmonizer=HarmonizerConfig(100, 4, 150, 4, **WIDTH, **DECODER, target_width=24),
+    harmonizer=HarmonizerConfig(
+        ("bold", "t1"), (400, 150), (0, 0), 4, **WIDTH, **DECODER, target_width=24
+    ),
 )  # fmt: skip
 QUICK = {
     "preset": TINY, "steps": 6, "batch": 4, "rate": (1e-3, 1e-2, 1e-3), "precision": "float32",
@@ -62,7 +64,7 @@ def tiny_cohort(n=12, seed=0, t1_only=(3,), bold_only=(5,)):
 
 
 if __name__ == "__main__":
-    from bhx.train.loop import pretrain
+    from bhx.train.pretrain import pretrain
 
     store, *runs = sys.argv[1:]
     for out, settings in zip(runs[::2], runs[1::2], strict=True):

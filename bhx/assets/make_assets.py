@@ -13,11 +13,13 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-from scipy import sparse
+from scipy import linalg, sparse
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
-from bhx.data import atlas, geometry
+from bhx.data import atlas
+from bhx.data.geometry import fix_signs, harmonics
+from bhx.errors import InputError, listed
 
 HERE = Path(__file__).parent
 PUBLISHED = HERE.parents[1] / "tests" / "data" / "schaefer400_fsaverage5_published.npz"
@@ -39,7 +41,7 @@ MNI305_TO_MNI152 = np.array(
 def main():
     coords, faces, sphere, mask = read_conte69()
     print("harmonics of", mask.sum(), "vertices")
-    values, modes = geometry.harmonics(coords, faces, N_HARMONICS + 1, mask)
+    values, modes = harmonics_of_both(coords, faces, mask, N_HARMONICS + 1)
     twin = conte69_twins(coords, sphere)
     labels = {n: read_table(f"parcellations/schaefer_{n}_conte69.csv") for n in SCALES}
     shared = {"eigenvalue": values[1:], "agreement": agreement(labels[400][twin])}
@@ -52,15 +54,41 @@ def main():
 def atlas_arrays(scale, labels, twin, modes, sphere) -> dict:
     connectome = read_table(f"matrices/main_group/schaefer_{scale}_mean_connectivity_matrix.csv")
     connectome = connectome.astype(np.float16)  # as shipped, so the gradients can be repeated
-    centre = geometry.parcel_means(sphere, labels, scale)
+    centre = parcel_means(sphere, labels, scale)
     return {
-        "harmonics": geometry.parcel_means(modes, labels, scale).astype(np.float32),
-        "gradients": geometry.gradients(connectome, N_GRADIENTS).astype(np.float32),
+        "harmonics": parcel_means(modes, labels, scale).astype(np.float32),
+        "gradients": gradients(connectome, N_GRADIENTS).astype(np.float32),
         "connectome": connectome[np.triu_indices(scale, 1)],
         "sphere": (centre / np.linalg.norm(centre, axis=1, keepdims=True)).astype(np.float32),
         "labels_fslr32k": labels,
         "labels_fsaverage5": labels[twin],
     }
+
+
+def harmonics_of_both(coords, faces, mask, n_modes) -> tuple[np.ndarray, np.ndarray]:
+    """Harmonics of two hemispheres in one mesh, merged by eigenvalue: (mode), (vertex, mode).
+
+    First come the modes with eigenvalue 0, the constant and the contrast between the hemispheres;
+    every other mode lives on one hemisphere and is 0 on the other.
+    """
+    half = len(coords) // 2
+    values, modes, areas = [], [], []
+    for side in (slice(0, half), slice(half, None)):
+        here = faces[(faces[:, 0] >= half) == (side.start == half)] - side.start
+        value, mode = harmonics(coords[side], here, n_modes, mask[side])
+        areas.append(np.nanmax(mode[:, 0]) ** -2)  # u' M u = 1 of a constant u
+        whole = np.where(mask[:, None], np.zeros((len(coords), n_modes - 1)), np.nan)
+        whole[side] = mode[:, 1:]
+        values.append(value[1:])
+        modes.append(whole)
+    left, right = areas
+    contrast = [np.sqrt(right / left), -np.sqrt(left / right)]
+    flat = np.stack([np.ones(len(coords)), np.repeat(contrast, half)], 1) / np.sqrt(left + right)
+    values, modes = np.concatenate(values), np.concatenate(modes, 1)
+    order = np.argsort(values, kind="stable")[: n_modes - 2]
+    out = np.full((len(coords), n_modes), np.nan)
+    out[mask] = np.concatenate([fix_signs(flat[mask]), modes[mask][:, order]], 1)
+    return np.concatenate([[0, 0], values[order]]), out
 
 
 def conte69_twins(coords, sphere) -> np.ndarray:
@@ -91,7 +119,7 @@ def middle_surface(hemi) -> np.ndarray:
 
 def smoothed(values, faces) -> np.ndarray:
     """Averaged over each vertex and its neighbours, SMOOTHING times."""
-    near = geometry.adjacency(faces, len(values)) + sparse.eye_array(len(values))
+    near = adjacency(faces, len(values)) + sparse.eye_array(len(values))
     near = sparse.diags_array(1 / near.sum(axis=1)) @ near
     for _ in range(SMOOTHING):
         values = near @ values
@@ -109,7 +137,7 @@ def sample_arrays(labels) -> dict:
     runs = [nibabel.load(brainspace_file(f"preprocessing/{SCAN}.fsa5.{h}h.mgz")) for h in "lr"]
     halves = [np.asarray(run.dataobj).reshape(len(labels) // 2, -1) for run in runs]
     vertices = np.concatenate(halves)  # (vertex, time); vertices without data are all 0
-    bold = geometry.parcel_means(vertices, np.where(vertices.any(axis=1), labels, 0), 400)
+    bold = parcel_means(vertices, np.where(vertices.any(axis=1), labels, 0), 400)
     scale = np.abs(bold).max(axis=1) / np.iinfo(np.int16).max
     return {
         "bold": np.round(bold / scale[:, None]).astype(np.int16),
@@ -141,6 +169,118 @@ def read_table(name) -> np.ndarray:
 def save(name, **arrays):
     np.savez_compressed(HERE / name, **arrays)
     print(name, f"{(HERE / name).stat().st_size / 1e3:.0f} kB")
+
+
+# Parcels and connectomes to numbers ---
+
+
+def parcel_means(values, labels, n_parcels: int) -> np.ndarray:
+    """Mean of vertex values (vertex, ...) over each parcel 1..n_parcels: array (parcel, ...).
+
+    Vertices that are NaN (outside a mask) are left out; label 0 belongs to no parcel.
+    """
+    values, labels = np.asarray(values, float), np.asarray(labels)
+    if len(values) != len(labels):
+        fact = f"Expected one label for each of {len(values)} vertices, found {len(labels)}"
+        raise InputError(fact, "Take the labels and the values from the same mesh")
+    if labels.min() < 0 or labels.max() > n_parcels:
+        fact = f"Expected labels from 0 to {n_parcels}, found {labels.min()} to {labels.max()}"
+        raise InputError(fact, "Number the parcels 1 to n_parcels, 0 for none")
+    flat = values.reshape(len(values), -1)
+    good = (labels > 0) & ~np.isnan(flat).all(axis=1)
+    member = sparse.csr_array(
+        (np.ones(good.sum()), (labels[good] - 1, np.flatnonzero(good))),
+        shape=(n_parcels, len(labels)),
+    )
+    count = member.sum(axis=1)
+    if len(empty := np.flatnonzero(count == 0) + 1):
+        raise InputError(
+            f"Expected values in each of {n_parcels} parcels, found none in parcel {listed(empty)}",
+            "Take a mask and labels of the same mesh: every parcel needs a vertex in the mask",
+        )
+    means = (member @ np.where(good[:, None], flat, 0)) / count[:, None]
+    return means.reshape(n_parcels, *values.shape[1:])
+
+
+def gradients(connectome, n_components: int, *, keep: float = 0.1) -> np.ndarray:
+    """Diffusion-map gradients of a connectome: array (roi, component), strongest first.
+
+    Each row keeps its strongest `keep` share of connections; rows are compared by the normalized
+    angle, 1 - arccos(cosine) / pi; the anisotropic diffusion map (alpha = 0.5) of that affinity
+    is scaled by eigenvalue / (1 - eigenvalue), all diffusion times together.
+
+    Source: Margulies et al., PNAS 2016; Coifman and Lafon, 2006; Vos de Wael et al., 2020.
+    """
+    connectome = _checked_connectome(connectome, n_components, keep)
+    affinity = normalized_angle(_strongest(connectome, keep))
+    return _diffusion_map(affinity, n_components)
+
+
+def normalized_angle(rows) -> np.ndarray:
+    """Similarity of rows by their angle: 1 for parallel, 0 for opposite; array (row, row)."""
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    similarity = 1 - np.arccos(np.clip(unit @ unit.T, -1, 1)) / np.pi
+    np.fill_diagonal(similarity, 1)
+    return similarity
+
+
+def edges(faces) -> np.ndarray:
+    """The edges of each triangle, smaller vertex first: array (3 x triangle, 2)."""
+    return np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1)
+
+
+def adjacency(faces, n_vertices: int) -> sparse.csr_array:
+    """Which vertices share an edge: array (vertex, vertex) of 0 and 1."""
+    a, b = np.unique(edges(np.asarray(faces)), axis=0).T
+    ones = np.ones(len(a))
+    half = sparse.coo_array((ones, (a, b)), shape=(n_vertices, n_vertices))
+    return (half + half.T).tocsr()
+
+
+def _checked_connectome(connectome, n_components, keep):
+    connectome = np.asarray(connectome, float)
+    n = len(connectome)
+    if connectome.shape != (n, n) or not np.isfinite(connectome).all():
+        fact = f"Expected a finite connectome (roi, roi), found shape {connectome.shape} with "
+        fact += f"{(~np.isfinite(connectome)).sum()} values missing"
+        raise InputError(fact, "Drop the parcels without signal first")
+    if not np.allclose(connectome, connectome.T, atol=1e-6):
+        fact = "Expected a symmetric connectome, found "
+        fact += f"{np.abs(connectome - connectome.T).max():.3g} between the two halves"
+        raise InputError(fact, "Average it with its transpose")
+    if not 1 <= n_components < n:
+        fact = f"Expected 1 to {n - 1} components of {n} parcels, found {n_components}"
+        raise InputError(fact, "Ask for fewer components, at least 1")
+    if not 0 < keep <= 1:
+        fact = f"Expected keep as a share above 0 and at most 1, found {keep}"
+        raise InputError(fact, "Give for instance keep=0.1, a tenth of the connections")
+    return connectome
+
+
+def _strongest(connectome, keep):
+    """Each row's largest entries, the rest 0; nothing negative is kept."""
+    n_kept = max(1, round(keep * len(connectome)))
+    threshold = np.sort(connectome, axis=1)[:, [-n_kept]]
+    rows = np.where((connectome >= threshold) & (connectome > 0), connectome, 0)
+    if len(empty := np.flatnonzero(~rows.any(axis=1))):
+        raise InputError(
+            f"Expected a positive connection of every parcel, found none of parcel {listed(empty)}",
+            "Drop the parcels without signal first",
+        )
+    return rows
+
+
+def _diffusion_map(affinity, n_components):
+    degree = affinity.sum(axis=1)
+    affinity = affinity / np.sqrt(np.outer(degree, degree))  # alpha = 0.5
+    root = np.sqrt(affinity.sum(axis=1))
+    n = len(root)
+    values, vectors = linalg.eigh(
+        affinity / np.outer(root, root), subset_by_index=(n - n_components - 1, n - 1)
+    )
+    values, vectors = values[::-1], vectors[:, ::-1]
+    maps = vectors[:, 1:] / vectors[:, :1]  # eigenvectors of the random walk
+    return fix_signs(maps) * (values[1:] / (1 - values[1:]))
 
 
 if __name__ == "__main__":

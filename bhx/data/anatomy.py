@@ -9,16 +9,22 @@ import nibabel as nib
 import numpy as np
 import xarray as xr
 
-from bhx.data.files import MNI_AFFINE, check_affine, check_file, check_space, reading
-from bhx.data.quality import judge_t1
+from bhx.data.files import MNI_AFFINE, check_affine, check_file, check_space, reader_of, reading
+from bhx.data.quality import check_t1_quality
 from bhx.errors import InputError
-from bhx.modalities.t1 import CROP, MNI_SHAPE, t1_grid
+from bhx.modalities.t1 import ANATOMY, CROP, MNI_SHAPE, block_mean, t1_grid
 
-# --- T1 -----------------------------------------------------------------------------------------
+
+@reader_of(ANATOMY)
+def read_anatomy(row: dict, options: dict) -> tuple[xr.DataArray, dict, list[str]]:
+    """The T1 of one row of a table of scans; see `reader_of`."""
+    image, mask = (row.get(column) for column in ANATOMY.files)
+    t1, warnings = read_t1(image, mask, voxel_mm=options["voxel_mm"])
+    return t1, {}, warnings
 
 
 def read_t1(path, mask=None, *, voxel_mm: float = 1.0) -> tuple[xr.DataArray, list[str]]:
-    """A T1 in MNI152 space as `(x, y, z)` on `schema.t1_grid(voxel_mm)`, with its warnings.
+    """A T1 in MNI152 space as `(x, y, z)` on `bhx.t1_grid(voxel_mm)`, with its warnings.
 
     It is resampled to FSL's 182 x 218 x 182 grid of 1 mm, set to 0 outside the mask, cropped by 11,
     13 and 11 voxels and averaged in blocks. It is not z-scored: embedding scales, and records it.
@@ -34,7 +40,6 @@ def read_t1(path, mask=None, *, voxel_mm: float = 1.0) -> tuple[xr.DataArray, li
     InputError
         The file cannot be read, is not in MNI152 space, still has its skull, or is no brain.
     """
-
     grid = t1_grid(voxel_mm)
     images = []
     for file in filter(None, (path, mask)):
@@ -44,24 +49,21 @@ def read_t1(path, mask=None, *, voxel_mm: float = 1.0) -> tuple[xr.DataArray, li
             values = np.asarray(image.dataobj, "float32")
             image = nib.Nifti1Image(values, image.affine, image.header)
         if image.ndim != 3:
-            raise InputError(
-                f"Expected 3 dims in {file.name}, found {image.shape}", "Give one volume"
-            )
+            fact = f"Expected 3 dims in {file.name}, found {image.shape}"
+            raise InputError(fact, "Give one volume, such as the preprocessed T1w")
         check_affine(image, file)
         if not np.isfinite(image.dataobj).all():
-            raise InputError(f"Expected numbers in {file.name}, found NaN or infinity", "Repair it")
+            fact = f"Expected numbers in {file.name}, found NaN or infinity"
+            raise InputError(fact, "Set those voxels to 0 or run the pipeline that made it again")
         images.append(image)
     check_space(path)
     t1 = t1_to_grid(*images)
-    warnings = judge_t1(t1, read_template_t1(), Path(path).name)
-    t1 = xr.DataArray(t1, t1_grid(1), ("x", "y", "z"), "t1")
-    if voxel_mm != 1:
-        t1 = t1.coarsen(x=int(voxel_mm), y=int(voxel_mm), z=int(voxel_mm)).mean()
-    return t1.assign_coords(grid).astype("float32"), warnings
+    warnings = check_t1_quality(t1, read_template_t1(), Path(path).name)
+    return xr.DataArray(block_mean(t1, int(voxel_mm)), grid, ANATOMY.dims, ANATOMY.name), warnings
 
 
 def t1_to_grid(image, mask=None) -> np.ndarray:
-    """A T1 image on `schema.t1_grid(1)` (trilinear): masked, cropped, unscaled.
+    """A T1 image on `bhx.t1_grid(1)` (trilinear): masked, cropped, unscaled.
 
     `mask` is an image, > 0.5 inside the brain; None keeps what is above 0.
     """
@@ -82,7 +84,7 @@ def t1_to_grid(image, mask=None) -> np.ndarray:
 
 @cache
 def read_template_t1() -> np.ndarray:
-    """nilearn's MNI152 2009a T1 template, skull-stripped, on `schema.t1_grid(1)`."""
+    """nilearn's MNI152 2009a T1 template, skull-stripped, on `bhx.t1_grid(1)`."""
     from nilearn.datasets import load_mni152_template
 
     template = t1_to_grid(load_mni152_template(resolution=1))

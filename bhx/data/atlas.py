@@ -16,6 +16,7 @@ import xarray as xr
 from scipy.spatial.distance import squareform
 
 from bhx.errors import InputError, check_choice, listed
+from bhx.modalities.bold import BOLD
 from bhx.schema import ROI_COORDS, UNITS
 
 ATLASES = {"schaefer100": 100, "schaefer200": 200, "schaefer400": 400}
@@ -69,13 +70,13 @@ def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Datase
 
 
 def _with_provenance(atlas, agreement):
-    told = _provenance()
+    sources = _provenance()
     for name, variable in atlas.data_vars.items():
-        variable.attrs |= told[name]
+        variable.attrs |= sources[name]
     for name in ("mni_x", "mni_y", "mni_z"):
-        atlas[name].attrs |= {"units": UNITS[name], **told["mni"]}
+        atlas[name].attrs |= {"units": UNITS[name], **sources["mni"]}
     atlas["labels_fsaverage5"].attrs["agreement"] = agreement
-    return atlas.assign_attrs(told["atlas"])
+    return atlas.assign_attrs(sources["atlas"])
 
 
 def _reordered(atlas):
@@ -120,10 +121,10 @@ def aliases(atlas: xr.Dataset) -> dict[str, str]:
 
 
 def reparcellate(cohort: xr.Dataset, atlas: str) -> xr.Dataset:
-    """The cohort's parcel series as those of another Schaefer atlas, lazily.
+    """The cohort's values per parcel as those of another Schaefer atlas, lazily.
 
     Each new parcel is the mean of the old ones weighted by the vertices they share on fsLR-32k;
-    volumes in which fewer than half of those vertices were measured are NaN. Schaefer's scales
+    values of which fewer than half of those vertices were measured are NaN. Schaefer's scales
     are not nested, so this approximates parcellating the scans again.
     """
     old, new = load_atlas(cohort.attrs["atlas"]), load_atlas(atlas)
@@ -132,23 +133,26 @@ def reparcellate(cohort: xr.Dataset, atlas: str) -> xr.Dataset:
     np.add.at(share, (new.labels_fslr32k.values, old.labels_fslr32k.values), 1)
     order = old.indexes["roi"].get_indexer(names)
     share = share[1:, 1:][:, order] / share[1:].sum(1, keepdims=True)
-    share = xr.DataArray(share, dims=("roi_new", "roi"), coords={"roi": cohort.roi.values})
-    bold = cohort.bold.drop_vars([c for c in cohort.coords if cohort[c].dims == ("roi",)])
-    share = share.drop_vars("roi")
-    measured = xr.dot(bold.notnull().astype("float32"), share, dim="roi")
-    bold = xr.dot(bold.fillna(0), share, dim="roi") / measured.where(measured >= 0.5)
-    bold = bold.rename(roi_new="roi").transpose(*cohort.bold.dims).astype("float32")
+    share = xr.DataArray(share, dims=("roi_new", "roi"))
+    out = {}
+    for name, v in cohort.data_vars.items():
+        if "roi" not in v.dims:
+            continue
+        old = v.drop_vars([c for c in v.coords if "roi" in v[c].dims])
+        measured = xr.dot(old.notnull().astype("float32"), share, dim="roi")
+        mean = xr.dot(old.fillna(0), share, dim="roi") / measured.where(measured >= 0.5)
+        out[name] = mean.rename(roi_new="roi").transpose(*v.dims).astype("float32")
     coords = {c: ("roi", new[c].values) for c in ("roi", *ROI_COORDS)}
     attrs = {"atlas": atlas, "parcellated_from": cohort.attrs["atlas"]}
-    return cohort.drop_dims("roi").assign(bold=bold).assign_coords(coords).assign_attrs(attrs)
+    return cohort.drop_dims("roi").assign(out).assign_coords(coords).assign_attrs(attrs)
 
 
 def load_sample() -> xr.Dataset:
     """One real resting-state scan, Schaefer-400 parcels: bold (roi, time), TR in `attrs["tr"]`."""
     arrays = _arrays("sample")
-    bold = arrays["bold"] * arrays["scale"][:, None]
+    bold = arrays[BOLD.variable] * arrays["scale"][:, None]
     return xr.Dataset(
-        {"bold": (("roi", "time"), bold.astype(np.float32))},
+        {BOLD.variable: (BOLD.dims, bold.astype(np.float32))},
         {"roi": _parcels(400)["name7"], "time": np.arange(bold.shape[1])},
         {"tr": float(arrays["tr"]), **_provenance()["sample"]},
     )

@@ -1,7 +1,6 @@
-"""One subject's files to arrays: T1 to the grid, BOLD to ROIs with its TR; every check of an input.
+"""Files of BOLD to series of parcels: every form of file, its repetition time, its denoising.
 
-Nothing here knows about cohorts, and no model is run. A file that cannot be used raises InputError
-with its name; a file that can be used, but not blindly, comes back with its warnings.
+A file that cannot be used raises InputError with its name.
 """
 
 from __future__ import annotations
@@ -16,12 +15,25 @@ import pandas as pd
 import xarray as xr
 
 from bhx.data.atlas import aliases, load_atlas, match_names
-from bhx.data.files import check_affine, check_file, check_space, reading
+from bhx.data.files import check_affine, check_file, check_space, reader_of, reading
+from bhx.data.quality import check_bold_quality
 from bhx.errors import InputError, listed
-from bhx.modalities.bold import check_tr
+from bhx.modalities.bold import BOLD, check_tr
 from bhx.schema import ROI_COORDS
 
-# --- BOLD ---------------------------------------------------------------------------------------
+
+@reader_of(BOLD)
+def read_run(row: dict, options: dict) -> tuple[xr.DataArray, dict, list[str]]:
+    """The BOLD of one row of a table of scans, denoised where it is not yet; see `reader_of`."""
+    file, confounds = (row.get(column) for column in BOLD.files)
+    source = {name: options[name] for name in ("order", "labels")}
+    bold = read_bold(file, options["atlas"], **source, tr=row.get("tr"))
+    mean_fd = read_motion(confounds) if confounds else row.get("mean_fd", np.nan)
+    if options["denoising"] and needs_denoising(file):
+        bold = denoise(bold, file, confounds, **options["denoising"])
+    series, facts, warnings = check_bold_quality(bold, mean_fd)
+    scrubbed = bold.attrs.get("n_scrubbed", 0)
+    return series, {"mean_fd": mean_fd, **facts, "n_scrubbed": scrubbed}, warnings
 
 
 def read_bold(
@@ -38,7 +50,7 @@ def read_bold(
         columns, or the numbers of the image `labels`, as they are
     order : "7networks" or "17networks": the order of a table without parcel names
     labels : label image for volumes; Schaefer's through nilearn by default
-    tr : repetition time [s] for files that do not tell it
+    tr : repetition time [s] for files that do not state it
 
     Returns
     -------
@@ -59,7 +71,7 @@ def read_bold(
         raise InputError(fact, "Give one run of several volumes")
     time = ("time", tr * np.arange(series.shape[1]), {"units": "s"})
     coords = {"roi": names, "time": time, "covered": ("roi", covered)}
-    bold = xr.DataArray(series, coords, ("roi", "time"), "bold", {"tr": tr, "file": path.name})
+    bold = xr.DataArray(series, coords, BOLD.dims, BOLD.name, {"tr": tr, "file": path.name})
     if atlas is None:
         return bold
     known = {*ROI_COORDS, "label17"} & {*atlas.coords}
@@ -68,7 +80,6 @@ def read_bold(
 
 def _read_volume(path, atlas, order, labels):
     """A 4D image, volume by volume, so that memory holds one of them."""
-
     # gzip is read forward only while the file stays open
     image = nib.load(path, keep_file_open=True)
     if image.ndim != 4 or image.shape[3] < 2:
@@ -87,7 +98,6 @@ def _read_volume(path, atlas, order, labels):
 
 def _read_dtseries(path, atlas, order, labels):
     """CIFTI grayordinates: the cortex's vertices by the shipped fsLR-32k labels."""
-
     image = nib.load(path)
     series, brain = (image.header.get_axis(i) for i in range(2))
     _need(atlas, path)
@@ -109,7 +119,6 @@ def _read_dtseries(path, atlas, order, labels):
 
 def _read_ptseries(path, atlas, order, labels):
     """CIFTI parcels: their names are in the file."""
-
     image = nib.load(path)
     series, parcels = (image.header.get_axis(i) for i in range(2))
     return *_take_parcels(parcels.name, image.get_fdata().T, atlas, order, path), float(series.step)
@@ -117,7 +126,6 @@ def _read_ptseries(path, atlas, order, labels):
 
 def _read_surface(path, atlas, order, labels):
     """Both hemispheres of fsaverage5 or fsLR-32k, of which one file is named."""
-
     left, right = _hemispheres(path)
     _need(atlas, path)
     values, tr = [], None
@@ -147,9 +155,8 @@ def _read_table(path, atlas, order, labels):
     options = {"header": None, "dtype": str, "engine": "c", "keep_default_na": False}
     cells = pd.read_csv(path, sep=separator or r"\s+", encoding="utf-8-sig", **options)
     if len(cells) < 2:
-        raise InputError(
-            f"Expected lines of numbers in {path.name}, found 1 line", "Check the file"
-        )
+        fact = f"Expected lines of numbers in {path.name}, found 1 line"
+        raise InputError(fact, "Write one line of parcel names, then one line for each volume")
     rows_are_parcels = not _is_number(cells.iloc[1:, 0]).any()
     if rows_are_parcels:
         names = cells.iloc[1:, 0].tolist()
@@ -174,9 +181,8 @@ def _read_array(path, atlas, order, labels):
     """A numpy array, time x parcel."""
     values = np.load(path, allow_pickle=False)
     if values.ndim != 2:
-        raise InputError(
-            f"Expected time x parcel in {path.name}, found {values.shape}", "Reshape it"
-        )
+        fact = f"Expected time x parcel in {path.name}, found {values.shape}"
+        raise InputError(fact, "Save an array with one row for each volume of one run")
     return *_take_parcels(None, values.T.astype(float), atlas, order, path), None
 
 
@@ -216,7 +222,7 @@ def _take_parcels(names, values, atlas, order, path):
         if order is None:
             raise InputError(
                 f"Expected parcel names in {path.name}, found none",
-                "Say the order of its columns: order='7networks' or order='17networks'",
+                "Give the order of its columns: order='7networks' or order='17networks'",
             )
         name = atlas.attrs["atlas"]
         names = _names_by_label(atlas) if order == "7networks" else load_atlas(name, order).roi
@@ -240,7 +246,8 @@ def _names_by_label(atlas):
 
 def _need(atlas, path):
     if atlas is None:
-        raise InputError(f"Expected an atlas to parcel {path.name} with, found none", "Name one")
+        fact = f"Expected an atlas to average {path.name} in parcels, found none"
+        raise InputError(fact, "Name one, such as atlas='schaefer400'")
 
 
 def _is_number(cells):
@@ -290,9 +297,8 @@ def _labels_on(image, atlas, labels, path):
         source = nib.load(file)
         numbers = np.asarray(source.dataobj)
     if numbers.ndim != 3 or (numbers != np.round(numbers)).any():
-        raise InputError(
-            f"Expected whole numbers in 3D in {file.name}, found others", "Give labels"
-        )
+        fact = f"Expected whole numbers in 3D in {file.name}, found others"
+        raise InputError(fact, "Give an image in which each voxel has the number of its parcel")
     found = np.unique(numbers[numbers > 0]).astype(int)
     if atlas is not None:
         _check_label_image(numbers, source.affine, atlas, file)
@@ -333,9 +339,9 @@ def _check_label_image(numbers, affine, parcels, file):
 def read_tr(path, header_tr: float | None = None, given: float | None = None) -> float:
     """Repetition time [s]: from the sidecar, checked against the header, else as given."""
     path = Path(path)
-    told = {"the call": given, "the sidecar": _sidecar_tr(path), "the header": header_tr}
+    stated = {"the call": given, "the sidecar": _sidecar_tr(path), "the header": header_tr}
     # 0 and 1 s are what writers put into a header that they do not fill
-    known = {k: float(v) for k, v in told.items() if v is not None and not pd.isna(v)}
+    known = {k: float(v) for k, v in stated.items() if v is not None and not pd.isna(v)}
     if len(known) > 1 and known.get("the header") in (0.0, 1.0):
         known.pop("the header")
     if not known:
@@ -346,7 +352,7 @@ def read_tr(path, header_tr: float | None = None, given: float | None = None) ->
         if abs(value - tr) > 1e-3 * max(abs(tr), 1e-3):
             fact = f"Expected one repetition time for {path.name}, found {tr:g} s in {first} and "
             fact += f"{value:g} s in {place}"
-            raise InputError(fact, "Correct the wrong one")
+            raise InputError(fact, "Correct the one that is wrong: the sidecar or the call")
     check_tr(tr, [path.name])
     return tr
 
@@ -380,7 +386,7 @@ def _confounds(file):
 
 
 def needs_denoising(path) -> bool:
-    """Whether BOLD is images that no pipeline's name says to be denoised."""
+    """Whether BOLD is images whose name does not say that a pipeline denoised it."""
     name = Path(path).name
     images = _reader_of(name) in (_read_volume, _read_dtseries, _read_surface)
     return images and not re.search(r"denoised|clean|residual", name)

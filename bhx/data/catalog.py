@@ -11,10 +11,20 @@ from typing import Annotated, Literal
 
 import pandas as pd
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from bhx.data.derivatives import find_scans, join_phenotypes
+from bhx.data.files import file_columns
 from bhx.errors import InputError, listed
+from bhx.modalities.table import MODALITIES
 from bhx.settings import PACKAGE
 
 USER_FOLDER = "BHX_CATALOG"  # environment variable: a folder with entries of your own
@@ -27,7 +37,21 @@ def _inside(path: str) -> str:
     return path
 
 
+def _of_participant(path: str) -> str:
+    if "{participant}" not in path.split("/"):
+        raise ValueError(f"'{path}' has no folder {{participant}}")
+    return path
+
+
+def _column(name: str) -> str:
+    if name not in file_columns():
+        raise ValueError(f"'{name}' is not among {listed(file_columns(), 12)}")
+    return name
+
+
 InsidePath = Annotated[str, AfterValidator(_inside)]
+PatternPath = Annotated[InsidePath, AfterValidator(_of_participant)]
+FileColumn = Annotated[str, AfterValidator(_column)]  # of a table of scans
 
 
 class Strict(BaseModel):
@@ -49,27 +73,9 @@ class Fetch(Strict):
 
     function: Literal["fetch_development_fmri", "fetch_abide_pcp", "fetch_adhd"]
     options: dict[str, bool | str | list[str] | None] = {}
-    bold: str = "func"
-    confounds: str = ""
+    files: dict[FileColumn, str]  # column of a table of scans -> name of its list of paths
     id: str
     site: str = ""
-
-
-def _of_participant(path: str) -> str:
-    if path and "{participant}" not in path.split("/"):
-        raise ValueError(f"'{path}' has no folder {{participant}}")
-    return path
-
-
-PatternPath = Annotated[InsidePath, AfterValidator(_of_participant)]
-
-
-class Files(Strict):
-    """Where a release keeps its files: each in a folder {participant}, with * in other places."""
-
-    bold: PatternPath = ""
-    t1: PatternPath = ""
-    t1_mask: PatternPath = ""
 
 
 class Entry(Strict):
@@ -81,22 +87,28 @@ class Entry(Strict):
     licence: str
     homepage: str = ""
     citation: str
-    modalities: list[Literal["bold", "t1"]]
+    modalities: list[str]
     layout: Literal["synthetic", "sample", "nilearn", "derivatives", "files"]
     sites: dict[str, float | None] = {}  # site -> TR [s]; None: read it from the files
     phenotypes: dict[str, Phenotype] = {}
     fetch: Fetch | None = None
-    files: Files | None = None
+    files: dict[FileColumn, PatternPath] = {}  # each in a folder {participant}; * for any name
     path: InsidePath = ""  # of the folder, below the user's data folder
     steps: list[str] = []  # what to download by hand, and where to put it
     prepare: dict[str, str | float | dict[str, str | float] | None] = {}  # options of `prepare`
     options: dict[str, int | float] = {}  # of the synthetic cohort
-    splits: dict[str, str | int | list[str] | dict[str, float]] = {}  # options of `split`
+
+    @field_validator("modalities")
+    @classmethod
+    def _are_known(cls, names):
+        if unknown := [name for name in names if name not in MODALITIES]:
+            raise ValueError(f"'{unknown[0]}' is not among {listed(MODALITIES, 12)}")
+        return names
 
     @model_validator(mode="after")
     def _can_be_had(self):
         needed = {"nilearn": "fetch", "files": "files"}.get(self.layout)
-        if needed and getattr(self, needed) is None:
+        if needed and not getattr(self, needed):
             raise ValueError(f"layout '{self.layout}' needs '{needed}'")
         if self.layout in ("derivatives", "files") and not (self.path and self.steps):
             raise ValueError(f"layout '{self.layout}' needs 'path' and 'steps'")
@@ -145,18 +157,16 @@ def catalog_files(catalog: str | Path | None = None) -> dict[str, Path]:
     """Every entry's file by its name; entries of the user's own folder come first."""
     own = catalog or os.environ.get(USER_FOLDER)
     if own and not Path(own).is_dir():
-        raise InputError(
-            f"Expected a folder of catalogue entries, found none at {own}", "Create it"
-        )
+        fact = f"Expected a folder of catalogue entries, found none at {own}"
+        raise InputError(fact, f"Create it, or name another with catalog= or {USER_FOLDER}")
     folders = [shipped_folder(), *([Path(own)] if own else [])]
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def shipped_folder() -> Path:
     """The catalogue that travels with bhx: inside an installed wheel, else beside the package."""
-    package = PACKAGE
-    inside = package / "data_catalog"
-    return inside if inside.is_dir() else package.parent / "data_catalog"
+    inside = PACKAGE / "data_catalog"
+    return inside if inside.is_dir() else PACKAGE.parent / "data_catalog"
 
 
 def read_entry(file: Path) -> Entry:
@@ -206,15 +216,14 @@ def _fetched(entry, data_folder):
     except Exception as error:
         raise InputError(
             f"Expected to fetch {entry.title}, found {type(error).__name__}: {error}",
-            f"Check the connection, or download it by hand from {entry.homepage}",
+            f"Try again with a network connection, or download it by hand from {entry.homepage}",
         ) from error
     rows = pd.DataFrame(found["phenotypic"]).reset_index(drop=True)
     named = pd.DataFrame({"subject": rows[how.id].astype(str)})
     named["participant"] = named["subject"]
     named["site"] = rows[how.site].astype(str) if how.site else next(iter(entry.sites), "")
-    for kind, key in {"bold": how.bold, "confounds": how.confounds}.items():
-        if key:
-            named[kind] = [*map(str, found[key])]
+    for column, key in how.files.items():
+        named[column] = [*map(str, found[key])]
     columns = {p.column or name for name, p in entry.phenotypes.items()}
     return _recoded(pd.concat([named, rows[[c for c in rows if c in columns]]], axis=1), entry)
 
@@ -231,15 +240,15 @@ def _recoded(rows, entry):
 def _by_pattern(entry, folder):
     """Files below a folder whose paths follow the entry's patterns, a row a participant."""
     found = {}
-    for kind, pattern in entry.files.model_dump(exclude_defaults=True).items():
+    for column, pattern in entry.files.items():
         at = pattern.split("/").index("{participant}")
         for file in sorted(folder.glob(pattern.replace("{participant}", "*"))):
             who = file.relative_to(folder).parts[at]
-            found.setdefault(who, {}).setdefault(kind, str(file))
+            found.setdefault(who, {}).setdefault(column, str(file))
     rows = [{"subject": who, "participant": who, **files} for who, files in sorted(found.items())]
     if not rows:
         raise InputError(
-            f"Expected files such as {entry.files.bold or entry.files.t1} in {folder}, found none",
+            f"Expected files such as {next(iter(entry.files.values()))} in {folder}, found none",
             " ".join(entry.steps),
         )
     table = folder / "participants.tsv"

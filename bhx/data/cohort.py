@@ -1,7 +1,6 @@
 """A cohort: opened from the catalogue or a store, saved, cut into scans and splits.
 
-Datasets go in and come out; one subject's files are read in `scans`. Data stay lazy (Dask) until
-somebody computes them; labels are in memory.
+Data stay lazy (Dask) until somebody computes them; labels are in memory.
 """
 
 from __future__ import annotations
@@ -76,9 +75,10 @@ def scan(cohort: xr.Dataset, subject) -> xr.DataArray:
         fact = f"Expected a subject of this cohort, found '{subject}'"
         raise InputError(fact, f"The ids are {listed(cohort.subject.values)}")
     row = cohort.sel(subject=subject)
-    if "bold" not in cohort or not row.has_bold:
-        raise InputError(f"Expected a scan with BOLD, found none for '{subject}'", "See has_bold")
-    bold = row.bold.isel(time=slice(0, int(row.n_volumes)))
+    if BOLD.variable not in cohort or not row[BOLD.has]:
+        fact = f"Expected a scan with BOLD, found none for '{subject}'"
+        raise InputError(fact, f"Choose a subject whose label {BOLD.has} is True")
+    bold = row[BOLD.variable].isel(time=slice(0, int(row.n_volumes)))
     seconds = ("time", np.arange(bold.sizes["time"]) * float(row.tr), {"units": "s"})
     return bold.assign_coords(time=seconds)
 
@@ -105,10 +105,9 @@ def _prepared(name, source, **options):
 
 def _open_sample(entry):
     """The real scan of the atlas assets, and the MNI152 template as a subject with T1 only."""
-
     real = load_sample()
     atlas = load_atlas("schaefer400").sel(roi=real.roi.values)
-    series = da.from_array(real.bold.values[None], chunks=-1)
+    series = da.from_array(real[BOLD.variable].values[None], chunks=-1)
     template = da.from_delayed(dask.delayed(read_template_t1)(), T1_SHAPE, "float32")[None]
     ids = [real.attrs["participant"], "mni152"]
     subject = {
@@ -117,8 +116,8 @@ def _open_sample(entry):
         "site": ["leipzig", "montreal"],
         "tr": [real.attrs["tr"], np.nan],
         "n_volumes": [real.sizes["time"], 0],
-        "has_bold": [True, False],
-        "has_t1": [False, True],
+        BOLD.has: [True, False],
+        ANATOMY.has: [False, True],
     }
     about = {"source": entry.name, "licence": entry.licence}
     bold = da.concatenate([series, da.full_like(series, np.nan)])

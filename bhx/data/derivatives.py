@@ -12,6 +12,15 @@ import pandas as pd
 
 from bhx.data.atlas import load_atlas
 from bhx.errors import InputError, listed
+from bhx.modalities.bold import BOLD
+from bhx.modalities.t1 import ANATOMY
+from bhx.modalities.table import MODALITIES
+from bhx.schema import subject_coords, who_has
+
+SESSION = ["sub", "ses"]
+RUN = ["sub", "ses", "run"]
+RUN_FILE, CONFOUNDS = BOLD.files
+IMAGE, MASK = ANATOMY.files
 
 
 def find_scans(folder, *, task: str = "rest", phenotypes=None) -> pd.DataFrame:
@@ -31,7 +40,8 @@ def find_scans(folder, *, task: str = "rest", phenotypes=None) -> pd.DataFrame:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"Expected a folder of derivatives, found none at {folder}", "Check it")
+        fact = f"Expected a folder of derivatives, found none at {folder}"
+        raise InputError(fact, "Give the folder that holds dataset_description.json or sub-*")
     found = [_described(file) for file in _files_below(folder)]
     files = pd.DataFrame(found, columns=[*RUN, "task", "space", "kind", "rank", "path"])
     files = files[files.kind != ""].sort_values("rank", kind="stable")
@@ -40,18 +50,18 @@ def find_scans(folder, *, task: str = "rest", phenotypes=None) -> pd.DataFrame:
         of_kind = files[(files.kind == kind) & files.task.isin(["", task])].drop_duplicates(keys)
         return of_kind[[*keys, "path"]].rename(columns={"path": kind})
 
-    anatomy = the_best("t1", [*SESSION, "space"]).drop_duplicates(SESSION)
-    anatomy = anatomy.merge(the_best("t1_mask", [*SESSION, "space"]), "left").drop(columns="space")
-    runs = the_best("bold", RUN).merge(the_best("confounds", RUN), "left")
+    anatomy = the_best(IMAGE, [*SESSION, "space"]).drop_duplicates(SESSION)
+    anatomy = anatomy.merge(the_best(MASK, [*SESSION, "space"]), "left").drop(columns="space")
+    runs = the_best(RUN_FILE, RUN).merge(the_best(CONFOUNDS, RUN), "left")
     alone = anatomy[~anatomy["sub"].isin(runs["sub"])]
     rows = pd.concat([runs.merge(anatomy, "left"), alone])
     first = anatomy.drop_duplicates("sub").set_index("sub")  # for sessions without their own
-    without = rows["t1"].isna()
-    for kind in ("t1", "t1_mask"):
+    without = rows[IMAGE].isna()
+    for kind in ANATOMY.files:
         rows[kind] = rows[kind].mask(without, rows["sub"].map(first[kind]))
     rows = rows.fillna("").sort_values(RUN).reset_index(drop=True)
     if rows.empty:
-        tasks = sorted({*files.task[files.kind == "bold"]})
+        tasks = sorted({*files.task[files.kind == RUN_FILE]})
         raise InputError(
             f"Expected BOLD of task-{task} or T1 in MNI152 space below {folder}, found tasks: "
             f"{listed(tasks) or 'none'}",
@@ -66,11 +76,11 @@ def find_scans(folder, *, task: str = "rest", phenotypes=None) -> pd.DataFrame:
     return rows if phenotypes is None else join_phenotypes(rows, phenotypes)
 
 
-SESSION = ["sub", "ses"]
-RUN = ["sub", "ses", "run"]
-# Names of a cohort that no column of phenotypes may have.
-RESERVED = {"subject", "participant", "roi", "time", "x", "y", "z", "bold", "t1", "tr", "n_volumes"}
-RESERVED |= {"has_bold", "has_t1", "coverage", "warnings", "homotopy", "bold_scale", "n_scrubbed"}
+def reserved() -> set[str]:
+    """Names of a cohort that no column of phenotypes may have."""
+    names = {"subject", "participant", "tr", "n_volumes", "coverage", "warnings"}
+    names |= {"homotopy", "bold_scale", "n_scrubbed"}
+    return names | {name for m in MODALITIES.values() for name in (m.variable, m.has, *m.dims)}
 
 
 def join_phenotypes(scans: pd.DataFrame, phenotypes) -> pd.DataFrame:
@@ -91,17 +101,17 @@ def join_phenotypes(scans: pd.DataFrame, phenotypes) -> pd.DataFrame:
             f"Expected one line a participant, found several for {listed(bare[bare.duplicated()])}",
             "Keep one line, and give what changes between sessions in a table of scans",
         )
-    taken = {*scans.columns, *RESERVED} & {*people.columns}
+    taken = {*scans.columns, *reserved()} & {*people.columns}
     if taken:
         fact = f"Expected columns that bhx does not use itself, found {listed(sorted(taken))}"
-        raise InputError(fact, "Rename them")
+        raise InputError(fact, "Rename these columns in the table of participants")
     people = people.drop(columns="participant_id").set_index(bare)
     key = scans["participant"].str.removeprefix("sub-")
     if not key.isin(people.index).any():
         raise InputError(
             f"Expected phenotypes of these participants, found ids like {listed(people.index, 3)} "
             f"for participants like {listed(key, 3)}",
-            "Write the ids alike",
+            "Write the ids in both as the folders do, with or without sub-",
         )
     joined = people.reindex(key)
     return pd.concat([scans, joined.set_index(scans.index)], axis=1)
@@ -124,12 +134,12 @@ def _described(file):
     kind, rank = "", 0
     forms = [i for i, form in enumerate(BOLD_FORMS) if re.search(form, file.name)]
     if forms:
-        kind, rank = "bold", forms[0]
+        kind, rank = RUN_FILE, forms[0]
     elif file.name.endswith("desc-confounds_timeseries.tsv"):
-        kind = "confounds"
+        kind = CONFOUNDS
     elif tags.get("space", "").startswith("MNI152") and "task" not in tags:
         last = re.search(r"_(T1w|desc-brain_mask)\.nii(\.gz)?$", file.name)
-        kind = {"T1w": "t1", "desc-brain_mask": "t1_mask"}[last[1]] if last else ""
+        kind = {"T1w": IMAGE, "desc-brain_mask": MASK}[last[1]] if last else ""
         rank = int("NLin6" not in tags["space"])  # FSL's space first
     named = {key: tags.get(key, "") for key in [*RUN, "task", "space"]}
     return {**named, "kind": kind if "sub" in tags else "", "rank": rank, "path": str(file)}
@@ -173,22 +183,23 @@ def write_derivatives(cohort, folder, *, surface: bool = True) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True)
+    labels = [n for n in subject_coords(cohort) if n not in {*reserved(), "session", "run"}]
+    runs, images = BOLD.variable, ANATOMY.variable
+    has = {v: who_has(cohort, v) & (v in cohort) for v in (runs, images)}
     people = []
-    for subject in cohort.subject.values:
-        row = cohort.sel(subject=subject)
+    for i in range(cohort.sizes["subject"]):
+        row = cohort.isel(subject=i)
         name = "sub-" + re.sub("[^a-zA-Z0-9]", "", str(row.participant.values).removeprefix("sub-"))
         run = f"{name}_task-rest"
         for part in ("func", "anat"):
             (folder / name / part).mkdir(parents=True)
-        if row.has_bold:
-            bold = row.bold.isel(time=slice(0, int(row.n_volumes))).transpose("roi", "time")
+        if has[runs][i]:
+            bold = row[runs].isel(time=slice(0, int(row.n_volumes))).transpose(*BOLD.dims)
             _write_bold(bold.compute(), folder / name / "func" / run, float(row.tr), surface)
-        if row.has_t1:
-            _write_t1(row.t1.compute(), folder / name / "anat" / f"{name}_space-MNI152NLin6Asym")
-        skipped = {*RESERVED, "session", "run"}
-        on_subject = [n for n, c in cohort.coords.items() if c.dims == ("subject",)]
-        labels = {n: row[n].values.item() for n in on_subject if n not in skipped}
-        people.append({"participant_id": name, **labels})
+        if has[images][i]:
+            stem = folder / name / "anat" / f"{name}_space-MNI152NLin6Asym"
+            _write_t1(row[images].compute(), stem)
+        people.append({"participant_id": name, **{n: row[n].values.item() for n in labels}})
     table = pd.DataFrame(people).drop_duplicates("participant_id")
     table.to_csv(folder / "participants.tsv", sep="\t", index=False, na_rep="n/a")
     return folder
@@ -228,7 +239,6 @@ def _write_bold(bold, stem, tr, surface):
 
 def _write_t1(t1, stem):
     """A T1 in MNI152 space with its brain mask."""
-
     affine = np.diag([*(float(t1[a][1] - t1[a][0]) for a in "xyz"), 1.0])
     affine[:3, 3] = [float(t1[a][0]) for a in "xyz"]
     for name, values in {"desc-preproc_T1w": t1.values, "desc-brain_mask": t1.values > 0}.items():

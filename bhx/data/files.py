@@ -1,25 +1,52 @@
-"""What every file must pass: it is there, its affine is sound, its space is MNI152."""
+"""Readers of files by modality, and what every file must pass: it is there, its affine is sound,
+its space is MNI152."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from bhx.errors import InputError
+from bhx.modalities.base import Modality
 from bhx.modalities.t1 import MNI_ORIGIN, MNI_STEP
+from bhx.modalities.table import MODALITIES
 
 MNI_AFFINE = np.diag([*MNI_STEP, 1.0])
 MNI_AFFINE[:3, 3] = MNI_ORIGIN
 
-# What a row of `find_scans` may bring along without being a label of the subject.
-FILES = ("bold", "confounds", "t1", "t1_mask")
+CORRECT_PATH = "Correct the path: it is relative to the folder that Python runs in"
+
+READERS: dict[str, Callable] = {}  # name of a modality -> reader of a row of a table of scans
 
 
-# --- what every file must pass --------------------------------------------------------------------
+def reader_of(modality: Modality) -> Callable:
+    """Register a function that reads one subject's files of a modality.
+
+    `reader(row, options)` gets the row of a table of scans, with paths under `modality.files`, and
+    the options of `prepare`. It returns a DataArray (*modality.dims) with labels on its dims,
+    facts about the subject (name -> value), and warnings; what cannot be used is an InputError.
+    """
+
+    def register(reader):
+        READERS[modality.name] = reader
+        return reader
+
+    return register
+
+
+def file_columns() -> list[str]:
+    """Columns of a table of scans that name files; all others are labels of the subject."""
+    return [*dict.fromkeys(name for m in MODALITIES.values() for name in m.files)]
+
+
+def readable() -> dict[str, Modality]:
+    """Column of a table of scans -> the modality whose own file stands there."""
+    return {m.files[0]: m for m in MODALITIES.values() if m.name in READERS and m.files}
 
 
 def check_file(path) -> Path:
@@ -30,10 +57,10 @@ def check_file(path) -> Path:
     except FileNotFoundError as error:
         annex = path.is_symlink() and "annex" in os.readlink(path)
         found = "a link to content that is not here" if annex else "nothing"
-        help = "Run datalad get" if annex else "Check the path"
+        help = "Run datalad get" if annex else CORRECT_PATH
         raise InputError(f"Expected a file at {path}, found {found}", help) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"Expected a file at {path}, found {error}", "Check the path") from error
+        raise InputError(f"Expected a file at {path}, found {error}", CORRECT_PATH) from error
     if path.is_dir():
         raise InputError(f"Expected a file at {path}, found a folder", "Name the file inside it")
     if size == 0:
@@ -46,7 +73,8 @@ def check_affine(image, path) -> None:
     affine, name = image.affine, Path(path).name
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         raise InputError(
-            f"Expected an invertible affine in {name}, found {affine[:3]}", "Repair it"
+            f"Expected an invertible affine in {name}, found {affine[:3]}",
+            "Write the image again with the affine of the file it was made from",
         )
     steps = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     if (np.abs(steps).max(0) < 0.999).any():

@@ -1,4 +1,5 @@
-"""Files of many subjects to a cohort store, resumable; one subject's files in `bold`, `anatomy`."""
+"""Files of many subjects to a cohort store, resumable. Whose files are read is registered by
+modality (`files.reader_of`); this file works by dims and names no modality but one in `HALF`."""
 
 from __future__ import annotations
 
@@ -16,19 +17,33 @@ import pandas as pd
 import xarray as xr
 import zarr
 
-from bhx.data.anatomy import read_t1
+import bhx.data.anatomy  # noqa: F401 - registers its reader
 from bhx.data.atlas import load_atlas
-from bhx.data.bold import denoise, fetch_labels, is_volume, needs_denoising, read_bold, read_motion
+from bhx.data.bold import fetch_labels, is_volume
 from bhx.data.catalog import catalog_files, entry_rows, load_entry
 from bhx.data.derivatives import find_scans
-from bhx.data.files import FILES
-from bhx.data.quality import judge_bold
-from bhx.data.store import create_store, extend_store, only_writer, open_store, write_rows
+from bhx.data.files import READERS, file_columns, readable
+from bhx.data.store import (
+    count_written,
+    create_store,
+    extend_store,
+    finish,
+    only_writer,
+    open_store,
+    unwritten,
+    write_rows,
+)
 from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD
 from bhx.modalities.t1 import ANATOMY
-from bhx.schema import ROI_COORDS, build_cohort
+from bhx.modalities.table import MODALITIES
+from bhx.schema import ROI_COORDS, build_cohort, dims_of
 from bhx.settings import folders
+
+DENOISING = {"strategy": "simple"}
+HALF = (ANATOMY.variable,)  # stored in half precision
+FLOAT16_RANGE = (0.1, 6e4)  # of their highest value; others are scaled to keep precision
+MADE_DIMS = ("time", "x", "y", "z")  # their labels follow from their length: see build_cohort
 
 
 def read_scan(
@@ -40,46 +55,48 @@ def read_scan(
     order: str | None = None,
     labels=None,
 ) -> tuple[xr.Dataset, list[str]]:
-    """Read and judge the files of one row: BOLD on parcels, T1 on the grid, and what is odd.
+    """Read and check the files of one row: BOLD on parcels, T1 on the grid, and what is odd.
 
     Parameters
     ----------
-    row : paths under `bold`, `confounds`, `t1`, `t1_mask` (each may be missing), `tr` [s] where no
-        file tells it, and any labels of the subject
-    atlas, order, labels : see `read_bold`
+    row : paths under `bold`, `confounds`, `t1`, `t1_mask` (each may be missing) and the columns of
+        other modalities, `tr` [s] where no file states it, and any labels of the subject
+    atlas, order, labels : see `bhx.data.bold.read_bold`
     voxel_mm : voxel of the T1 [mm]
-    denoising : options of `denoise` for BOLD that is not denoised yet; None leaves it as it is
+    denoising : options of `bhx.data.bold.denoise` for BOLD that is not denoised yet; None leaves it
+        as it is
 
     Returns
     -------
-    Dataset with `bold (roi, time)` and `t1 (x, y, z)` as far as there are any, facts as attributes
-    (tr, n_volumes, coverage, mean_fd, ...), and a list of warnings.
+    Dataset with `bold (roi, time)`, `t1 (x, y, z)` and others as far as there are any, facts as
+    attributes (tr, n_volumes, coverage, mean_fd, ...), and a list of warnings.
 
     Raises
     ------
     InputError
-        The scan is refused.
+        The scan cannot be used.
     """
-    given = {key: row[key] for key in FILES if row.get(key)}
-    if "bold" not in given and "t1" not in given:
-        raise InputError("Expected a row with BOLD or a T1, found neither", "Give the path of one")
-    data, facts, warnings = {}, {"n_volumes": 0, "tr": np.nan}, []
-    if "bold" in given:
-        bold = read_bold(given["bold"], atlas, order=order, labels=labels, tr=row.get("tr"))
-        known = row.get("mean_fd", np.nan)
-        facts["mean_fd"] = read_motion(given["confounds"]) if "confounds" in given else known
-        if denoising and needs_denoising(given["bold"]):
-            bold = denoise(bold, given["bold"], given.get("confounds"), **denoising)
-        data["bold"], judged, warnings = judge_bold(bold, facts["mean_fd"])
-        facts |= judged | {"n_scrubbed": bold.attrs.get("n_scrubbed", 0)}
-    if "t1" in given:
-        data["t1"], odd = read_t1(given["t1"], given.get("t1_mask"), voxel_mm=voxel_mm)
-        warnings = warnings + odd
-    return xr.Dataset(data, attrs=facts), warnings
-
-
-FLOAT16_RANGE = (0.1, 6e4)  # of a T1's highest intensity; others are scaled to keep precision
-DENOISING = {"strategy": "simple"}
+    options = {"atlas": atlas, "voxel_mm": voxel_mm, "denoising": denoising, "order": order}
+    options["labels"] = labels
+    there = {column: m for column, m in readable().items() if row.get(column)}
+    if not there:
+        names = " or ".join(f"'{column}'" for column in readable())
+        fact = f"Expected a row with a file under {names}, found none"
+        raise InputError(fact, "Give the path of one")
+    data, facts, warnings = [], {"n_volumes": 0, "tr": np.nan}, []
+    for modality in there.values():
+        values, more, odd = READERS[modality.name](row, options)
+        data.append(values.rename(modality.variable))
+        facts |= more
+        warnings += odd
+    try:
+        merged = xr.merge(data, compat="override", join="exact", combine_attrs="drop")
+    except ValueError as error:
+        fact = "Expected the same labels on the dims of all files of a row, found "
+        raise InputError(
+            fact + str(error).splitlines()[0], "Give the files the same parcels"
+        ) from error
+    return merged.assign_attrs(facts), warnings
 
 
 def prepare(
@@ -107,14 +124,14 @@ def prepare(
 
     Parameters
     ----------
-    source : folder (see `catalog.find_scans`); catalogue entry, whose own options go before these;
+    source : folder (see `bhx.find_scans`); catalogue entry, whose own options go before these;
         or a DataFrame with `subject`, `participant` and the paths `bold`, `confounds`, `t1`,
-        `t1_mask` (each optional), `tr` [s], and any labels
+        `t1_mask` and those of other modalities (each optional), `tr` [s], and any labels
     out : path of the zarr store, new or made with the same options
-    atlas, order, labels : see `scans.read_bold`
+    atlas, order, labels : see `bhx.data.bold.read_bold`
     voxel_mm : voxel of the T1 [mm], stored masked, unscaled, in half precision
-    denoising : options of `scans.denoise` for BOLD that is not denoised yet, or None
-    task, phenotypes : see `catalog.find_scans`
+    denoising : options of `bhx.data.bold.denoise` for BOLD that is not denoised yet, or None
+    task, phenotypes : see `bhx.find_scans`
     attrs : more attributes of the cohort, such as its licence
     workers : subjects read at a time on threads; each holds one T1 and one volume of BOLD
     client : a dask.distributed Client, or the address of a Dask cluster, instead of threads
@@ -146,7 +163,7 @@ def prepare(
             raise InputError(
                 f"Expected at least one usable subject, found none among {len(rows)}; the first: "
                 f"{next(iter(refused.values()))}",
-                "See the reason, and prepare again",
+                "Correct what this reason names, and prepare again",
             )
         parts = {subject: part for subject, part in parts.items() if subject not in refused}
         about = {"source": "table", "preprocessing": json.dumps(made_by), **(attrs or {})}
@@ -159,21 +176,25 @@ def prepare(
 
 def check_rows(rows: pd.DataFrame) -> list[dict]:
     """Rows of a table of scans, complete and in the order of their unique ids."""
-    rows = rows.copy()
+    rows, name_them = rows.copy(), "Name each row participant[/session][/run]"
     if "subject" not in rows and "participant" in rows:
         rows["subject"] = rows["participant"]
     if "subject" not in rows or not len(rows):
         fact = f"Expected rows with a column 'subject', found {len(rows)} rows with "
-        fact += f"{listed(rows.columns, 20) or 'no columns'}"
-        raise InputError(fact, "Name each row participant[/session][/run]")
+        raise InputError(fact + (listed(rows.columns, 20) or "no columns"), name_them)
     rows["subject"] = rows["subject"].astype(str)
     twice = rows["subject"][rows["subject"].duplicated()]
     if len(twice):
         fact = f"Expected unique subject ids, found {listed(twice.unique())} more than once"
-        raise InputError(fact, "Name each row participant[/session][/run]")
+        raise InputError(fact, name_them)
     for name, default in {"participant": rows["subject"], "site": ""}.items():
         rows[name] = rows[name].fillna("").astype(str) if name in rows else default
+    for name in {*file_columns()} & {*rows.columns}:
+        rows[name] = rows[name].fillna("")
     return rows.sort_values("subject").to_dict("records")
+
+
+# --- each subject to a file of its own ---
 
 
 def _stage(rows, parts, options, workers, client):
@@ -181,7 +202,7 @@ def _stage(rows, parts, options, workers, client):
     from tqdm.auto import tqdm
 
     todo = [row for row in rows if not parts[row["subject"]].exists()]
-    if options["labels"] is None and any(is_volume(row.get("bold")) for row in todo):
+    if options["labels"] is None and any(is_volume(row.get(BOLD.files[0])) for row in todo):
         options = {**options, "labels": fetch_labels(options["atlas"])}
     tasks = [dask.delayed(_stage_one)(row, parts[row["subject"]], options) for row in todo]
     with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="prepare", unit="scan") as bar:
@@ -212,22 +233,24 @@ def _stage_one(row, part, options):
     except Exception as error:  # whatever is wrong with one subject must not end the run
         return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
     arrays = {name: v.values for name, v in data.data_vars.items()}
-    if "t1" in arrays:
-        top = float(np.abs(arrays["t1"]).max())
+    for name in {*HALF} & {*arrays}:
+        top = float(np.abs(arrays[name]).max())
         if not FLOAT16_RANGE[0] < top < FLOAT16_RANGE[1]:
-            arrays["t1"] = arrays["t1"] * np.float32(1000 / top)
-            warnings = [*warnings, f"T1 intensities up to {top:g} scaled to 1000"]
-        arrays["t1"] = arrays["t1"].astype("float16")
-    if "bold" in arrays:
-        arrays["roi"] = data.roi.values.astype(str)
-    labels = {k: v for k, v in row.items() if k not in FILES} | data.attrs
-    labels |= {f"has_{name}": name in arrays for name in ("bold", "t1")}
-    labels["warnings"] = "; ".join(warnings)
-    shapes = {name: v.shape for name, v in arrays.items()}
+            arrays[name] = arrays[name] * np.float32(1000 / top)
+            warnings = [*warnings, f"intensities of '{name}' up to {top:g} scaled to 1000"]
+        arrays[name] = arrays[name].astype("float16")
+    about = {
+        "labels": {k: v for k, v in row.items() if k not in file_columns()}
+        | data.attrs
+        | {m.has: m.variable in arrays for m in MODALITIES.values()}
+        | {"warnings": "; ".join(warnings)},
+        "shapes": {name: v.shape for name, v in arrays.items()},
+        "dims": {d: data[d].values.tolist() for d in data.indexes if d not in MADE_DIMS},
+    }
     unfinished = part.with_suffix(f".{os.getpid()}.tmp")
     part.parent.mkdir(exist_ok=True)
     with open(unfinished, "wb") as file:
-        np.savez(file, about=json.dumps([labels, shapes], default=_in_json), **arrays)
+        np.savez(file, about=json.dumps(about, default=_in_json), **arrays)
     os.replace(unfinished, part)
     return None
 
@@ -239,58 +262,62 @@ def _in_json(value):
 
 def _part(folder, row, made_by):
     """The file of one row: another one when the row, its files or the options change."""
-    files = [Path(row[k]) for k in FILES if row.get(k)]
+    files = [Path(row[k]) for k in file_columns() if row.get(k)]
     state = [(s.st_size, s.st_mtime_ns) for s in (f.stat() for f in files if f.is_file())]
     name = json.dumps([row, state, made_by], sort_keys=True, default=str)
     return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
 
 
+# --- those files to the store ---
+
+
 def _pack(parts, out, attrs):
     """Put the parts of new rows, by their ids, into the store."""
-
     new = _labels_of(parts.values(), attrs)
     if out.exists():
         extend_store(new, out)
     else:
-        unfinished = next(iter(parts.values())).with_name("store")
-        create_store(new, unfinished, "float16")
-        os.replace(unfinished, out)
+        create_store(new, out, half=HALF)
     ids = zarr.open_array(out / "subject", mode="r")[:].tolist()
-    write_rows(out, lambda rows: _load_parts([parts[i] for i in ids[rows]], new))
+    for rows in unwritten(out):
+        write_rows(out, rows, _load_parts([parts[i] for i in ids[rows]], new))
+    finish(out)
 
 
 def _labels_of(parts, attrs):
     """A cohort with the labels of some parts and arrays of the right shape, not yet filled."""
-
-    rows, shapes, roi = [], {}, None
+    rows, shapes, dims = [], {}, {}
     for part in parts:
         with np.load(part) as file:
-            labels, sizes = json.loads(str(file["about"]))
-            names = file["roi"] if "roi" in file.files else roi
-        if roi is not None and names.tolist() != roi.tolist():
-            fact = f"Expected the same parcels in every scan, found others in {labels['subject']}"
-            raise InputError(fact, "Prepare scans of different atlases into different stores")
-        roi = names
-        rows.append(labels)
-        for name in {"bold", "t1"} & {*sizes}:
-            shapes[name] = np.maximum(shapes.get(name, sizes[name]), sizes[name]).tolist()
-    bold, t1 = (
-        da.full((len(rows), *shapes[name]), np.nan, "float32", chunks=(1, *shapes[name]))
+            about = json.loads(str(file["about"]))
+        rows.append(about["labels"])
+        for dim, names in about["dims"].items():
+            if dims.setdefault(dim, names) != names:
+                fact = f"Expected the same labels on '{dim}' in every scan, found others in "
+                fact += about["labels"]["subject"]
+                raise InputError(fact, "Prepare scans of different atlases into different stores")
+        for name, shape in about["shapes"].items():
+            shapes[name] = np.maximum(shapes.get(name, shape), shape).tolist()
+    data = {
+        name: da.full(
+            (len(rows), *shapes[name]), np.nan, dtype="float32", chunks=(1, *shapes[name])
+        )
+        for name in dims_of("cohort")
         if name in shapes
-        else None
-        for name in ("bold", "t1")
-    )
+    }
     table = pd.DataFrame(rows)
     text = table.select_dtypes(exclude=["number", "bool"]).columns
     table[text] = table[text].fillna("").astype(str)
+    counts = table.select_dtypes("integer").columns.drop("n_volumes")
+    table[counts] = table[counts].astype(float)  # subjects that are added later may lack them
     subject = {name: table[name].to_numpy(str if name in text else None) for name in table}
-    made_by = json.loads(attrs["preprocessing"])
-    attrs = {"atlas": made_by["atlas"] or "", **attrs}
-    roi = {} if roi is None else {"roi": roi}
-    if roi and made_by["atlas"]:
-        atlas = load_atlas(made_by["atlas"]).sel(roi=roi["roi"])
-        roi |= {name: atlas[name].values for name in ROI_COORDS}
-    return build_cohort({BOLD.name: bold, ANATOMY.name: t1}, subject, roi, attrs)
+    atlas = json.loads(attrs["preprocessing"])["atlas"]
+    roi = {"roi": dims.pop("roi")} if "roi" in dims else {}
+    if roi and atlas:
+        parcels = load_atlas(atlas).sel(roi=roi["roi"])
+        roi |= {name: parcels[name].values for name in ROI_COORDS}
+    new = build_cohort(data, subject, roi, {"atlas": atlas or "", **attrs})
+    return new.assign_coords(dims)
 
 
 def _load_parts(parts, like):
@@ -299,15 +326,13 @@ def _load_parts(parts, like):
     out = {name: np.full(shape, np.nan, "float32") for name, shape in shapes.items()}
     for i, part in enumerate(parts):
         with np.load(part) as file:
-            for name in out:
-                if name in file.files:
-                    out[name][(i, *map(slice, file[name].shape))] = file[name]
+            for name in {*out} & {*file.files}:
+                out[name][(i, *map(slice, file[name].shape))] = file[name]
     return out
 
 
 def _rows_in(out, made_by):
     """Ids of the rows that a store has, which must have been made with the same options."""
-
     if not out.exists():
         return set()
     group = zarr.open_group(out, mode="r")
@@ -319,4 +344,4 @@ def _rows_in(out, made_by):
         )
         fact = f"Expected {out} to be prepared with {asked}, found {found}"
         raise InputError(fact, "Give the same options, or another path")
-    return set(group["subject"][: group.attrs["rows_written"]].tolist())
+    return set(group["subject"][: count_written(out)].tolist())

@@ -1,7 +1,6 @@
-"""Verdicts: what is wrong or odd with a scan, and the page that shows a cohort's.
+"""Checks of a scan's quality, on arrays that are read already.
 
-Judged are arrays that are read already; no file of a subject is opened here. What cannot be used
-raises InputError, what can be used but not blindly is a warning, one clause of plain text.
+What cannot be used raises InputError; what can be used with care is a warning, one clause of text.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from bhx.errors import InputError, listed
+from bhx.modalities.t1 import block_mean
 
 PATCH_SECONDS = 35.28  # a scan shorter than one patch has no token (48 x 0.735 s)
 SHORT_SECONDS = 180.0  # connectivity of shorter scans is poorly repeatable
@@ -25,7 +25,9 @@ MIN_T1_COVERAGE = 0.6  # share of the template's brain with T1 signal
 BRAIN_ML = (1000.0, 2400.0)  # in MNI152 space; the template has 1881 ml
 
 
-def judge_bold(bold: xr.DataArray, mean_fd: float = np.nan) -> tuple[xr.DataArray, dict, list[str]]:
+def check_bold_quality(
+    bold: xr.DataArray, mean_fd: float = np.nan
+) -> tuple[xr.DataArray, dict, list[str]]:
     """Refuse, or warn of, what is wrong with parcel series; parcels without signal become zeros.
 
     Returns
@@ -36,24 +38,24 @@ def judge_bold(bold: xr.DataArray, mean_fd: float = np.nan) -> tuple[xr.DataArra
     if n * tr < PATCH_SECONDS:
         fact = f"Expected at least {PATCH_SECONDS} s of BOLD in {name}, "
         fact += f"found {n * tr:.1f} s ({n} volumes at TR {tr:g} s)"
-        raise InputError(fact, "A scan shorter than one patch has no token")
+        raise InputError(fact, "Leave this scan out: it is shorter than one patch, one token")
     values = bold.values
     lost = ~np.isfinite(values).all(1)
     flat = ~lost & (np.ptp(np.where(lost[:, None], 0, values), axis=1) <= 1e-9)
     covered = bold.covered.values if "covered" in bold.coords else np.ones(len(lost))
-    thin = ~lost & ~flat & (covered < PARCEL_COVERAGE)
-    without = lost | flat | thin
+    sparse = ~lost & ~flat & (covered < PARCEL_COVERAGE)
+    without = lost | flat | sparse
     coverage = 1 - without.mean()
     if coverage < MIN_COVERAGE:
         raise InputError(
             f"Expected signal in at least {MIN_COVERAGE:.0%} of the parcels of {name}, found it "
             f"in {coverage:.0%}; NaN: {lost.sum()}, constant: {flat.sum()}, hardly in the field of "
-            f"view: {thin.sum()}",
-            "Check the field of view, the space and the mask",
+            f"view: {sparse.sum()}",
+            "Look at the scan's field of view, its space and its mask; leave it out if they are so",
         )
     out = bold.copy(data=np.where(without[:, None], 0, values))
     if better := better_order(out):
-        fact = f"Expected parcels in the order their names say in {name}, found left and right "
+        fact = f"Expected parcels in the order of their names in {name}, found left and right "
         fact += f"partners that correlate far better in {better}"
         raise InputError(fact, "Correct the names, or give the order of a table without names")
     out = out.astype("float32")
@@ -117,15 +119,14 @@ def better_order(bold: xr.DataArray) -> str:
     return best if clear else ""
 
 
-def judge_t1(t1: np.ndarray, template: np.ndarray, name: str = "a T1") -> list[str]:
+def check_t1_quality(t1: np.ndarray, template: np.ndarray, name: str = "a T1") -> list[str]:
     """Refuse a T1 on the 1 mm grid that is no brain in MNI152 space; else its warnings.
 
-    The template is symmetric: a T1 whose header hides a left-right flip cannot be told here.
+    The template is symmetric: a T1 whose header hides a left-right flip is not found here.
     """
     if np.ptp(t1) == 0:
-        raise InputError(
-            f"Expected a brain in {name}, found {t1.flat[0]:g} everywhere", "Check the mask"
-        )
+        fact = f"Expected a brain in {name}, found {t1.flat[0]:g} everywhere"
+        raise InputError(fact, "Give the brain mask of this image, or another image")
     inside = t1 != 0
     brain = inside.sum() / 1000
     if brain > BRAIN_ML[1]:
@@ -134,7 +135,7 @@ def judge_t1(t1: np.ndarray, template: np.ndarray, name: str = "a T1") -> list[s
         raise InputError(fact, "Skull-strip it or give its brain mask")
 
     def likeness(volume):
-        return float(np.corrcoef(_blocks(volume).ravel(), _blocks(template).ravel())[0, 1])
+        return float(np.corrcoef(*(block_mean(v, 8).ravel() for v in (volume, template)))[0, 1])
 
     r = likeness(t1)
     turned = {"back to front": np.flip(t1, 1), "upside down": np.flip(t1, 2)}
@@ -155,9 +156,3 @@ def judge_t1(t1: np.ndarray, template: np.ndarray, name: str = "a T1") -> list[s
     if (t1 < 0).any():
         warnings.append(f"negative T1 intensities, down to {t1.min():g}")
     return warnings
-
-
-def _blocks(t1, size=8):
-    """Means over blocks of `size` voxels."""
-    a, b, c = (n // size for n in t1.shape)
-    return t1.reshape(a, size, b, size, c, size).mean((1, 3, 5))

@@ -1,4 +1,4 @@
-"""The page that shows a cohort's quality, the odd subjects first."""
+"""The page that shows a cohort's quality, the most conspicuous subjects first. Drawn by dims."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
+from bhx.data.page import page
 from bhx.errors import listed
-from bhx.schema import check
+from bhx.schema import check, who_has
 
-# --- the page -------------------------------------------------------------------------------------
+SERIES = ("roi", "time")
+LABELS = ("site", "tr", "n_volumes", "coverage", "homotopy", "mean_fd", "bold_scale", "warnings")
 
 
 def quality_page(cohort: xr.Dataset, path, *, pictures: int = 12) -> Path:
-    """Write one self-contained HTML page on the quality of a cohort, the odd subjects first.
+    """Write one self-contained HTML page on the quality of a cohort.
 
     It has a table of all subjects with their warnings, the subjects that were refused, where on
-    the cortex there is signal, and, for the first few subjects, a carpet plot (parcels by network
-    x time) and a mosaic of the T1. Subjects are read one after another.
+    the cortex there is signal, and, for the most conspicuous subjects, a carpet plot of parcel
+    series (parcels by network x time) and a mosaic of volumes. Subjects are read one by one.
 
     Parameters
     ----------
@@ -32,80 +34,81 @@ def quality_page(cohort: xr.Dataset, path, *, pictures: int = 12) -> Path:
     pictures : how many subjects are drawn
     """
     check(cohort, "cohort")
-    table = _rank(cohort)
-    shown = [_portrait(cohort.sel(subject=subject)) for subject in table.index[:pictures]]
-    has = [int(cohort[f"has_{name}"].sum()) for name in ("bold", "t1")]
-    facts = {
-        "rows": f"{len(table)}, {has[0]} with BOLD, {has[1]} with T1",
-        "participants": len(np.unique(cohort.participant)),
-        "with warnings": int((table["warnings"] != "").sum()),
-    }
-    told = ("source", "atlas", "preprocessing", "licence")
-    facts = {name: cohort.attrs.get(name, "") for name in told} | facts
+    table = _ranked(cohort)
+    ranked = cohort.get_index("subject").get_indexer(table.index[:pictures])
+    facts = {n: cohort.attrs.get(n, "") for n in ("source", "atlas", "preprocessing", "licence")}
+    has = (f"{who_has(cohort, name).sum()} with {name}" for name in cohort.data_vars)
+    facts["rows"] = ", ".join([str(len(table)), *has])
+    facts["participants"] = len(np.unique(cohort.participant))
+    facts["with warnings"] = int((table["warnings"] != "").sum())
     refused = pd.Series(cohort.attrs.get("refused", {}), dtype=object, name="reason").to_frame()
-    sections = [
-        f"<h1>Quality of {escape(str(facts['source']) or 'a cohort')}</h1>",
-        pd.Series(facts, dtype=object).to_frame().to_html(header=False, escape=True),
-        "<h2>Refused</h2>" + refused.to_html(escape=True) if len(refused) else "",
-        "<h2>Where there is signal</h2>" + _coverage_figure(cohort) if "bold" in cohort else "",
-        "<h2>The odd ones first</h2>" + "".join(shown),
-        "<h2>Every subject</h2>" + table.to_html(escape=True, float_format="{:.3g}".format),
-    ]
-    style = "body{font:15px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
-    style += "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .5em;"
-    style += "text-align:left;font-weight:normal}img{max-width:100%}"
-    head = f"<meta charset=utf-8><title>Quality of a cohort</title><style>{style}</style>"
+    series = [name for name, v in cohort.data_vars.items() if v.dims[1:] == SERIES]
+    sections = {
+        "": pd.Series(facts, dtype=object).to_frame().to_html(header=False),
+        "Refused": refused.to_html() if len(refused) else "",
+        "Where there is signal": "".join(_coverage(cohort, name) for name in series),
+        "The most conspicuous subjects": "".join(_portrait(cohort, i) for i in ranked),
+        "Every subject": table.to_html(float_format="{:.3g}".format),
+    }
+    body = "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
     path = Path(path)
-    path.write_text(f"<!doctype html>{head}{''.join(sections)}", encoding="utf8")
+    title = f"Quality of {facts['source'] or 'a cohort'}"
+    path.write_text(page(title, body), encoding="utf8")
     return path
 
 
-def _rank(cohort):
+def _ranked(cohort):
     """A table of all subjects, those with most warnings and farthest from the others on top."""
-    names = ("site", "tr", "n_volumes", "coverage", "homotopy", "mean_fd", "bold_scale", "warnings")
+    labels = {name: cohort[name].values for name in LABELS if name in cohort.coords}
     table = pd.DataFrame(
-        {name: cohort[name].values for name in names if name in cohort.coords},
-        index=pd.Index(cohort.subject.values, name="subject"),
+        {**labels, "warnings": labels.get("warnings", "")}, cohort.indexes["subject"]
     )
-    if "warnings" not in table:
-        table["warnings"] = ""
     numbers = table[[n for n in ("coverage", "homotopy", "mean_fd") if n in table]]
     spread = (numbers - numbers.median()).abs() / (numbers.quantile(0.75) - numbers.quantile(0.25))
     far = spread.replace(np.inf, np.nan).max(axis=1).fillna(0)
     many = table["warnings"].str.count(";") + (table["warnings"] != "")
-    order = pd.DataFrame({"many": -many, "far": -far}).sort_values(["many", "far"], kind="stable")
-    return table.loc[order.index]
+    return table.iloc[np.lexsort((-far, -many))]
 
 
-def _portrait(row):
-    """Heading, warnings, carpet plot and T1 mosaic of one subject."""
-
-    panels = [name for name in ("bold", "t1") if name in row and row[f"has_{name}"]]
+def _portrait(cohort, i):
+    """Heading, warnings and pictures of one subject."""
+    row = cohort.isel(subject=i)
+    drawn = [n for n, v in row.data_vars.items() if v.dims in PANELS and who_has(cohort, n)[i]]
     figure = Figure(figsize=(11, 2.6), layout="constrained")
-    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        if name == "bold":
-            bold = row.bold.isel(time=slice(0, int(row.n_volumes)))
-            bold = bold.sortby("network") if "network" in bold.coords else bold
-            z = (bold - bold.mean("time")) / bold.std("time").clip(1e-6)
-            ends = (0, bold.sizes["time"] * float(row.tr), len(z), 0)  # s, parcels
-            axes.imshow(z, cmap="gray", vmin=-2, vmax=2, aspect="auto", extent=ends)
-            axes.set(xlabel="time [s]", ylabel="parcel, by network")
-        else:
-            t1 = row.t1.values[::-1]  # left on the left
-            cuts = [t1[:, :, int(t1.shape[2] * q)].T for q in np.linspace(0.25, 0.7, 6)]
-            axes.imshow(np.hstack(cuts), cmap="gray", origin="lower")
-            axes.set_axis_off()
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(drawn) or 1)), drawn, strict=False):
+        PANELS[row[name].dims](axes, row[name], row)
     warnings = escape(str(row.warnings.values)) if "warnings" in row.coords else ""
-    return f"<h3>{escape(str(row.subject.values))}</h3><p>{warnings}</p>{_image(figure)}"
+    heading = f"<h3>{escape(str(row.subject.values))}</h3><p>{warnings}</p>"
+    return heading + (_image(figure) if drawn else "")
 
 
-def _coverage_figure(cohort):
+def _carpet(axes, series, row):
+    """z-scored parcels by network x time."""
+    series = series.isel(time=slice(0, int(row.n_volumes)))
+    series = series.sortby("network") if "network" in series.coords else series
+    z = (series - series.mean("time")) / series.std("time").clip(1e-6)
+    ends = (0, series.sizes["time"] * float(row.tr), len(z), 0)  # s, parcels
+    axes.imshow(z, cmap="gray", vmin=-2, vmax=2, aspect="auto", extent=ends)
+    axes.set(xlabel="time [s]", ylabel="parcel, by network")
+
+
+def _mosaic(axes, volume, row):
+    """Six axial slices, left on the left."""
+    values = volume.values[::-1]
+    cuts = [values[:, :, int(values.shape[2] * q)].T for q in np.linspace(0.25, 0.7, 6)]
+    axes.imshow(np.hstack(cuts), cmap="gray", origin="lower")
+    axes.set_axis_off()
+
+
+PANELS = {SERIES: _carpet, ("x", "y", "z"): _mosaic}  # variables of other dims are not drawn
+
+
+def _coverage(cohort, name):
     """Share of scans with signal in each parcel, drawn at the parcels' centroids."""
-
-    bold = cohort.bold.isel(subject=np.flatnonzero(cohort.has_bold.values))
-    share = ((bold.fillna(0) != 0).any("time")).mean("subject").values
+    series = cohort[name].isel(subject=np.flatnonzero(who_has(cohort, name)))
+    share = ((series.fillna(0) != 0).any("time")).mean("subject").values
     worst = sorted(zip(share, cohort.roi.values, strict=True))[:5]
-    worst = [f"{name} {part:.0%}" for part, name in worst if part < 1]
+    worst = [f"{roi} {part:.0%}" for part, roi in worst if part < 1]
     text = f"<p>Parcels without signal in some scans: {escape(listed(worst)) or 'none'}.</p>"
     if "mni_x" not in cohort.coords:
         return text
@@ -113,9 +116,9 @@ def _coverage_figure(cohort):
     views = {"the left": (-y, z, x < 0), "above": (x, y, x == x), "the right": (y, z, x > 0)}
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     panels = figure.subplots(1, 3)
-    look = {"vmin": 0, "vmax": 1, "cmap": "viridis", "s": 30}
+    style = {"vmin": 0, "vmax": 1, "cmap": "viridis", "s": 30}
     for axes, (name, (across, up, seen)) in zip(panels, views.items(), strict=True):
-        dots = axes.scatter(across[seen], up[seen], c=share[seen], **look)
+        dots = axes.scatter(across[seen], up[seen], c=share[seen], **style)
         axes.set(title=f"from {name}", aspect="equal")
         axes.set_axis_off()
     figure.colorbar(dots, ax=panels, label="share of scans with signal")

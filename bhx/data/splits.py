@@ -1,9 +1,10 @@
-"""Participants cut into parts: all scans of one participant share a part."""
+"""Participants cut into parts: all rows of one participant share a part."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,35 @@ import pandas as pd
 import xarray as xr
 
 from bhx.errors import InputError, listed
-from bhx.schema import check
+from bhx.schema import check, subject_coords
+
+
+def cut(participants, shares: Mapping[str, float], seed: int, strata=None) -> np.ndarray:
+    """A part for each row, such that no participant is in two parts: array (row,) of names.
+
+    Parameters
+    ----------
+    participants : array (row,) of ids
+    shares : name of a part -> share of the participants; they sum to 1
+    seed : the same seed and participants give the same parts
+    strata : array (row,); every part gets its share of each stratum. A participant counts with its
+        first row.
+    """
+    if not shares or not np.isclose(sum(shares.values()), 1) or min(shares.values()) <= 0:
+        fact = f"Expected positive shares that sum to 1, found {dict(shares)}"
+        raise InputError(fact, "Give for instance shares={'train': 0.8, 'test': 0.2}")
+    person, people = pd.factorize(np.asarray(participants))
+    order = np.random.default_rng(seed).permutation(len(people))
+    if strata is not None:
+        first = np.unique(person, return_index=True)[1]
+        stratum = np.asarray(strata).astype(str)[first]
+        order = order[np.argsort(stratum[order], kind="stable")]
+    names, wanted = np.array([*shares]), np.array([*shares.values()])
+    given, parts = np.zeros(len(names)), np.zeros(len(people), int)
+    for i, one in enumerate(order):  # each to the part that is furthest behind its share
+        parts[one] = np.argmax(wanted * (i + 1) - given)
+        given[parts[one]] += 1
+    return names[parts[person]]
 
 
 def split(
@@ -50,7 +79,6 @@ def split(
     check(cohort, "cohort")
     shares = shares or {"train": 0.6, "validation": 0.2, "test": 0.2}
     stratify = [stratify] if isinstance(stratify, str) else list(stratify)
-    _check_split(cohort, shares, stratify, leave_out)
     made_by = {
         "cohort_sha256": cohort_hash(cohort),
         "seed": seed,
@@ -60,22 +88,20 @@ def split(
         "repeats": repeats,
     }
     if path is not None and Path(path).exists():
-        return _read_split(path, made_by)
-    names = [*stratify, leave_out] if leave_out else stratify
-    rows = pd.DataFrame({name: cohort[name].values for name in ["participant", *names]})
-    people = rows.drop_duplicates("participant").set_index("participant")
-    if leave_out:
-        values = people[leave_out]
-        cuts = {v: np.where(values == v, "test", "train") for v in sorted(values.unique())}
+        kept = _kept(path, made_by)
+    elif leave_out:
+        kept = _one_out(_labels(cohort, leave_out), cohort.participant.values, leave_out)
     else:
-        cuts = {i: _cut(people, shares, seed + i) for i in range(repeats)}
-    parts = [pd.Series(cut, people.index)[rows.participant].to_numpy(str) for cut in cuts.values()]
-    coords = {"repeat": list(cuts), "subject": cohort.subject.values}
+        strata = [_labels(cohort, name).astype(str) for name in stratify]
+        strata = [" / ".join(names) for names in zip(*strata, strict=True)] if strata else None
+        people = cohort.participant.values
+        kept = {i: cut(people, shares, seed + i, strata) for i in range(repeats)}
     if path is not None:
-        kept = {"repeat": list(cuts), "subject": cohort.subject.values.tolist()}
-        kept |= {"part": [part.tolist() for part in parts], "made_by": made_by}
-        Path(path).write_text(json.dumps(kept, indent=1, default=str), encoding="utf8")
-    return xr.DataArray(np.stack(parts), coords, ("repeat", "subject"), "part", made_by)
+        parts = {"repeat": [*kept], "part": [part.tolist() for part in kept.values()]}
+        parts |= {"subject": cohort.subject.values.tolist(), "made_by": made_by}
+        Path(path).write_text(json.dumps(parts, indent=1, default=str), encoding="utf8")
+    coords = {"repeat": [*kept], "subject": cohort.subject.values}
+    return xr.DataArray(np.stack([*kept.values()]), coords, ("repeat", "subject"), "part", made_by)
 
 
 def cohort_hash(cohort: xr.Dataset) -> str:
@@ -84,40 +110,25 @@ def cohort_hash(cohort: xr.Dataset) -> str:
     return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
 
 
-def _cut(people, shares, seed):
-    """A part for each participant: strata in turn, each member to the part furthest behind."""
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(people))
-    if len(people.columns):
-        strata = people.astype(str).agg(" / ".join, axis=1).to_numpy(str)
-        order = order[np.argsort(strata[order], kind="stable")]
-    names, wanted = list(shares), np.array(list(shares.values()))
-    given, parts = np.zeros(len(names)), np.empty(len(people), object)
-    for i, person in enumerate(order):
-        behind = int(np.argmax(wanted * (i + 1) - given))
-        given[behind] += 1
-        parts[person] = names[behind]
-    return parts
+def _labels(cohort, name):
+    known = subject_coords(cohort)
+    if name not in known:
+        fact = f"Expected a coordinate on subject to split by, found '{name}'"
+        raise InputError(fact, f"This cohort has {listed(known, 20)}")
+    return cohort[name].values
 
 
-def _check_split(cohort, shares, stratify, leave_out):
-    for name in [*stratify, *([leave_out] if leave_out else [])]:
-        if name not in cohort.coords or cohort[name].dims != ("subject",):
-            on_subject = [n for n, c in cohort.coords.items() if c.dims == ("subject",)]
-            fact = f"Expected a coordinate on subject to split by, found '{name}'"
-            raise InputError(fact, f"This cohort has {listed(on_subject, 20)}")
-    if not np.isclose(sum(shares.values()), 1) or min(shares.values()) <= 0:
-        fact = f"Expected positive shares that sum to 1, found {shares}"
-        raise InputError(fact, "Give for instance shares={'train': 0.8, 'test': 0.2}")
-    if leave_out:
-        several = pd.Series(cohort[leave_out].values).groupby(cohort.participant.values).nunique()
-        if (several > 1).any():
-            fact = f"Expected one {leave_out} for each participant, found several for "
-            fact += f"{listed(several.index[several > 1])}"
-            raise InputError(fact, f"Choose the scans of one {leave_out} for them")
+def _one_out(values, participants, name):
+    """For each value, "test" for its participants and "train" for all others."""
+    several = pd.Series(values).groupby(participants).nunique()
+    if (several > 1).any():
+        fact = f"Expected one {name} for each participant, found several for "
+        fact += f"{listed(several.index[several > 1])}"
+        raise InputError(fact, f"Choose the scans of one {name} for them")
+    return {value: np.where(values == value, "test", "train") for value in np.unique(values)}
 
 
-def _read_split(path, made_by):
+def _kept(path, made_by):
     """A kept split, when it was made from these subjects with these options."""
     kept = json.loads(Path(path).read_text(encoding="utf8"))
     for name, value in made_by.items():
@@ -127,5 +138,40 @@ def _read_split(path, made_by):
                 f"{kept['made_by'].get(name)}",
                 "Give the same subjects and options, or another path for a new split",
             )
-    coords = {"repeat": kept["repeat"], "subject": kept["subject"]}
-    return xr.DataArray(np.array(kept["part"]), coords, ("repeat", "subject"), "part", made_by)
+    return dict(zip(kept["repeat"], map(np.array, kept["part"]), strict=True))
+
+
+def permute_within(units, strata, rng, families=None) -> np.ndarray:
+    """An order of the rows that exchanges labels which, if they mean nothing, are exchangeable.
+
+    Parameters
+    ----------
+    units : participant of each row; all rows of one move together
+    strata : site of each row; labels stay within it
+    rng : numpy random Generator
+    families : family of each row, or None; whole families of like make-up are exchanged, then
+        members within each
+    """
+    units, strata, order = np.asarray(units), np.asarray(strata), np.arange(len(units))
+    if families is not None:
+        families = np.asarray(families)
+        order = order[_exchange(families, units, strata, rng)]
+        strata = np.char.add(families.astype(str), np.char.add("|", strata.astype(str)))
+    return order[_exchange(units, units, strata, rng)]
+
+
+def _exchange(blocks, units, strata, rng):
+    """Shuffle whole blocks whose rows have the same strata and the same pattern of units."""
+    _, of_row, counts = np.unique(units, return_inverse=True, return_counts=True)
+    rows, alike = {}, {}
+    for row in np.lexsort((units, -counts[of_row])):
+        rows.setdefault(blocks[row], []).append(row)
+    for block, members in rows.items():
+        _, sizes = np.unique(units[members], return_counts=True)
+        key = (tuple(sorted(sizes)), tuple(strata[members]))
+        alike.setdefault(key, []).append(block)
+    out = np.arange(len(units))
+    for group in alike.values():
+        for to, origin in zip(group, rng.permutation(len(group)), strict=True):
+            out[rows[to]] = rows[group[origin]]
+    return out

@@ -1,7 +1,15 @@
-"""Cohorts as zarr v3 stores: created, extended, filled row by row, opened."""
+"""The one row store: a Dataset in zarr v3 whose rows (subjects) are written in any order.
+
+Cohorts and latents are such stores. `create_store` writes labels and empty arrays, `write_rows`
+fills the rows that are still `unwritten`, `finish` declares the store complete. A run that was
+killed goes on with the unwritten rows, and several processes may write different blocks.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,65 +19,134 @@ import xarray as xr
 import zarr
 
 from bhx.errors import InputError, listed
-from bhx.schema import check, dims_of, plain_labels
+from bhx.schema import check, plain_labels
 
-SHARD_BYTES = 64e6  # of one file of a store; a store of one file a subject chokes file systems
+SHARD_BYTES = 64e6  # of one file of a sharded store; one file a subject chokes file systems
+AGAIN = "Run the call that writes it again: it continues where it stopped"
 
 
-def save_cohort(cohort: xr.Dataset, path, *, t1_dtype="float32") -> Path:
+def save_cohort(cohort: xr.Dataset, path, *, half=()) -> Path:
     """Write a cohort as a zarr v3 store that xarray alone can open.
 
     One chunk a subject, many chunks a file (shards); chunks that hold only NaN are not written;
     text is of variable length. Subjects are written block by block, so memory does not grow with
-    the cohort, and `attrs["complete"]` turns true at the very end.
+    the cohort, and `attrs["complete"]` turns true at the very end. A call that was killed is
+    continued by the same call.
 
     Parameters
     ----------
     cohort : lazy or in memory
     path : of the new store
-    t1_dtype : "float32" or "float16"
+    half : variables to store in half precision, such as "t1"; they are float32 again when opened
     """
     check(cohort, "cohort")
     path = Path(path)
-    if path.exists():
+    if not path.exists():
+        create_store(cohort, path, half=half)
+    elif not _was_begun(path, cohort):
         raise InputError(f"Expected a new path, found something at {path}", "Choose another name")
-    create_store(cohort, path, t1_dtype)
-    write_rows(path, lambda rows: cohort.isel(subject=rows)[list(cohort.data_vars)].compute())
+    for rows in unwritten(path):
+        write_rows(path, rows, cohort.isel(subject=rows)[list(cohort.data_vars)].compute())
+    finish(path)
     return path
 
 
-def create_store(cohort, path, t1_dtype):
-    """Write labels and empty arrays for a cohort."""
+def create_store(dataset: xr.Dataset, path, *, half=(), sharded: bool = True) -> None:
+    """Write a Dataset's labels, and empty arrays for its variables; it appears whole or not at all.
+
+    Parameters
+    ----------
+    dataset : variables (subject, ...), of which only shapes and dtypes are read; floats are stored
+        as float32 and are NaN until they are written, bools are False
+    path : of the store, which must not exist
+    half : names of variables to store as float16
+    sharded : many rows a file, up to SHARD_BYTES; False stores each row in a file of its own
+    """
     from zarr.codecs import BloscCodec
 
     encoding, empty = {}, {}
-    for name, v in cohort.data_vars.items():
-        each = 2 ** np.floor(np.log2(SHARD_BYTES / v[0].nbytes))
-        chunks, shards = (1, *v.shape[1:]), (int(np.clip(each, 1, 256)), *v.shape[1:])
-        dtype = t1_dtype if name == "t1" else "float32"
-        empty[name] = (v.dims, da.empty(v.shape, dtype=dtype, chunks=shards), v.attrs)
-        encoding[name] = {"chunks": chunks, "shards": shards, "fill_value": np.nan}
+    for name, v in dataset.data_vars.items():
+        dtype = v.dtype if v.dtype.kind != "f" else "float16" if name in half else "float32"
+        chunk = (1, *(max(n, 1) for n in v.shape[1:]))
+        encoding[name] = {"chunks": chunk}
         encoding[name]["compressors"] = (BloscCodec(cname="lz4", clevel=1, shuffle="shuffle"),)
-    attrs = {**cohort.attrs, "complete": False, "rows_written": 0}
-    coords = {name: as_text(c) for name, c in cohort.coords.items()}
-    store = xr.Dataset(empty, coords, attrs)
-    store.to_zarr(path, mode="w", consolidated=False, encoding=encoding, compute=False)
+        if v.dtype.kind == "f":
+            encoding[name]["fill_value"] = np.nan
+        file = chunk
+        if sharded:
+            rows = 2 ** np.floor(np.log2(SHARD_BYTES / max(v[0].nbytes, 1)))
+            file = encoding[name]["shards"] = (int(np.clip(rows, 1, 256)), *chunk[1:])
+        empty[name] = (v.dims, da.empty(v.shape, dtype=dtype, chunks=file), v.attrs)
+    coords = {name: as_text(c) for name, c in dataset.coords.items()}
+    store = xr.Dataset(empty, coords, {**dataset.attrs, "complete": False, "rows_written": 0})
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    store.to_zarr(part, mode="w", consolidated=False, encoding=encoding, compute=False)
+    os.replace(part, path)
 
 
-def extend_store(new, path):
-    """Make room for new rows behind those of a store, and write their labels."""
+def unwritten(path) -> list[slice]:
+    """Blocks of rows that are still to be written, in order.
 
+    A block is what one file holds, so that several processes can write different blocks; without
+    shards it is one row.
+    """
+    with xr.open_zarr(path, chunks=None, consolidated=False) as store:
+        n, first = store.sizes["subject"], store.attrs["rows_written"]
+        files = [v.encoding["shards"] or v.encoding["chunks"] for v in store.data_vars.values()]
+    step = max(file[0] for file in files)
+    starts = [first, *range((first // step + 1) * step, n, step)]
+    blocks = [slice(a, b) for a, b in zip(starts, [*starts[1:], n], strict=True) if a < b]
+    written = _marked_rows(path)
+    return [b for b in blocks if not written.issuperset(range(b.start, b.stop))]
+
+
+def write_rows(path, rows: slice, arrays: Mapping) -> None:
+    """Write arrays (row, ...) by variable name, then mark these rows as written.
+
+    Variables that are not given stay empty (NaN), and so does what lies behind a shorter array.
+    """
     group = zarr.open_group(path, mode="r+")
-    n = group.attrs["rows_written"]
+    for name, values in arrays.items():
+        values = np.asarray(values)
+        group[name][(rows, *map(slice, values.shape[1:]))] = values
+    _markers(path).mkdir(exist_ok=True)
+    (_markers(path) / f"{rows.start}-{rows.stop}").touch()
+
+
+def finish(path) -> None:
+    """Declare a store complete; from then on it opens."""
+    group = zarr.open_group(path, mode="r+")
+    group.attrs.update(complete=True, rows_written=group["subject"].shape[0])
+    shutil.rmtree(_markers(path), ignore_errors=True)
+
+
+def count_written(path) -> int:
+    """How many rows from the first one on are written without a gap."""
+    todo = unwritten(path)
+    return todo[0].start if todo else zarr.open_array(Path(path) / "subject", mode="r").shape[0]
+
+
+def extend_store(new: xr.Dataset, path) -> None:
+    """Make room for new rows behind those that are written, and write their labels.
+
+    Only `time` may be longer or shorter than in the store; other dims must have the same labels.
+    """
+    n = count_written(path)
+    group = zarr.open_group(path, mode="r+")
     surplus = {*new.coords, *new.data_vars} - {*group.array_keys()}
     if surplus:
         fact = f"Expected new subjects with the labels of {path}, found also "
-        fact += f"{listed(sorted(surplus))}"
-        raise InputError(fact, "Prepare all subjects into a new store")
-    if "roi" in new.coords and group["roi"][:].tolist() != new.roi.values.tolist():
-        fact = f"Expected the parcels of {path}, found others in the new subjects"
-        raise InputError(fact, "Prepare them into another store")
-    group.attrs["complete"] = False
+        raise InputError(
+            fact + listed(sorted(surplus)), "Prepare all subjects together into a new store"
+        )
+    for dim in {*new.dims} - {"subject", "time"}:
+        if dim in new.coords and group[dim][:].tolist() != new[dim].values.tolist():
+            fact = f"Expected the labels of {path} on '{dim}', found others in the new subjects"
+            raise InputError(fact, "Prepare them into another store")
+    group.attrs.update(complete=False, rows_written=n)
+    shutil.rmtree(_markers(path), ignore_errors=True)
     longest = max(new.sizes.get("time", 0), group["time"].shape[0] if "time" in group else 0)
     for name, array in group.arrays():
         dims = array.metadata.dimension_names
@@ -81,63 +158,69 @@ def extend_store(new, path):
             array[n:] = as_text(new[name]).values.astype(array.dtype)
 
 
-def write_rows(path, read):
-    """Fill a store's rows from the first unwritten one, whole files at a time; then mark it.
+def open_store(path, kind: str = "cohort") -> xr.Dataset:
+    """A zarr store as a checked Dataset: data lazy, labels in memory and as plain text.
 
-    `read` takes a slice of rows and returns arrays by variable name.
+    `kind` is "cohort" or "latents" (see `bhx.schema.check`).
     """
-
-    group = zarr.open_group(path, mode="r+")
-    arrays = {n: a for n, a in group.arrays() if n in dims_of("cohort")}
-    step = max(a.shards[0] for a in arrays.values())
-    start, end = group.attrs["rows_written"], group["subject"].shape[0]
-    while start < end:
-        stop = min(end, (start // step + 1) * step)
-        block = read(slice(start, stop))
-        for name in block:  # what these rows do not have at all stays unwritten: NaN
-            values, array = np.asarray(block[name]), arrays[name]
-            array[(slice(start, stop), *map(slice, values.shape[1:]))] = values
-        group.attrs["rows_written"] = start = stop
-    group.attrs["complete"] = True
-
-
-@contextmanager
-def only_writer(out):
-    """Hold the lock of a store, which the system frees when a process dies."""
-    from filelock import FileLock, Timeout
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
-            yield
-    except Timeout as error:
-        raise InputError(
-            f"Expected to be the only writer of {out}, found another", "Wait"
-        ) from error
-
-
-def open_store(path):
-    """A zarr store as a checked cohort: data lazy, labels in memory and as plain text."""
+    path = Path(path)
     if not (path / "zarr.json").exists():
         found = "no zarr.json" if path.exists() else "nothing"
         fact = f"Expected a zarr v3 store at {path}, found {found}"
-        raise InputError(fact, "Write one with bhx.save_cohort or bhx.prepare")
-    cohort = xr.open_zarr(path, chunks={}, consolidated=False)
-    if not cohort.attrs.get("complete", True):
-        raise InputError(
-            f"Expected a finished store at {path}, found {cohort.attrs.get('rows_written', 0)} of "
-            f"{cohort.sizes.get('subject', 0)} subjects written",
-            "Run the call that writes it again",
-        )
-    cohort = plain_labels(cohort)
-    if "t1" in cohort:
-        cohort["t1"] = cohort.t1.astype("float32")
-    return check(cohort, "cohort")
+        writers = {"cohort": "bhx.save_cohort or bhx.prepare", "latents": "bhx.embed(store=...)"}
+        raise InputError(fact, f"Write one with {writers[kind]}")
+    data = xr.open_zarr(path, chunks={}, consolidated=False)
+    if not data.attrs.get("complete", True):
+        n = data.sizes["subject"]
+        there = n - sum(rows.stop - rows.start for rows in unwritten(path))
+        fact = f"Expected a finished store at {path}, found {there} of {n} subjects written"
+        raise InputError(fact, AGAIN)
+    half = [name for name, v in data.data_vars.items() if v.dtype == "float16"]
+    return check(plain_labels(data.assign({n: data[n].astype("float32") for n in half})), kind)
 
 
-def as_text(coord):
+@contextmanager
+def only_writer(path):
+    """Hold the lock of a store, which the system frees when a process dies."""
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
+            yield
+    except Timeout as error:
+        fact = f"Expected to be the only writer of {path}, found another process that writes it"
+        raise InputError(fact, "Run this again when that process has ended") from error
+
+
+def as_text(coord: xr.DataArray) -> xr.Variable:
     """Text of variable length for the store; numbers as they are."""
     if coord.dtype.kind not in "UOT":
         return coord.variable.compute()
     values = np.array([str(v) for v in coord.values.ravel()], object).reshape(coord.shape)
     return xr.Variable(coord.dims, values, coord.attrs)
+
+
+def _markers(path):
+    """Folder of empty files "start-stop", one for each call of `write_rows`; it lies where zarr
+    looks for nothing, and is gone from a finished store."""
+    return Path(path) / "subject" / "written"
+
+
+def _marked_rows(path):
+    spans = [map(int, file.name.split("-")) for file in _markers(path).glob("*-*")]
+    return {row for span in spans for row in range(*span)}
+
+
+def _was_begun(path, cohort):
+    """Whether a store is the unfinished one of this cohort."""
+    if not (path / "zarr.json").exists():
+        return False
+    with xr.open_zarr(path, chunks=None, consolidated=False) as store:
+        return (
+            store.attrs.get("complete") is False
+            and store.sizes == cohort.sizes
+            and {*store.data_vars} == {*cohort.data_vars}
+            and store.subject.values.tolist() == cohort.subject.values.tolist()
+        )

@@ -25,7 +25,7 @@ from threadpoolctl import ThreadpoolController
 from bhx.data.atlas import ATLASES, load_atlas
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD, check_tr
-from bhx.modalities.t1 import ANATOMY, t1_grid
+from bhx.modalities.t1 import ANATOMY, block_mean, t1_grid
 from bhx.schema import ROI_COORDS, build_cohort
 
 
@@ -184,8 +184,8 @@ class _Row:
     mean_fd: float
     trait_structure: float
     trait_function: float
-    has_bold: bool
-    has_t1: bool
+    has_run: bool
+    has_image: bool
 
     def rng(self, stream: int, lasting: bool = False) -> np.random.Generator:
         """A generator of its own for each participant, stream and (unless lasting) session."""
@@ -227,8 +227,8 @@ def _participant(number, seed, sites, effects, missing, repeats) -> list[_Row]:
         mean_fd=round(float(np.exp(median + 0.4 * fd)), 3),
         trait_structure=float(both - shift),
         trait_function=float(both + shift),
-        has_bold=bool(lacks <= 1 - missing / 2),
-        has_t1=bool(lacks >= missing / 2),
+        has_run=bool(lacks <= 1 - missing / 2),
+        has_image=bool(lacks >= missing / 2),
     )
     return [replace(first, session=1 + k, age=first.age + k) for k in range(first.n_sessions)]
 
@@ -240,15 +240,16 @@ def _labels(rows) -> dict[str, np.ndarray]:
         f"{name}/ses-{row.session}" if row.n_sessions > 1 else name
         for name, row in zip(participant, rows, strict=True)
     ]
-    has_bold = np.array([row.has_bold for row in rows])
+    has_run = np.array([row.has_run for row in rows])
     out = {"subject": ids, "participant": participant}
     out["session"] = [str(row.session) for row in rows]
     out["site"] = [row.site.name for row in rows]
-    out["tr"] = np.where(has_bold, [row.site.tr for row in rows], np.nan)
-    out["n_volumes"] = np.where(has_bold, [row.site.n_volumes for row in rows], 0)
-    out["mean_fd"] = np.where(has_bold, [row.mean_fd for row in rows], np.nan)
-    out["coverage"] = has_bold.astype(float)
-    for name in ("age", "sex", "diagnosis", "has_bold", "has_t1", *TRAITS):
+    out["tr"] = np.where(has_run, [row.site.tr for row in rows], np.nan)
+    out["n_volumes"] = np.where(has_run, [row.site.n_volumes for row in rows], 0)
+    out["mean_fd"] = np.where(has_run, [row.mean_fd for row in rows], np.nan)
+    out["coverage"] = has_run.astype(float)
+    out[BOLD.has], out[ANATOMY.has] = has_run, [row.has_image for row in rows]
+    for name in ("age", "sex", "diagnosis", *TRAITS):
         out[name] = [getattr(row, name) for row in rows]
     ahead = np.greater(out["trait_function"], out["trait_structure"])
     out["fusion"] = np.where(ahead, "function-led", "structure-led")
@@ -282,7 +283,7 @@ def _one_row(people, compute, shape, options):
 def _bold(row: _Row, shape, atlas: str, effects) -> np.ndarray:
     """One scan (roi, time) in scanner units, NaN behind its end."""
     out = np.full(shape, np.nan, np.float32)
-    if not row.has_bold:
+    if not row.has_run:
         return out
     site, seconds = row.site, row.site.tr * np.arange(row.site.n_volumes)
     with _ONE_BY_ONE, _blas().limit(limits=1):  # more threads are slower here and round otherwise
@@ -433,7 +434,7 @@ def _movement(row, brain, seconds):
 
 def _t1(row: _Row, shape, voxel_mm: float, effects) -> np.ndarray:
     """One anatomy (x, y, z) in scanner units, 0 outside the brain, NaN where there is none."""
-    if not row.has_t1:
+    if not row.has_image:
         return np.full(shape, np.nan, np.float32)
     with _TEMPLATE:
         head = _template(voxel_mm)
@@ -525,7 +526,7 @@ def _outward(voxel_mm, step: int = 2, reach: float = 8.0):
     trim = slice(_MARGIN // step, -_MARGIN // step)
     away = away[:, trim, trim, trim] * [[[[-1]]], [[[1]]], [[[1]]]]  # x falls along its axis
     if voxel_mm >= step:
-        return np.stack([_block_mean(each, int(voxel_mm) // step) for each in away])
+        return block_mean(away, int(voxel_mm) // step)
     fine = away.repeat(step, 1).repeat(step, 2).repeat(step, 3).astype(np.float32)
     return ndimage.uniform_filter(fine, (1, 3, 3, 3))
 
@@ -548,12 +549,7 @@ def _on_grid(volume, step):
         known = (index >= 0) & (index < values.shape[axis])
         cut = np.take(values, np.where(known, index, 0), axis)
         values = cut * known.reshape([-1 if a == axis else 1 for a in range(3)])
-    return _block_mean(values, step)
-
-
-def _block_mean(volume, k):
-    x, y, z = (n // k for n in volume.shape)
-    return volume.reshape(x, k, y, k, z, k).mean((1, 3, 5), dtype=np.float32)
+    return block_mean(values, step)
 
 
 # ----------------------------------------------------------------------------------- what is true

@@ -1,183 +1,170 @@
-"""One subject's arrays, scaled and cut, to what the networks read, and what they give back."""
+"""From one subject's arrays to what the networks read, and from tokens back to arrays.
+
+Everything walks over the model's modalities. Who the subjects are is not known here.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from bhx.errors import InputError
-from bhx.modalities.bold import BOLD
-from bhx.modalities.t1 import scale_t1, t1_grid
 from bhx.model.config import Harmonix, HarmonixConfig
-from bhx.model.dynamics import patchify
-from bhx.model.structure import cubes
-
-CUBE_DIMS = ("cx", "cy", "cz")
 
 
 @dataclass
 class Reading:
-    """One subject, scaled and cut: windows of patches (parcels, P, samples) with the tokens that
-    can be computed of each, and a T1 (X, Y, Z) with its computable cubes."""
+    """One subject, scaled and cut: of each modality its windows, tensors (*places, numbers) with 0
+    where nothing was measured, and which of their tokens, counted flat, can be computed."""
 
-    windows: list
-    tokens: list
-    t1: torch.Tensor | None = None
-    cubes: torch.Tensor | None = None
+    windows: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    there: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    def add(self, name: str, windows: list[np.ndarray]) -> None:
+        """Take the windows of a modality, NaN where nothing was measured."""
+        each = [torch.from_numpy(np.ascontiguousarray(w, np.float32)) for w in windows]
+        self.there[name] = [w.isfinite().all(-1).flatten().nonzero().squeeze(1) for w in each]
+        self.windows[name] = [w.nan_to_num() for w in each]
+
+    def __len__(self):
+        """Tokens that can be computed."""
+        return sum(len(at) for windows in self.there.values() for at in windows)
 
 
-def read_subject(
-    bold, tr, t1, config: HarmonixConfig, scaling="zscore", missing="refuse", names=()
-):
-    """Arrays of one subject, (parcels, volumes) and (X, Y, Z) or None, to a Reading."""
-    reading = Reading([], [])
-    if bold is not None:
-        scaled = BOLD.scale(bold, scaling=scaling, missing=missing, names=names)
-        reading.windows, reading.tokens = in_windows(scaled, tr, config.dynamics)
-    if t1 is not None:
-        reading.t1 = torch.from_numpy(scale_t1(t1, config.structure.voxel_mm))
-        whole = cubes(reading.t1[None], config.structure.cube)[0].isfinite().all(-1)
-        reading.cubes = whole.nonzero().squeeze(1)
-    if not any(len(k) for k in reading.tokens) and (t1 is None or not len(reading.cubes)):
+def read_subject(values: dict, facts, config: HarmonixConfig, **options) -> Reading:
+    """Arrays of one subject to a Reading.
+
+    Parameters
+    ----------
+    values : variable of the cohort -> array with the dims of its modality; what is absent is absent
+    facts : the subject's coordinates by name, such as tr [s] and n_volumes
+    options : scaling, missing and names, as of `Modality.scale`
+    """
+    reading = Reading()
+    for name, modality in config.modalities.items():
+        if modality.variable in values:
+            one = modality.trim(values[modality.variable], facts)
+            reading.add(name, modality.cut(modality.scale(one, config, **options), facts, config))
+    if not len(reading):
         raise InputError("Expected a subject with finite data, found none", "Leave it out")
     return reading
 
 
-def in_windows(bold, tr, config):
-    """Scaled series (parcels, volumes) in equal windows of at most `max_patches` patches, and the
-    tokens of each that can be computed."""
-    patches = patchify(torch.tensor(bold, dtype=torch.float32), tr, config)
-    windows = patches.tensor_split(ceil(patches.shape[1] / config.max_patches), dim=1)
-    return windows, [w.isfinite().all(-1).flatten().nonzero().squeeze(1) for w in windows]
+def encode(networks: Harmonix, readings, device) -> list[dict[str, list]]:
+    """Tokens (n, width) of every window of each modality of each subject; None of a window of
+    which no token can be computed. Subjects are encoded together, and cannot see each other."""
+    out = [{name: [None] * len(w) for name, w in r.windows.items()} for r in readings]
+    for name in networks.config.modalities:
+        flat = [
+            (i, j, window.to(device), there.to(device))
+            for i, r in enumerate(readings)
+            for j, (window, there) in enumerate(
+                zip(r.windows.get(name, ()), r.there.get(name, ()), strict=True)
+            )
+            if len(there)
+        ]
+        if not flat:
+            continue
+        tokens, lengths = networks.encoder(name)([f[2] for f in flat], [f[3] for f in flat])
+        for (i, j, *_), part in zip(flat, tokens.split(lengths), strict=True):
+            out[i][name][j] = part
+    return out
 
 
-def run_networks(networks: Harmonix, readings, device, want=(), attention="last"):
-    """Readings of a batch to a list of dicts of float32 arrays: "hub" and what `want` names."""
-    dynamics, structure = encode_parts(networks, readings, device)
-    tokens, rows, owner = sequences(networks.config, readings, dynamics, structure)
-    hub = networks.harmonizer(tokens, rows)[:, 1:].float().cpu()
-    maps = networks.harmonizer.attention(tokens, rows, attention) if "attention" in want else None
+@dataclass
+class Sequences:
+    """What the harmonizer reads: for each window of each subject the tokens of every modality and
+    the places they take, whose it is, and what share of its subject it stands for."""
+
+    subjects: list[dict]
+    owner: list[int]
+    share: torch.Tensor
+
+
+def sequences(config: HarmonixConfig, readings, tokens) -> Sequences:
+    """One sequence a window; a modality that has one window only stands in each of them."""
+    found, owner, weight = [], [], []
+    for i, (reading, mine) in enumerate(zip(readings, tokens, strict=True)):
+        windows = max(len(w) for w in mine.values())
+        own, counts = [], []
+        for j in range(windows):
+            one, in_window = {}, 0
+            for name, parts in mine.items():
+                at = j if len(parts) > 1 else 0
+                if parts[at] is None:
+                    continue
+                there, shape = reading.there[name][at], reading.windows[name][at].shape[:-1]
+                places = torch.from_numpy(config.modalities[name].rows(config, shape))[there]
+                one[name] = parts[at], places.to(parts[at].device)
+                in_window += len(there) if len(parts) > 1 or windows == 1 else 0
+            own.append(one)
+            counts.append(in_window)
+        kept = [j for j, n in enumerate(counts) if n] or [0]  # a window without tokens of its own
+        counts = [max(counts[j], 1) for j in kept]
+        found += [own[j] for j in kept]
+        owner += [i] * len(kept)
+        weight += [n / sum(counts) for n in counts]
+    return Sequences(found, owner, torch.tensor(weight))
+
+
+def run_networks(networks: Harmonix, readings, device, want=(), attention="last") -> list[dict]:
+    """Readings of a batch to a list of dicts of float32 arrays: "hub", the tokens that `want`
+    names, and with "attention" the maps of every modality and "modality_share"."""
+    config, tokens = networks.config, encode(networks, readings, device)
+    read = sequences(config, readings, tokens)
+    hub = networks.harmonizer(read.subjects)[:, 1:].float().cpu()
+    maps = None
+    if "attention" in want:
+        maps = networks.harmonizer.attention(read.subjects, attention)
     out = []
-    for i, reading in enumerate(readings):
-        mine = [j for j, o in enumerate(owner) if o == i]
-        weight = torch.tensor([float(len(k)) for k in reading.tokens if len(k)] or [1.0])
-        weight = weight / weight.sum()
-        one = {"hub": (hub[mine] * weight[:, None, None]).sum(0).numpy()}
-        if "dynamics" in want and dynamics[i]:
-            one["dynamics"], one["valid"] = dynamics_array(networks.config, reading, dynamics[i])
-        if "structure" in want and structure[i] is not None:
-            one["structure"] = _structure_array(networks.config, reading, structure[i])
+    for i, (reading, mine) in enumerate(zip(readings, tokens, strict=True)):
+        at = [j for j, owner in enumerate(read.owner) if owner == i]
+        share = read.share[at]
+        one = {"hub": (hub[at] * share[:, None, None]).sum(0).numpy()}
+        for name, windows in mine.items():
+            kept = config.modalities[name].tokens
+            if kept in want and any(w is not None for w in windows):
+                one[kept] = as_array(config, name, reading, windows)
         if maps is not None:
-            one |= _read_maps(networks.config, [(maps[j], rows[j]) for j in mine], weight)
+            each = [(maps[j], read.subjects[j]) for j in at]
+            one |= _read_maps(config, each, share)
         out.append(one)
     return out
 
 
-def encode_parts(networks, readings, device):
-    """Dynamics tokens of each subject's windows, and structure tokens of each subject."""
-    return encode_windows(networks, readings, device), _encode_t1(networks, readings, device)
+def as_array(config: HarmonixConfig, name: str, reading: Reading, windows) -> np.ndarray:
+    """Tokens of all windows of a modality (*token dims, width), NaN where none was computed."""
+    parts, width = [], config.harmonizer.width
+    for inputs, there, tokens in zip(
+        reading.windows[name], reading.there[name], windows, strict=True
+    ):
+        shape = inputs.shape[:-1]
+        full = torch.full((shape.numel(), width), torch.nan)
+        if tokens is not None:
+            full[there] = tokens.float().cpu()
+        parts.append(full.unflatten(0, shape).numpy())
+    joined, modality = config.modalities[name].join(parts), config.modalities[name]
+    count = joined.shape[1] if len(joined.shape) > 2 else 1
+    return joined.reshape(*modality.token_shape(config, count), width)
 
 
-def encode_windows(networks, readings, device):
-    """Packed dynamics tokens of each subject's windows, those that can be computed."""
-    flat = [
-        (w.nan_to_num().to(device), k.to(device))
-        for r in readings
-        for w, k in zip(r.windows, r.tokens, strict=True)
-    ]
-    flat = [(w, k) for w, k in flat if len(k)]
-    done = iter(())
-    if flat:
-        tokens, lengths = networks.dynamics(*map(list, zip(*flat, strict=True)))
-        done = iter(tokens.split(lengths))
-    return [[next(done) if len(k) else None for k in r.tokens] for r in readings]
+def _read_maps(config, maps, share):
+    """Attention of each window over its tokens, to the map of each modality; shares sum to 1."""
+    out, shares = {}, []
+    for name, modality in config.modalities.items():
+        total = torch.zeros(config.harmonizer.hubs, config.places(name))
+        for weight, (one, subject) in zip(share, maps, strict=True):
+            if name in one:
+                total[:, subject[name][1].cpu()] += weight * one[name].float().cpu()
+        shares.append(total.sum(1))
+        out[modality.map_name] = modality.to_map(total.numpy(), config)
+    return out | {"modality_share": torch.stack(shares, 1).numpy()}
 
 
-def _encode_t1(networks, readings, device):
-    """Structure tokens of each subject; those with the same number of cubes together."""
-    out = [None] * len(readings)
-    groups = {}
-    for i, r in enumerate(readings):
-        if r.t1 is not None and len(r.cubes):
-            groups.setdefault(len(r.cubes), []).append(i)
-    for members in groups.values():
-        t1 = torch.stack([readings[i].t1 for i in members]).nan_to_num().to(device)
-        visible = torch.stack([readings[i].cubes for i in members]).to(device)
-        for i, tokens in zip(members, networks.structure(t1, visible), strict=True):
-            out[i] = tokens
-    return out
-
-
-def sequences(config, readings, dynamics, structure):
-    """What the harmonizer reads: one sequence a window, each with the whole structure.
-
-    Returns tokens [(n, width)], the rows of their positions [(n,)], and whose they are.
-    """
-    c, tokens, rows, owner = config.harmonizer, [], [], []
-    for i, r in enumerate(readings):
-        windows = [
-            (x, c.dynamics_rows(w.shape[1])[k])
-            for x, w, k in zip(dynamics[i], r.windows, r.tokens, strict=True)
-            if x is not None
-        ]
-        cube = [] if structure[i] is None else [(structure[i], c.structure_rows()[r.cubes])]
-        for window in windows or [None]:
-            parts = ([window] if window else []) + cube
-            tokens.append(torch.cat([p[0] for p in parts]))
-            rows.append(torch.cat([p[1] for p in parts]).to(tokens[-1].device))
-            owner.append(i)
-    return tokens, rows, owner
-
-
-def dynamics_array(config, reading, tokens):
-    """(parcels, patches, width) joined over windows, NaN where nothing was computed; and the
-    patches that are there."""
-    parts = []
-    for window, kept, x in zip(reading.windows, reading.tokens, tokens, strict=True):
-        full = torch.full((window.shape[0] * window.shape[1], config.dynamics.width), torch.nan)
-        if x is not None:
-            full[kept] = x.float().cpu()
-        parts.append(full.unflatten(0, window.shape[:2]))
-    joined = torch.cat(parts, 1).numpy()
-    return joined, np.isfinite(joined[..., 0]).any(0)
-
-
-def _structure_array(config, reading, tokens):
-    full = torch.full((config.structure.tokens, config.structure.width), torch.nan)
-    full[reading.cubes] = tokens.float().cpu()
-    return full.unflatten(0, config.structure.grid).numpy()
-
-
-def _read_maps(config, maps, weight):
-    """Attention of each window over its tokens, to parcels and cubes: shares that sum to 1."""
-    c = config.harmonizer
-    total = torch.zeros(c.hubs, 1 + c.data_tokens)
-    for share, (one, rows) in zip(weight, maps, strict=True):
-        total[:, rows.cpu()] += share * one.float().cpu()
-    dynamics = total[:, 1 : 1 + c.parcels * c.max_patches].unflatten(1, (c.parcels, -1)).sum(-1)
-    structure = total[:, 1 + c.parcels * c.max_patches :]
-    return {
-        "hub_to_roi": dynamics.numpy(),
-        "hub_to_t1": structure.unflatten(1, config.structure.grid).numpy(),
-        "modality_share": torch.stack([dynamics.sum(1), structure.sum(1)], 1).numpy(),
-    }
-
-
-def cube_coords(config):
-    """MNI mm of the cubes' centres on cx, cy, cz."""
-    s = config.structure
-    grid = t1_grid(s.voxel_mm)
-    return {
-        dim: (dim, grid[axis].reshape(-1, s.cube).mean(1), {"units": "mm"})
-        for dim, axis in zip(CUBE_DIMS, "xyz", strict=True)
-    }
-
-
-def autocast(device, precision):
+def autocast(device, precision: str):
     """The context in which a network computes at that precision."""
     if precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)

@@ -10,20 +10,14 @@ import torch
 import xarray as xr
 
 from bhx.data.atlas import load_atlas, match_names
-from bhx.encode.inputs import (
-    CUBE_DIMS,
-    Reading,
-    cube_coords,
-    dynamics_array,
-    encode_windows,
-    in_windows,
-)
+from bhx.encode.inputs import Reading, as_array, encode
 from bhx.errors import InputError, check_choice
-from bhx.modalities.bold import check_tr
-from bhx.modalities.t1 import t1_grid
+from bhx.modalities.bold import BOLD, check_tr
+from bhx.modalities.t1 import ANATOMY, check_grid
+from bhx.modalities.table import MODALITIES, by_variable
 from bhx.model.checkpoints import read_weights
 from bhx.model.config import PRESETS, Harmonix, HarmonixConfig, build
-from bhx.schema import ROI_COORDS, dims_of
+from bhx.schema import ROI_COORDS
 
 
 def load_model(source="workshop", *, device: str | None = None) -> Model:
@@ -44,17 +38,39 @@ def load_model(source="workshop", *, device: str | None = None) -> Model:
 
 
 def random_model(preset: str | HarmonixConfig = "workshop", *, seed: int = 0, device=None) -> Model:
-    """The same network before any training: the control of every claim about trained weights."""
-    if isinstance(preset, str):
-        check_choice("preset", preset, PRESETS)
-    config = PRESETS[preset] if isinstance(preset, str) else preset
+    """The same network before any training: the control of every claim about trained weights.
+
+    Parameters
+    ----------
+    preset : a name of `bhx.PRESETS`, or a configuration
+    seed : of the weights; the same seed gives the same weights
+    """
+    config = config_of(preset)
     atlas = load_atlas(config.atlas, order=config.order)
-    harmonics = atlas.harmonics.values[:, : config.dynamics.harmonics]
-    networks = build(
-        config, harmonics, atlas.gradients.values[:, : config.dynamics.gradients], seed
-    )
+    tables = [atlas[name].values for name in ("harmonics", "gradients")]
+    sizes = (config.dynamics.harmonics, config.dynamics.gradients)
+    harmonics, gradients = (table[:, :n] for table, n in zip(tables, sizes, strict=True))
+    networks = build(config, harmonics, gradients, seed)
     networks.provenance = {"source": f"random weights, seed {seed}", "weights_sha256": ""}
     return Model(networks, device)
+
+
+def config_of(preset: str | HarmonixConfig) -> HarmonixConfig:
+    """The configuration of that name, or the one given."""
+    if isinstance(preset, HarmonixConfig):
+        return preset
+    check_choice("preset", preset, PRESETS)
+    return PRESETS[preset]
+
+
+def reading_all_of(config: HarmonixConfig, cohort: xr.Dataset) -> HarmonixConfig:
+    """The configuration with every modality of the cohort that it does not read yet."""
+    for variable in by_variable(cohort.data_vars):
+        for name, modality in MODALITIES.items():
+            if modality.variable == variable and name not in config.modalities:
+                sizes = [cohort.sizes[dim] for dim in modality.dims]
+                config = config.with_modality(name, sizes[0], int(np.prod(sizes[1:])))
+    return config
 
 
 class Model:
@@ -80,69 +96,74 @@ class Model:
             f"{self.device}"
         )
 
-    @torch.no_grad()
     def structure(self, t1: xr.DataArray) -> xr.DataArray:
         """Cube tokens (..., cx, cy, cz, feature) of scaled T1 volumes (..., x, y, z)."""
-        one = "subject" not in t1.dims
-        t1 = (t1.expand_dims("subject") if one else t1).transpose(*dims_of("cohort")["t1"])
         check_grid(t1, self.config.structure.voxel_mm)
-        x = torch.tensor(np.ascontiguousarray(t1), dtype=torch.float32, device=self.device)
-        y = self.networks.structure(x).unflatten(1, self.config.structure.grid)
-        out = xr.DataArray(
-            y.cpu().numpy(), dims=dims_of("latents")["structure"], coords=cube_coords(self.config)
-        )
-        out = out.assign_coords(subject=t1.subject) if "subject" in t1.coords else out
-        return out.isel(subject=0) if one else out
+        if "subject" in t1.dims:
+            each = [
+                self.structure(t1.isel(subject=i, drop=True)) for i in range(t1.sizes["subject"])
+            ]
+            out = xr.concat(each, "subject")
+            return out.assign_coords(subject=t1.subject) if "subject" in t1.coords else out
+        return self._tokens(ANATOMY, t1.transpose(*ANATOMY.dims), {})
 
-    @torch.no_grad()
     def dynamics(self, bold: xr.DataArray, *, tr: float | None = None) -> xr.DataArray:
         """Tokens (roi, patch, feature) of one scaled scan (roi, time), in windows if it is long.
 
         `tr` [s]; read off `time` in seconds (bhx.scan gives it) by default. Patches with a NaN
         are not computed and are NaN in the result.
         """
-        if bold.dims != ("roi", "time"):
-            fact = f"Expected one scan with dims ('roi', 'time'), found {bold.dims}"
+        if bold.dims != BOLD.dims:
+            fact = f"Expected one scan with dims {BOLD.dims}, found {bold.dims}"
             raise InputError(fact, "Take it from the cohort: bhx.scan(cohort, subject)")
-        tr = _tr(bold, tr)
-        bold = bold.isel(roi=positions_of(self, bold.roi.values))
-        reading = Reading(*in_windows(bold.values, tr, self.config.dynamics))
-        done = encode_windows(self.networks, [reading], self.device)[0]
-        tokens, _ = dynamics_array(self.config, reading, done)
-        onset = self.config.dynamics.patch_onsets(tokens.shape[1], tr)
-        return xr.DataArray(
-            tokens,
-            dims=("roi", "patch", "feature"),
-            coords=self._roi() | {"onset": ("patch", onset, {"units": "s"})},
-        )
+        tr = _tr_of(bold, tr)
+        bold = bold.isel(roi=self.positions_of(bold.roi.values))
+        out = self._tokens(BOLD, bold, {"tr": tr, "n_volumes": bold.sizes["time"]})
+        onset = self.config.dynamics.patch_onsets(out.sizes["patch"], tr)
+        return out.assign_coords(onset=("patch", onset, {"units": "s"}))
 
     @torch.no_grad()
-    def harmonize(self, dynamics=None, structure=None) -> xr.DataArray:
-        """Hub tokens (token, feature) of one subject's tokens, either of which may be None.
+    def _tokens(self, modality, scaled, facts):
+        """Tokens of one subject's scaled values, with the coordinates of their dims."""
+        reading = Reading()
+        reading.add(modality.name, modality.cut(scaled.values, facts, self.config))
+        tokens = encode(self.networks, [reading], self.device)[0][modality.name]
+        values = as_array(self.config, modality.name, reading, tokens)
+        dims = (*modality.token_dims, "feature")
+        return xr.DataArray(values, self.coords(modality.token_dims), dims)
 
-        Tokens that are NaN are left out.
+    @torch.no_grad()
+    def harmonize(self, dynamics=None, structure=None, **more) -> xr.DataArray:
+        """Hub tokens (token, feature) of one subject's tokens, any of which may be None.
+
+        `more` are tokens of further modalities under the names that latents give them. Tokens
+        that are NaN are left out.
         """
-        c = self.config.harmonizer
-        tokens, rows = [], []
-        if dynamics is not None:
-            dynamics = dynamics.transpose("roi", "patch", "feature")
-            dynamics = dynamics.isel(roi=positions_of(self, dynamics.roi.values))
-            tokens.append(torch.tensor(dynamics.values).flatten(0, 1))
-            rows.append(c.dynamics_rows(dynamics.sizes["patch"]))
-        if structure is not None:
-            cube = structure.transpose(*CUBE_DIMS, "feature")
-            tokens.append(torch.tensor(cube.values).flatten(0, 2))
-            rows.append(c.structure_rows())
-        if not tokens:
-            raise InputError("Expected dynamics or structure tokens, found neither", "Give one")
-        if dynamics is not None and dynamics.sizes["patch"] > c.max_patches:
-            raise InputError(
-                f"Expected at most {c.max_patches} patches, found {dynamics.sizes['patch']}",
-                "Give one window: dynamics.isel(patch=slice(0, 18)); bhx.embed does this by itself",
-            )
-        tokens, rows = torch.cat(tokens), torch.cat(rows)
-        there = tokens.isfinite().all(-1)
-        hub = self.networks.harmonizer([tokens[there].to(self.device)], [rows[there]])
+        given = {"dynamics": dynamics, "structure": structure, **more}
+        subject = {}
+        for name, modality in self.config.modalities.items():
+            tokens = given.get(modality.tokens)
+            if tokens is None:
+                continue
+            tokens = tokens.transpose(*modality.token_dims, "feature")
+            if "roi" in tokens.dims:
+                tokens = tokens.isel(roi=self.positions_of(tokens.roi.values))
+            most = modality.places(self.config)
+            if any(n > m for n, m in zip(tokens.shape, most, strict=False)):
+                raise InputError(
+                    f"Expected tokens of at most {most} on {modality.token_dims}, found "
+                    f"{tokens.shape[:-1]}",
+                    "Give one window, such as dynamics.isel(patch=slice(0, 18)); bhx.embed cuts "
+                    "by itself",
+                )
+            places = torch.from_numpy(modality.rows(self.config, tokens.shape[:-1]))
+            flat = torch.tensor(tokens.values).flatten(0, -2)
+            there = flat.isfinite().all(-1)
+            if there.any():
+                subject[name] = flat[there].to(self.device), places[there].to(self.device)
+        if not subject:
+            raise InputError("Expected tokens of some modality, found none", "Give one or more")
+        hub = self.networks.harmonizer([subject])
         return xr.DataArray(hub[0, 1:].cpu().numpy(), dims=("token", "feature"))
 
     @torch.no_grad()
@@ -157,9 +178,9 @@ class Model:
             {
                 "place": (("roi", "channel"), both[:, 0, half:].numpy()),
                 "time": (("patch", "time_channel"), both[0, :, :half].numpy()),
-                "cube": ((*CUBE_DIMS, "feature"), cube.numpy()),
+                "cube": ((*ANATOMY.token_dims, "feature"), cube.numpy()),
             },
-            self._roi() | cube_coords(self.config),
+            self.coords(("roi", *ANATOMY.token_dims)),
         )
 
     @torch.no_grad()
@@ -191,47 +212,28 @@ class Model:
             },
         )
 
-    def _roi(self):
-        names = ("roi", *ROI_COORDS)
-        return {n: ("roi", self.atlas[n].values, self.atlas[n].attrs) for n in names}
+    def positions_of(self, names) -> np.ndarray:
+        """Where each parcel of the model stands among the names given."""
+        found = {name: i for i, name in enumerate(match_names(names, self.atlas))}
+        return np.array([found[str(name)] for name in self.atlas.roi.values])
+
+    def coords(self, dims) -> dict:
+        """Coordinates that this model's tokens and maps have on these dims."""
+        out = {}
+        if "roi" in dims:
+            names = ("roi", *ROI_COORDS)
+            out = {n: ("roi", self.atlas[n].values, self.atlas[n].attrs) for n in names}
+        for modality in self.config.modalities.values():
+            if set(dims) & set(modality.token_dims):
+                out |= modality.coords(self.config)
+        return out
 
 
-def positions_of(model, given):
-    """Where each parcel of the model stands among the names `given`."""
-    found = {name: i for i, name in enumerate(match_names(given, model.atlas))}
-    return np.array([found[str(name)] for name in model.atlas.roi.values])
-
-
-def check_grid(t1, voxel_mm):
-    """Refuse a T1 that is not on the model's grid, saying how it differs."""
-    grid = t1_grid(voxel_mm)
-    size, shape = tuple(t1.sizes[a] for a in "xyz"), tuple(len(v) for v in grid.values())
-    if size != shape:
-        raise InputError(
-            f"Expected a T1 of {shape} voxels of {voxel_mm:g} mm, found {size}",
-            "bhx.cohort.prepare brings it there; or open the cohort with voxel_mm=",
-        )
-    for axis, values in grid.items():
-        if axis not in t1.coords:
-            fact = f"Expected MNI coordinates [mm] on '{axis}', found none"
-            raise InputError(fact, "Assign bhx.schema.t1_grid(voxel_mm)")
-        given = t1[axis].values
-        if np.allclose(given, values, atol=0.01):
-            continue
-        flipped = np.allclose(given[::-1], values, atol=0.01)
-        raise InputError(
-            f"Expected '{axis}' from {values[0]:g} to {values[-1]:g} mm, found {given[0]:g} to "
-            f"{given[-1]:g}" + (": this axis is flipped" if flipped else ""),
-            f"t1.sel({axis}=t1.{axis}[::-1]) turns it" if flipped else "Resample it to this grid",
-        )
-
-
-def _tr(bold, tr):
+def _tr_of(bold, tr):
     if tr is None:
         if bold["time"].attrs.get("units") != "s" or bold.sizes["time"] < 2:
-            raise InputError(
-                "Expected the scan's TR, found none", "Give tr= in seconds, or take bhx.scan(...)"
-            )
+            fact = "Expected the scan's TR, found none"
+            raise InputError(fact, "Give tr= in seconds, or take bhx.scan(...)")
         tr = float(bold.time[1] - bold.time[0])
     check_tr(tr)
     return float(tr)

@@ -7,8 +7,6 @@ and matched subsamples. As scikit-learn knows one matrix only, the confounds are
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 import xarray as xr
 from scipy.optimize import linear_sum_assignment
@@ -16,6 +14,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from bhx.errors import InputError, check_choice, listed
+from bhx.evaluate.options import check_coords, check_names
 from bhx.schema import is_missing
 
 UNSEEN = ("keep", "estimate", "error")
@@ -206,22 +205,6 @@ class ConfoundRegression(TransformerMixin, BaseEstimator):
             fact = f"Expected [features | {self.confounds} confounds], found {x.shape[1]} columns"
             raise InputError(fact, "Put the confounds behind the features")
         return x[:, : -self.confounds], x[:, -self.confounds :]
-
-
-def check_names(option: str, names, at_least: int = 0) -> None:
-    """Refuse one word, or nothing, where names of coordinates are wanted."""
-    if isinstance(names, str) or not isinstance(names, Collection) or len(names) < at_least:
-        fact = f"Expected {option} as a list of coordinates, found {names!r}"
-        raise InputError(fact, f"Write {option}=['name of a coordinate']")
-
-
-def check_coords(data: xr.Dataset, names) -> None:
-    """Refuse names that are no coordinates on subject."""
-    known = [c for c in data.coords if data[c].dims == ("subject",)]
-    for name in names:
-        if name not in known:
-            fact = f"Expected '{name}' as a coordinate on subject, found {listed(known, 20)}"
-            raise InputError(fact, f"Assign it: assign_coords({name}=('subject', values))")
 
 
 def match_subjects(

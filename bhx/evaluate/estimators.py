@@ -6,13 +6,10 @@ No split is made and no score is read here. Sources stand with each class.
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-
-from bhx.errors import InputError
 
 
 class Rotation(TransformerMixin, BaseEstimator):
@@ -91,90 +88,4 @@ class OrdinalLogistic(ClassifierMixin, BaseEstimator):
         return self.classes_[self.predict_proba(x).argmax(1)]
 
 
-class AttentionPooling(BaseEstimator):
-    """A probe that learns which hub tokens to read: one query, softmax over tokens, linear head.
-
-    For `probe(pool(latents, "concatenate"), ..., estimator=AttentionPooling(tokens))`. It starts as
-    the mean over tokens. Trained by AdamW on four fifths of the training rows and stopped by the
-    loss on the last fifth: rows, as it knows no participants, so that sessions of one may stand on
-    both sides of that cut, though never of a fold.
-
-    Parameters
-    ----------
-    tokens : number of tokens in a row of features, token-major
-    lr, decay, epochs, patience, seed : learning rate, weight decay, most epochs, epochs without
-        a better held-out loss before the end, seed of the split
-
-    Attributes
-    ----------
-    query_ (feature,), weight_ (feature, class), level_ (class,) ; classes_ for labels (integers)
-    """
-
-    def __init__(self, tokens: int, lr=0.01, decay=0.1, epochs=300, patience=30, seed=0):
-        self.tokens, self.lr, self.decay = tokens, lr, decay
-        self.epochs, self.patience, self.seed = epochs, patience, seed
-
-    def fit(self, x, y):
-        """Fit on rows (row, token * feature) and numbers, or integer labels."""
-        import torch
-        from torch.nn.functional import cross_entropy, mse_loss
-
-        x = torch.tensor(self._tokens(x), dtype=torch.float32)
-        if len(x) < 5:
-            raise InputError(f"Expected at least 5 training rows, found {len(x)}", "Add subjects")
-        labels = np.issubdtype(np.asarray(y).dtype, np.integer)
-        if labels:
-            self.classes_, codes = np.unique(y, return_inverse=True)
-            truth, width, loss = torch.tensor(codes), len(self.classes_), cross_entropy
-        else:
-            self.mean_, self.spread_ = np.mean(y), np.std(y) or 1.0
-            truth = torch.tensor((y - self.mean_) / self.spread_, dtype=torch.float32)[:, None]
-            width, loss = 1, mse_loss
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))
-        fit, hold = order[len(x) // 5 :], order[: len(x) // 5]
-        sizes = ((x.shape[2],), (x.shape[2], width), (width,))
-        parts = [torch.zeros(size, requires_grad=True) for size in sizes]
-        optimiser = torch.optim.AdamW(parts, lr=self.lr, weight_decay=self.decay)
-        best, waited = np.inf, 0
-        for _ in range(self.epochs):
-            optimiser.zero_grad()
-            loss(_pooled(x[fit], *parts), truth[fit]).backward()
-            optimiser.step()
-            with torch.no_grad():
-                held = float(loss(_pooled(x[hold], *parts), truth[hold]))
-            waited = 0 if held < best else waited + 1
-            if held < best:
-                best, kept = held, [part.detach().numpy().copy() for part in parts]
-            if waited > self.patience:
-                break
-        self.query_, self.weight_, self.level_ = kept
-        return self
-
-    def attention(self, x):
-        """Share of each token in the reading of each row, (row, token)."""
-        return softmax(self._tokens(x) @ self.query_ / np.sqrt(len(self.query_)), 1)
-
-    def predict_proba(self, x):
-        """(row, class)."""
-        return softmax(self._read(x), 1)
-
-    def predict(self, x):
-        """Numbers, or the most probable labels."""
-        if hasattr(self, "classes_"):
-            return self.classes_[self._read(x).argmax(1)]
-        return self._read(x)[:, 0] * self.spread_ + self.mean_
-
-    def _read(self, x):
-        pooled = np.einsum("nt,ntf->nf", self.attention(x), self._tokens(x))
-        return pooled @ self.weight_ + self.level_
-
-    def _tokens(self, x):
-        if x.shape[1] % self.tokens:
-            fact = f"Expected features of {self.tokens} tokens, found {x.shape[1]} columns"
-            raise InputError(fact, "Pool with how='concatenate' and give the number of hub tokens")
-        return np.reshape(x, (len(x), self.tokens, -1))
-
-
-def _pooled(x, query, weight, level):
-    share = (x @ query / len(query) ** 0.5).softmax(1)  # (N, T)
-    return (share[..., None] * x).sum(1) @ weight + level
+ESTIMATORS = {"MLP": perceptron}  # attrs["estimator"] of features -> (task, seed) -> estimator

@@ -6,15 +6,19 @@ but `Tangent`, a scikit-learn transformer that `bhx.probe` fits in the training 
 
 from __future__ import annotations
 
-import json
+import warnings
 
 import numpy as np
 import xarray as xr
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.validation import check_is_fitted, validate_data
 
-from bhx.errors import InputError, check_choice
-from bhx.schema import check, subject_coords
+from bhx.errors import InputError, check_choice, listed
+from bhx.modalities.bold import BOLD
+from bhx.modalities.t1 import ANATOMY
+from bhx.modalities.table import by_variable
+from bhx.schema import check, is_missing, subject_coords, who_has
 
 GUESS = "mean or majority"
 COMPONENTS = 20  # principal components of the controls that take some
@@ -28,9 +32,7 @@ def connectome(cohort: xr.Dataset, kind: str = "correlation") -> xr.Dataset:
     ----------
     cohort : cohort Dataset with `bold`
     kind : "correlation" (Fisher z of Pearson r), "partial" (Fisher z of partial correlations) or
-        "tangent" (correlations that `probe` carries to the tangent space at the training mean);
-        the last two under Ledoit-Wolf shrinkage
-
+    XX
     Returns
     -------
     Features Dataset, lazy where the cohort is: `features (subject, feature)` float32, the upper
@@ -40,11 +42,10 @@ def connectome(cohort: xr.Dataset, kind: str = "correlation") -> xr.Dataset:
     `attrs["without_bold"]` counts those.
     """
     check(cohort, "cohort")
-    if "bold" not in cohort:
-        raise InputError("Expected a cohort with 'bold', found 't1' only", "Open one with BOLD")
+    bold = _variable(cohort, BOLD)
     check_choice("kind", kind, CONNECTIVITY)
     a, b = np.triu_indices(cohort.sizes["roi"], int(kind != "tangent"))
-    values = _per_subject(cohort.bold, _connectivity, len(a), kind=kind)
+    values = _per_subject(bold, _connectivity, len(a), kind=kind)
     roi = cohort.roi.values
     name = "connectome" if kind == "correlation" else f"connectome, {kind}"
     return (
@@ -53,10 +54,20 @@ def connectome(cohort: xr.Dataset, kind: str = "correlation") -> xr.Dataset:
         .assign_attrs(
             name=name,
             atlas=cohort.attrs.get("atlas", ""),
-            without_bold=int((~cohort.has_bold.values.astype(bool)).sum()),
+            without_bold=int((~who_has(cohort, BOLD.variable)).sum()),
             in_fold="tangent" if kind == "tangent" else "",
         )
     )
+
+
+def _variable(cohort, modality):
+    """A modality's data in the cohort."""
+    check(cohort, "cohort")
+    if modality.variable not in cohort or not who_has(cohort, modality.variable).any():
+        there = [v for v in cohort.data_vars if who_has(cohort, v).any()]
+        fact = f"Expected a cohort with '{modality.variable}', found {listed(there) or 'no scan'}"
+        raise InputError(fact, f"Open one in which some subject has {modality.variable}")
+    return cohort[modality.variable]
 
 
 def _per_subject(data, function, width, *labels, **options):
@@ -104,16 +115,46 @@ def _shrunk(scan):
 
 
 def _partial(scan):
-    precision = np.linalg.inv(_shrunk(scan))
-    scale = np.sqrt(np.diag(precision))
-    return _fisher_z(-precision / np.outer(scale, scale))
+    from nilearn.connectome import prec_to_partial
+
+    return _fisher_z(prec_to_partial(np.linalg.inv(_shrunk(scan))))
+
+
+def _flattened(scan):
+    value, vector = np.linalg.eigh(np.atleast_2d(np.corrcoef(scan)))
+    return (vector * value.clip(1e-4) ** 0.35) @ vector.T
 
 
 def _fisher_z(r):
     return np.arctanh(np.clip(r, -1 + 1e-7, 1 - 1e-7))
 
 
-CONNECTIVITY = {"correlation": _correlation, "partial": _partial, "tangent": _shrunk}
+CONNECTIVITY = {
+    "correlation": _correlation,
+    "partial": _partial,
+    "tangent": _shrunk,
+    "flattened": _flattened,
+}
+
+
+def signal_spread(cohort: xr.Dataset) -> xr.Dataset:
+    """Mean and log standard deviation in time of each parcel, no coupling: arXiv 2609.34167.
+
+    NaN where a parcel has no signal. Scans that were z-scored before have nothing to read.
+    """
+    bold = _variable(cohort, BOLD)
+    values = _per_subject(bold, _spread, 2 * cohort.sizes["roi"])
+    return values.to_dataset(name="features").assign_attrs(name="mean and log SD")
+
+
+def _spread(bold):
+    """(subject, roi, time) -> (subject, mean of each parcel and log deviation of each)."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # parcels that are NaN throughout
+        deviation = np.nanstd(bold.astype(float), 2)
+        level = np.where(deviation > 0, np.nanmean(bold.astype(float), 2), np.nan)
+        log = np.log(np.where(deviation > 0, deviation, np.nan))
+    return np.concatenate([level, log], 1).astype(np.float32)
 
 
 def cube_means(cohort: xr.Dataset, mm: float = 16.0) -> xr.Dataset:
@@ -128,16 +169,15 @@ def cube_means(cohort: xr.Dataset, mm: float = 16.0) -> xr.Dataset:
     -------
     Features Dataset, lazy where the cohort is; NaN rows for subjects without T1.
     """
-    check(cohort, "cohort")
-    if "t1" not in cohort:
-        raise InputError("Expected a cohort with 't1', found 'bold' only", "Open one with T1")
+    t1 = _variable(cohort, ANATOMY)
     voxel = abs(float(cohort.x[1] - cohort.x[0]))
     edge = round(mm / voxel)
     if edge < 1 or abs(edge * voxel - mm) > 1e-6:
-        raise InputError(f"Expected mm as a multiple of {voxel:g} mm, found {mm:g}", "Take 16")
+        fact = f"Expected mm as a multiple of {voxel:g} mm, found {mm:g}"
+        raise InputError(fact, f"Take for instance mm={2 * voxel:g}")
     shape = tuple(cohort.sizes[axis] // edge for axis in "xyz")
-    values = _per_subject(cohort.t1, _cubes, 2 * int(np.prod(shape)), edge=edge, shape=shape)
-    values = values.where(cohort.has_t1.astype(bool))
+    values = _per_subject(t1, _cubes, 2 * int(np.prod(shape)), edge=edge, shape=shape)
+    values = values.where(who_has(cohort, ANATOMY.variable)[:, None])
     out = values.astype("float32").to_dataset(name="features")
     return out.assign_attrs(name="T1 cubes")
 
@@ -159,14 +199,11 @@ def raw_signal(cohort: xr.Dataset, step: float = 2.0) -> xr.Dataset:
     Each scan is interpolated linearly to `step` [s], over the seconds that all scans have. `probe`
     reads it by a small network on its principal components.
     """
-    check(cohort, "cohort")
-    has = cohort.has_bold.values.astype(bool)
-    if "bold" not in cohort or not has.any():
-        raise InputError("Expected a cohort with 'bold', found no scan", "Open one with BOLD")
-    shortest = float((cohort.tr * (cohort.n_volumes - 1)).values[has].min())
-    seconds = np.arange(0, shortest + 1e-9, step)
+    bold = _variable(cohort, BOLD)
+    seconds = (cohort.tr * (cohort.n_volumes - 1)).values[who_has(cohort, BOLD.variable)]
+    seconds = np.arange(0, float(seconds.min()) + 1e-9, step)
     width = cohort.sizes["roi"] * len(seconds)
-    values = _per_subject(cohort.bold, _resampled, width, cohort.tr, seconds=seconds)
+    values = _per_subject(bold, _resampled, width, cohort.tr, seconds=seconds)
     out = values.to_dataset(name="features")
     return out.assign_attrs(name="raw signal (MLP)", estimator="MLP", components=COMPONENTS)
 
@@ -204,42 +241,63 @@ def nothing(data: xr.Dataset) -> xr.Dataset:
     return out.assign_coords(subject_coords(data)).assign_attrs(name=GUESS)
 
 
+def plain_values(cohort: xr.Dataset, variable: str) -> xr.Dataset:
+    """A variable of the cohort as it is, one column an element; NaN rows for those without it."""
+    check(cohort, "cohort")
+    values = cohort[variable].where(xr.DataArray(who_has(cohort, variable), dims="subject"))
+    flat = values.values.reshape(cohort.sizes["subject"], -1)
+    out = xr.Dataset({"features": (("subject", "feature"), flat)}, subject_coords(cohort))
+    return out.assign_attrs(name=variable)
+
+
 def fuse(*features: xr.Dataset, name: str | None = None) -> xr.Dataset:
     """Several features side by side, for the subjects that all of them have.
 
-    A subject without any value of one of them is NaN throughout. `probe` gives each of them the
-    same weight, whatever its width.
+    A subject without any value of one of them is NaN throughout. The coordinate `part` on feature
+    counts them: `probe` gives each of them the same weight, whatever its width.
     """
     if not features:
         raise InputError("Expected features to put side by side, found none", "Give two or more")
-    blocks = [b for f in features for b in blocks_of(check(f, "features")) if b[0]]
-    own = ["feature", "roi_a", "roi_b"]
-    parts = [f[["features"]].drop_vars(own, errors="ignore") for f in features]
-    joined = xr.concat(parts, "feature", join="inner", coords="minimal", compat="override")
-    for part in (f.features for f in features if f.sizes["feature"]):
-        there = np.isfinite(part).any("feature").reset_coords(drop=True)
+    parts, count = [], 0
+    for one in features:
+        there = np.isfinite(check(one, "features").features).any("feature").reset_coords(drop=True)
+        on_feature = _on_feature(one)
+        on_feature["part"] = on_feature["part"] + count
+        count += len(np.unique(on_feature["part"]))
+        coords = {key: ("feature", values) for key, values in on_feature.items()}
+        plain = one[["features"]].drop_vars(ON_FEATURE, errors="ignore").assign_coords(coords)
+        parts.append((plain, there if one.sizes["feature"] else True))
+    joined = xr.concat(
+        [part for part, _ in parts], "feature", join="inner", coords="minimal", compat="override"
+    )
+    for _, there in parts:
         joined["features"] = joined.features.where(there)
-    name = name or " + ".join(name_of(f) for f in features)
-    return joined.assign_attrs(name=name, blocks=json.dumps(blocks))
+    attrs = {"name": name or " + ".join(name_of(one) for one in features)}
+    return joined.drop_attrs(deep=False).assign_attrs(attrs)
 
 
 def plain_controls(cohort: xr.Dataset, target: str | None = None) -> list[xr.Dataset]:
-    """What every claim stands beside: no brain, confounds, T1, function, and both, all plain.
+    """What every claim stands beside: no brain, confounds, anatomy, function, and both, all plain.
 
     `target` is left out of the confounds. Beside linear models stand a small network on the raw
-    signal and principal components of the T1.
+    signal and principal components of the T1. Another modality's control is its own values.
     """
     names = [n for n in CONFOUNDS if n in cohort.coords and n != target]
     out = [nothing(cohort), confound_features(cohort, names)]
-    t1, bold = (n in cohort and bool(cohort[f"has_{n}"].any()) for n in ("t1", "bold"))
+    there = [v for v in by_variable(cohort.data_vars) if who_has(cohort, v).any()]
+    t1, bold = (m.variable in there for m in (ANATOMY, BOLD))
     if t1:
         cubes = cube_means(cohort).compute()
         out.append(cubes)
     if bold:
         functions = [connectome(cohort, kind).compute() for kind in CONNECTIVITY]
-        out += [*functions, raw_signal(cohort).compute()]
+        spread = signal_spread(cohort).compute()
+        varies = (spread.features.std("subject") > 1e-3).any()  # not of z-scored scans
+        out += [*functions, *([spread] if varies else []), raw_signal(cohort).compute()]
     if t1:
         out.append(cubes.assign_attrs(name="T1 cubes (PCA)", components=COMPONENTS))
+    others = [v for v in there if v not in (ANATOMY.variable, BOLD.variable)]
+    out += [plain_values(cohort, variable) for variable in others]
     if t1 and bold:
         out.append(fuse(cubes, functions[0]))
     return out
@@ -250,57 +308,74 @@ def name_of(features: xr.Dataset) -> str:
     return str(features.attrs.get("name", "features"))
 
 
-def encoded(labels, names):
-    """Numbers as they are and words as one column a word but the first, (subject, column)."""
+def encoded(labels: xr.Dataset, names) -> np.ndarray:
+    """Numbers as they are and words as one column a word but the first, (subject, column); NaN
+    where a label is missing."""
     columns = [np.zeros((labels.sizes["subject"], 0))]
     for name in names:
-        values = labels[name].values
+        values, missing = labels[name].values, is_missing(labels[name].values)
         if np.issubdtype(values.dtype, np.number) or values.dtype == bool:
-            columns.append(values.astype(float)[:, None])
+            column = values.astype(float)[:, None]
         else:
-            words, code = np.unique(values.astype(str), return_inverse=True)
-            columns.append(np.eye(len(words))[code][:, 1:])
+            words = np.unique(values[~missing].astype(str))
+            column = (values.astype(str)[:, None] == words[1:]).astype(float)
+        columns.append(np.where(missing[:, None], np.nan, column))
     return np.hstack(columns)
 
 
-def blocks_of(features):
-    """(width, what must be fitted in the fold) of the parts that `fuse` put side by side."""
-    width, kind = features.sizes["feature"], features.attrs.get("in_fold", "")
-    blocks, whole = [[width, kind]], kind != "tangent" or _is_triangle(features)
-    if "blocks" in features.attrs:
-        blocks = json.loads(features.attrs["blocks"])
-        whole = sum(w for w, _ in blocks) == width
-    if not whole:
-        fact = f"Expected all features of '{name_of(features)}' in their order, found a selection"
-        raise InputError(fact, "Select parcels before bhx.connectome, and features before fuse")
-    return blocks
+# Parts, and what is fitted in the fold ---
+
+ON_FEATURE = ("part", "in_fold", "roi_a", "roi_b")
 
 
-def _is_triangle(features):
-    """Whether the features are the upper triangle, with its diagonal, of roi by roi."""
-    if "roi_a" not in features.coords:
-        return False
-    one, other = features.roi_a.values, features.roi_b.values
-    roi = np.array(list(dict.fromkeys(one)))
-    a, b = np.triu_indices(len(roi))
-    return np.array_equal(one, roi[a]) and np.array_equal(other, roi[b])
+def _on_feature(features):
+    """What each column is: the part, its entry of IN_FOLD, and its pair of parcels."""
+    n = features.sizes["feature"]
+    out = {"part": np.zeros(n, int), "in_fold": np.full(n, features.attrs.get("in_fold", ""))}
+    out |= {"roi_a": np.full(n, ""), "roi_b": np.full(n, "")}
+    return {key: features[key].values if key in features.coords else v for key, v in out.items()}
+
+
+def parts_of(features: xr.Dataset) -> list:
+    """(columns, unfitted transformers) of each part that `fuse` put side by side."""
+    on, out = _on_feature(features), []
+    ordered = not (np.diff(on["part"]) < 0).any()
+    starts, counts = np.unique(on["part"], return_index=True, return_counts=True)[1:]
+    for start, count in zip(starts, counts, strict=True):
+        columns, name = slice(start, start + count), str(on["in_fold"][start])
+        if not ordered or (name and not _is_triangle(on["roi_a"][columns], on["roi_b"][columns])):
+            fact = f"Expected all features of '{name_of(features)}' in their order, found others"
+            raise InputError(fact, "Select parcels before bhx.connectome, and features before fuse")
+        out.append((columns, [IN_FOLD[name]()] if name else []))
+    return out
+
+
+def _is_triangle(a, b):
+    """Whether pairs are the upper triangle, with its diagonal, of roi by roi."""
+    roi = np.array(list(dict.fromkeys(a)))
+    i, j = np.triu_indices(len(roi))
+    return np.array_equal(a, roi[i]) and np.array_equal(b, roi[j])
 
 
 class Tangent(TransformerMixin, BaseEstimator):
     """Covariances (row, upper triangle with diagonal) to the tangent space at their mean.
 
     log(M^-1/2 C M^-1/2) with M the arithmetic mean of the training rows; off-diagonal elements
-    times sqrt(2). Source: Varoquaux et al., MICCAI 2010; Ng et al., MICCAI 2014.
+    times sqrt(2). Source: Varoquaux et al., MICCAI 2010; Ng et al., MICCAI 2014. (nilearn's
+    ConnectivityMeasure takes series alone, and M is their geometric mean.)
     """
 
     def fit(self, x, y=None):
         """Find the mean of the rows; `y` is not looked at."""
+        x = validate_data(self, x, dtype=float)
         value, vector = np.linalg.eigh(_full(x.mean(0)[None])[0])
         self.whitening_ = (vector / np.sqrt(value.clip(1e-9))) @ vector.T
         return self
 
     def transform(self, x):
         """(row, element) -> (row, element)."""
+        check_is_fitted(self)
+        x = validate_data(self, x, dtype=float, reset=False)
         value, vector = np.linalg.eigh(self.whitening_ @ _full(x) @ self.whitening_)
         logs = (vector * np.log(value.clip(1e-9))[:, None]) @ vector.transpose(0, 2, 1)
         a, b = np.triu_indices(logs.shape[1])
@@ -308,8 +383,15 @@ class Tangent(TransformerMixin, BaseEstimator):
 
 
 def _full(x):
+    """(row, upper triangle) -> (row, n, n)."""
     n = int((np.sqrt(8 * x.shape[1] + 1) - 1) / 2)
+    if n * (n + 1) // 2 != x.shape[1]:
+        fact = f"Expected n (n + 1) / 2 features of n parcels, found {x.shape[1]}"
+        raise InputError(fact, "Give upper triangles with their diagonal")
     a, b = np.triu_indices(n)
     out = np.zeros((len(x), n, n))
     out[:, a, b] = out[:, b, a] = x
     return out
+
+
+IN_FOLD = {"tangent": Tangent}  # attrs["in_fold"] of features -> what a fold fits to them first

@@ -1,8 +1,8 @@
 """How good a prediction is and how sure we are of it: metrics, intervals, nulls, tests.
 
 Everything here works on plain arrays of truths and predictions; no model is fitted here and no
-Dataset is read. Every metric is weighted and vectorised over rows of weights, so that a
-participant bootstrap is one call.
+Dataset is read. Every metric takes many rows of weights at once, which scikit-learn's do not: a
+bootstrap of participants is a call a block of draws.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from scipy.stats import false_discovery_control
+import pandas as pd
+from scipy.stats import false_discovery_control, rankdata
 from scipy.stats import t as student
 
-from bhx.errors import InputError, check_choice
+from bhx.errors import check_choice
 
 NUMBER = ("r", "r2", "mae")
 LABEL = ("balanced_accuracy", "auroc", "auprc", "macro_f1", "accuracy", "positive_f1")
@@ -71,17 +72,16 @@ def measure_labels(truth, output, decision, weights=None, positive=-1, ordinal=F
     """
     truth, decision, output = np.asarray(truth), np.asarray(decision), np.asarray(output, float)
     w, n_labels = _weights(weights, truth), output.shape[1]
-    confusion = np.stack(
-        [[w @ ((truth == t) & (decision == d)) for d in range(n_labels)] for t in range(n_labels)]
-    )  # (K truth, K decision, B)
+    cell = np.eye(n_labels**2)[truth * n_labels + decision]
+    confusion = (w @ cell).T.reshape(n_labels, n_labels, -1)  # (K truth, K decision, B)
     hit = np.einsum("kkb->kb", confusion)
     with np.errstate(invalid="ignore", divide="ignore"):
         recall = hit / confusion.sum(1)
         f1 = 2 * hit / (confusion.sum(0) + confusion.sum(1))
-    out = {"balanced_accuracy": known_mean(recall)}
     ranked = range(n_labels) if n_labels > 2 else [positive % n_labels]
-    out["auroc"] = known_mean(np.stack([auroc(truth == k, output[:, k], w) for k in ranked]))
-    out["auprc"] = known_mean(np.stack([auprc(truth == k, output[:, k], w) for k in ranked]))
+    areas = np.array([areas_under_curves(truth == k, output[:, k], w) for k in ranked])
+    auroc, auprc = known_mean(areas)
+    out = {"balanced_accuracy": known_mean(recall), "auroc": auroc, "auprc": auprc}
     out |= {"macro_f1": known_mean(f1), "accuracy": hit.sum(0)}
     out["positive_f1"] = f1[positive] if n_labels == 2 else np.full(len(w), np.nan)
     if ordinal:
@@ -93,43 +93,35 @@ def measure_labels(truth, output, decision, weights=None, positive=-1, ordinal=F
     return {name: out[name] for name in (ORDINAL if ordinal else LABEL)}
 
 
-def auroc(truth, score, weights=None) -> np.ndarray:
-    """Area under the ROC curve (B,): P(score of a positive > of a negative), ties count half."""
-    truth, score = np.asarray(truth, bool), np.asarray(score, float)
-    w = _weights(weights, score)
-    pos, neg = w[:, truth], w[:, ~truth]
-    wins = np.sign(np.subtract.outer(score[truth], score[~truth])) / 2 + 0.5
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return ((pos @ wins) * neg).sum(1) / (pos.sum(1) * neg.sum(1))
+def areas_under_curves(truth, score, weights=None) -> tuple[np.ndarray, np.ndarray]:
+    """Areas under the ROC curve and the precision-recall curve, each (B,), under weights (B, n).
 
-
-def auprc(truth, score, weights=None) -> np.ndarray:
-    """Average precision (B,): precision summed over the steps of recall, ties taken together."""
-    truth, score = np.asarray(truth, bool), np.asarray(score, float)
-    w = _weights(weights, score)
-    levels, place = np.unique(-score, return_inverse=True)
-    onehot = np.eye(len(levels))[place]
-    positives = (w * truth) @ onehot  # (B, level), from the highest score down
-    with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.cumsum(positives, 1) / np.cumsum(w @ onehot, 1)
-        share = positives / positives.sum(1, keepdims=True)
-    return np.where(positives.sum(1) > 0, np.nansum(precision * share, 1), np.nan)
-
-
-def bootstrap_weights(units, n: int = 1000, seed: int = 0, strata=None) -> np.ndarray:
-    """Weights (n, rows) of a bootstrap that draws whole units (participants) with replacement.
-
-    `strata` (per row, constant within a unit) keeps the number of units drawn in each stratum.
+    Those of scikit-learn (`roc_auc_score`, `average_precision_score`), for many rows of weights at
+    the cost of one sort: ties count half in the first and are taken together in the second. NaN
+    where a label is absent.
     """
+    truth, score = np.asarray(truth, bool), np.asarray(score, float)
+    w, order = _weights(weights, score), np.argsort(-score, kind="stable")
+    last = np.flatnonzero(np.r_[np.diff(score[order]) != 0, True])  # of each run of ties
+    above = np.cumsum(w[:, order], 1)[:, last]  # weight at or above each score, highest first
+    hits = np.cumsum(w[:, order] * truth[order], 1)[:, last]
+    found = np.diff(hits, prepend=0)  # positives at each score
+    with np.errstate(invalid="ignore", divide="ignore"):
+        positives = hits[:, -1]
+        missed = np.diff(above - hits, prepend=0)  # negatives at each score
+        auroc = ((hits - found / 2) * missed).sum(1) / (positives * missed.sum(1))
+        auprc = np.nansum(found * hits / above, 1) / positives
+    return auroc, auprc
+
+
+def bootstrap_weights(units, draws: int = 1000, seed: int = 0, block: int = 100):
+    """Weights (block, rows) of a bootstrap that draws whole units (participants) with replacement,
+    in blocks that hold `draws` rows together."""
     rng = np.random.default_rng(seed)
-    names, first, of_row = np.unique(np.asarray(units), return_index=True, return_inverse=True)
-    stratum = np.zeros(len(names)) if strata is None else np.asarray(strata)[first]
-    counts = np.zeros((n, len(names)))
-    for level in np.unique(stratum):
-        members = np.flatnonzero(stratum == level)
-        share = np.full(len(members), 1 / len(members))
-        counts[:, members] = rng.multinomial(len(members), share, size=n)
-    return counts[:, of_row]
+    names, of_row = np.unique(np.asarray(units), return_inverse=True)
+    share = np.full(len(names), 1 / len(names))
+    for start in range(0, draws, block):
+        yield rng.multinomial(len(names), share, size=min(block, draws - start))[:, of_row] * 1.0
 
 
 def interval(estimate, draws, level: float = 0.95, mutual: float = 0.0):
@@ -155,51 +147,11 @@ def interval(estimate, draws, level: float = 0.95, mutual: float = 0.0):
     return estimate + widen * low, estimate + widen * high
 
 
-def permuted_rows(units, strata, rng, families=None) -> np.ndarray:
-    """An order of the rows under which labels are exchangeable when they mean nothing.
-
-    Parameters
-    ----------
-    units : participant of each row; all rows of one move together
-    strata : site of each row; labels stay within
-    families : of each row; whole families of like make-up are exchanged, then members within
-    """
-    order = np.arange(len(units))
-    units, strata = np.asarray(units), np.asarray(strata)
-    if families is not None:
-        order = order[_exchange(order, np.asarray(families), units, strata, rng)]
-        strata = np.char.add(np.asarray(families).astype(str), np.char.add("|", strata.astype(str)))
-    return order[_exchange(order, units, units, strata, rng)]
-
-
-def _exchange(order, blocks, units, strata, rng):
-    """Shuffle whole blocks whose rows have the same strata and the same pattern of units."""
-    rows = {}
-    for row in np.lexsort((units, -_counts(units))):
-        rows.setdefault(blocks[row], []).append(row)
-    alike = {}
-    for block, members in rows.items():
-        _, sizes = np.unique(units[members], return_counts=True)
-        key = (tuple(sorted(sizes)), tuple(strata[members]))
-        alike.setdefault(key, []).append(block)
-    out = np.arange(len(order))
-    for group in alike.values():
-        for to, origin in zip(group, rng.permutation(len(group)), strict=True):
-            out[rows[to]] = rows[group[origin]]
-    return out
-
-
-def _counts(units):
-    _, of_row, counts = np.unique(units, return_inverse=True, return_counts=True)
-    return counts[of_row]
-
-
-def permutation_p(observed, null, lower_is_better: bool = False) -> float:
+def permutation_p(observed, null) -> float:
     """Share of the null that is at least as good, the observation counted among it."""
     null = np.asarray(null, float)
     null = null[np.isfinite(null)]
-    better = null <= observed if lower_is_better else null >= observed
-    return float((1 + better.sum()) / (1 + len(null)))
+    return float((1 + (null >= observed).sum()) / (1 + len(null)))
 
 
 def corrected_t(differences, test_share: float) -> tuple[float, float]:
@@ -245,36 +197,20 @@ def majority(decision, labels: int) -> np.ndarray:
     return (np.asarray(decision)[..., None] == np.arange(labels)).sum(0).argmax(1)
 
 
-def calibration(truth, probability, bins: int = 10) -> dict[str, np.ndarray | float]:
-    """Predicted against observed frequency in bins of equal count, and their mean distance.
+def calibration(truth, probability, bins: int = 10) -> pd.DataFrame:
+    """`predicted` against `observed` frequency in bins of equal `count`, a row each.
 
-    Rows of one probability stay in one bin, whatever its count.
-
-    Returns
-    -------
-    dict with `predicted`, `observed` and `count` (bin,), and `error`: the expected calibration
-    error, the distance averaged over rows; 0 is perfect.
+    Rows of one probability stay in one bin, whatever its count. attrs["error"] is the expected
+    calibration error: their distance, averaged over rows; 0 is perfect.
     """
-    truth, probability = np.asarray(truth, float), np.asarray(probability, float)
-    order = np.argsort(probability, kind="stable")
-    ranked = probability[order]
-    last = [part[-1] for part in np.array_split(ranked, min(bins, len(ranked)))]
-    parts = np.split(order, np.unique(np.searchsorted(ranked, last, "right"))[:-1])
-    predicted = np.array([probability[part].mean() for part in parts])
-    observed = np.array([truth[part].mean() for part in parts])
-    count = np.array([len(part) for part in parts])
-    error = float((count * np.abs(predicted - observed)).sum() / count.sum())
-    return {"predicted": predicted, "observed": observed, "count": count, "error": error}
-
-
-def threshold_for(truth, score, sensitivity: float) -> float:
-    """The highest threshold (score >= threshold is positive) that finds this share of positives."""
-    if not 0 < sensitivity <= 1:
-        fact = f"Expected sensitivity above 0 and at most 1, found {sensitivity}"
-        raise InputError(fact, "Give a share of the positives: 0.9")
-    positives = np.sort(np.asarray(score, float)[np.asarray(truth, bool)])
-    missed = int(np.floor((1 - sensitivity) * len(positives) + 1e-9))
-    return float(positives[min(missed, len(positives) - 1)])
+    rank = rankdata(probability, "max")
+    rows = pd.DataFrame({"predicted": probability, "observed": truth}, dtype=float)
+    groups = rows.groupby(np.ceil(rank * bins / len(rows)))
+    out = groups.mean().assign(count=groups.size())
+    out.attrs["error"] = float(
+        ((out.predicted - out.observed).abs() * out["count"]).sum() / len(rows)
+    )
+    return out.reset_index(drop=True)
 
 
 def _weights(weights, like):

@@ -1,7 +1,6 @@
-"""What scores mean, for a reader: strata, confounds, operating points, figures, one page.
+"""What scores mean, for a reader: strata, confounds, figures, one page.
 
-Everything here reads the Scores Datasets of `bhx.probe`. Models are fitted again by
-`learning_curve` alone.
+Everything here reads the Scores Datasets of `bhx.probe`; no model is fitted.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from bhx.data.splits import cohort_hash
 from bhx.errors import InputError, listed
 from bhx.evaluate import metrics
 from bhx.evaluate.features import CONFOUNDS, GUESS, encoded
-from bhx.evaluate.probe import probe
-from bhx.evaluate.scores import codes_of, compare, participants_of, plan_of
+from bhx.evaluate.scores import compare
+from bhx.evaluate.task import codes_of, participants_of, plan_of
 from bhx.schema import subject_coords
 from bhx.settings import PACKAGE, __version__
 
@@ -166,7 +165,7 @@ def methods(scores: xr.Dataset) -> str:
         text.append(
             "Missing features were filled with, and all features scaled by, training means."
         )
-    if a["harmonise"]:
+    if a["harmonize"]:
         kept = f", keeping the effect of {listed(preserve)}" if preserve else ""
         text.append(f"ComBat, fitted in the training part, removed {a['harmonise']}{kept}.")
     if confounds:
@@ -296,9 +295,8 @@ def plot_calibration(*scores: xr.Dataset, bins: int = 10):
         truth = s.truth.values.astype(str) == s.attrs["positive"]
         for output in pooled_output(s):
             found = metrics.calibration(truth, output.values, bins)
-            name = f"{output.model.item()} (error {found['error']:.2f})"
-            x, y = found["predicted"], found["observed"]
-            figure.add_scatter(x=x, y=y, mode="lines+markers", name=name)
+            name = f"{output.model.item()} (error {found.attrs['error']:.2f})"
+            figure.add_scatter(x=found.predicted, y=found.observed, mode="lines+markers", name=name)
     figure.update_xaxes(title=f"predicted probability of {scores[0].attrs['positive']}")
     figure.update_yaxes(title="observed frequency")
     return figure.update_layout(template="simple_white", height=420, title="Calibration")
@@ -411,79 +409,3 @@ def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:
 def _r(pair):
     flat = pair.std(0) <= 1e-9 * (1 + np.abs(pair).max(0))
     return 0.0 if flat.any() else float(np.corrcoef(pair.T)[0, 1])
-
-
-def operating_point(scores: xr.Dataset, sensitivity: float = 0.9) -> pd.DataFrame:
-    """Decide at a chosen sensitivity, each fold's threshold taken from the other folds' subjects.
-
-    Returns
-    -------
-    pandas DataFrame, a row a model: `sensitivity` and `specificity` reached in the tested folds,
-    `precision` (positive predictive value) and `npv`.
-    """
-    if scores.attrs["task"] != "label" or scores.sizes["class"] != 2:
-        raise InputError("Expected scores of two labels, found others", "Choose a binary target")
-    scores = judged(scores)
-    positive = scores.truth.values.astype(str) == scores.attrs["positive"]
-    output = scores.output.sel({"class": scores.attrs["positive"]}).values
-    called = np.full(output.shape, np.nan)  # (model, fold, subject)
-    for one, score, decided in zip(output, np.nanmean(output, 1), called, strict=True):
-        for f, tested in enumerate(np.isfinite(one)):
-            at = metrics.threshold_for(positive[~tested], score[~tested], sensitivity)
-            decided[f, tested] = one[f, tested] >= at
-    yes, no = called[..., positive], called[..., ~positive]
-    tp, fn, fp, tn = (np.nansum(part, (1, 2)) for part in (yes, 1 - yes, no, 1 - no))
-    with np.errstate(invalid="ignore"):
-        rates = {"sensitivity": tp / (tp + fn), "specificity": tn / (tn + fp)}
-        rates |= {"precision": tp / (tp + fp), "npv": tn / (tn + fn)}
-    return pd.DataFrame(rates, pd.Index(scores.model.values.astype(str), name="model")).round(3)
-
-
-def age_gap(scores: xr.Dataset) -> xr.Dataset:
-    """Predicted minus true age, before and after the correction of its bias with age.
-
-    A regularised model predicts the young too old and the old too young. The gap's line on age is
-    fitted on the other folds' subjects and subtracted (Beheshti et al., NeuroImage: Clinical 2019;
-    de Lange and Cole 2020). The corrected gap uses the true age: it may be related to other
-    labels, but never call it a prediction, and report no accuracy from it.
-
-    Returns
-    -------
-    Dataset with `gap` and `corrected` (model, subject) [years] of the subjects that were tested,
-    and `bias` and `bias_left` (model,): their correlation with age.
-    """
-    if scores.attrs["task"] != "number":
-        raise InputError("Expected scores of a number (age), found labels", "Probe the age")
-    scores = judged(scores)
-    age = scores.truth
-    gap = pooled_output(scores) - age
-    corrected = gap.copy()
-    for i in range(scores.sizes["model"]):
-        for row in scores.output.values[i, :, :, 0]:
-            t = np.isfinite(row)
-            slope, level = np.polyfit(age.values[~t], gap.values[i, ~t], 1)
-            corrected.values[i, t] = gap.values[i, t] - (level + slope * age.values[t])
-    out = xr.Dataset({"gap": gap, "corrected": corrected})
-    out = out.assign(
-        bias=xr.corr(gap, age, "subject"), bias_left=xr.corr(corrected, age, "subject")
-    )
-    for name in ("gap", "corrected"):
-        out[name].attrs["units"] = "years"
-    return out
-
-
-def learning_curve(features, target: str, shares=(0.2, 0.4, 0.6, 0.8, 1.0), **options):
-    """Scores at growing shares of the training participants, the tested ones staying the same.
-
-    Returns
-    -------
-    Dataset `score (share, model, metric, fold)` with the coordinate `n_train` on share: training
-    rows, mean over folds.
-    """
-    if not len(shares):
-        raise InputError("Expected shares of the training participants, found none", "Give 0.5, 1")
-    runs = [probe(features, target, train_share=share, **options) for share in shares]
-    tested = [np.isfinite(r.output.values[0, :, :, 0]).sum(1).mean() for r in runs]
-    n_train = [round(n / r.attrs["test_share"]) for n, r in zip(tested, runs, strict=True)]
-    out = xr.concat([r.score for r in runs], "share").to_dataset()
-    return out.assign_coords(share=list(shares), n_train=("share", n_train))

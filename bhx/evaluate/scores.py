@@ -8,29 +8,11 @@ import xarray as xr
 
 from bhx.errors import InputError, check_choice
 from bhx.evaluate import metrics
-from bhx.evaluate.probe import Plan, tidy
-from bhx.evaluate.rows import Rows, Splits, positive_code
+from bhx.evaluate.task import codes_of, participants_of, plan_of, tested_of
 from bhx.settings import PACKAGE
 
 # What others report, in the units of `score` (assets/README.md says who measured it, and how)
 REPORTED = PACKAGE / "assets" / "reported.csv"
-
-
-def rescored(scores, name: str, output, decision) -> xr.Dataset:
-    """Scores of another predictor on the same subjects and folds.
-
-    `output` (fold, subject, class) and `decision` (fold, subject) are those of `probe`, NaN and -1
-    where a fold did not test a subject.
-    """
-    tested = np.isfinite(scores.output.values[0, :, :, 0])
-    cuts = [(np.flatnonzero(~t), np.flatnonzero(t)) for t in tested]
-    splits = Splits(cuts, list(scores.fold.values), participants_of(scores), [])
-    rows = Rows(scores, splits.units, {})
-    out = tidy(name, rows, codes_of(scores), splits, output, decision, plan_of(scores))
-    return out.assign_attrs({**scores.attrs, **out.attrs})
-
-
-# ---------------------------------------------------------------- reading scores
 
 
 def compare(
@@ -135,8 +117,8 @@ def _against(scores, i, other, control, metric):
 
 
 def _same_folds(a, b):
-    tested = [np.isfinite(s.output.values[0, :, :, 0]) for s in (a, b)]
-    return np.array_equal(a.subject.values, b.subject.values) and np.array_equal(*tested)
+    same = np.array_equal(a.subject.values, b.subject.values)
+    return same and np.array_equal(tested_of(a), tested_of(b))
 
 
 def _with_reference(table, cohort):
@@ -155,40 +137,20 @@ def resample(scores: xr.Dataset, draws: int = 1000, seed: int = 0) -> xr.DataArr
     A participant drawn twice counts twice in every fold that tested them; predictions are kept,
     models are not fitted again.
     """
-    weights = metrics.bootstrap_weights(participants_of(scores), draws, seed)
-    plan, truth = plan_of(scores), codes_of(scores)
-    out = np.empty((scores.sizes["model"], scores.sizes["metric"], draws))
-    for i in range(scores.sizes["model"]):
-        output, decision = scores.output.values[i], scores.decision.values[i]
-        folds = []
-        for f in range(len(output)):
-            t = np.flatnonzero(np.isfinite(output[f, :, 0]))
-            measured = plan.measure(truth[t], output[f, t], decision[f, t], weights[:, t])
-            folds.append([measured[m] for m in scores.metric.values])
-        out[i] = metrics.known_mean(np.array(folds))
+    plan, truth, folds = plan_of(scores), codes_of(scores), tested_of(scores)
+    blocks = []
+    for weights in metrics.bootstrap_weights(participants_of(scores), draws, seed):
+        out = np.empty((scores.sizes["model"], scores.sizes["metric"], len(weights)))
+        for i, (output, decision) in enumerate(
+            zip(scores.output.values, scores.decision.values, strict=True)
+        ):
+            found = [
+                plan.measure(truth[t], output[f, t], decision[f, t], weights[:, t])
+                for f, t in enumerate(folds)
+            ]
+            each = [[one[m] for m in scores.metric.values] for one in found]
+            out[i] = metrics.known_mean(np.array(each))
+        blocks.append(out)
     dims = ("model", "metric", "draw")
-    return xr.DataArray(out, {"model": scores.model, "metric": scores.metric}, dims)
-
-
-def participants_of(scores):
-    """Whose row each subject is."""
-    units = scores.participant if "participant" in scores.coords else scores.subject
-    return units.values.astype(str)
-
-
-def plan_of(scores):
-    """The plan that made these scores, read from them."""
-    if scores.attrs["task"] == "number":
-        return Plan("number", None, -1, None, None, 0)
-    names = scores["class"].values.astype(str)
-    return Plan(
-        scores.attrs["task"], names, positive_code(names, scores.attrs["positive"]), None, None, 0
-    )
-
-
-def codes_of(scores):
-    """The truth as numbers: itself, or the place of each label among the classes."""
-    if scores.attrs["task"] == "number":
-        return scores.truth.values
-    names = list(scores["class"].values.astype(str))
-    return np.array([names.index(str(t)) for t in scores.truth.values])
+    coords = {"model": scores.model, "metric": scores.metric}
+    return xr.DataArray(np.concatenate(blocks, -1), coords, dims)

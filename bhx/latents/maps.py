@@ -7,10 +7,10 @@ import xarray as xr
 
 from bhx.data.geometry import spins
 from bhx.errors import InputError, check_choice, listed
-from bhx.latents.pool import row_of, standardized, subject_mask
-from bhx.schema import check
-
-MAPS = {"roi": "hub_to_roi", "t1": "hub_to_t1", "modality": "modality_share"}
+from bhx.latents.pool import standardized, subject_mask
+from bhx.modalities.bold import BOLD
+from bhx.modalities.table import MODALITIES, modality
+from bhx.schema import ATTENTION, check, who_has
 
 
 def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi") -> xr.DataArray:
@@ -24,11 +24,12 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
     latents : Dataset embedded with keep=("attention",)
     token : one token, several, or None for all; several are averaged
     subjects : ids or a boolean mask; None for all. People without the modality are left out
-    of : "roi" (parcels), "t1" (cubes: cx, cy, cz) or "modality"
+    of : name of a modality, for its own map; "roi" for the first map that lies on parcels;
+        "modality" for the share of each
 
     Returns
     -------
-    DataArray on roi; on (cx, cy, cz); or on modality
+    DataArray on the dims of that map, such as roi, (cx, cy, cz) or modality
     """
     values = each_token(latents, of=of, subjects=subjects)
     values = values.isel(token=_tokens(latents, token)).mean("token", keep_attrs=True)
@@ -38,33 +39,40 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
 
 def each_token(latents: xr.Dataset, *, of: str = "roi", subjects=None) -> xr.DataArray:
     """The maps of all tokens, averaged over subjects: DataArray (token, ...); see `region_map`."""
-    check_choice("of", of, MAPS)
-    check(latents, "latents")
-    if MAPS[of] not in latents:
+    name, has = _map_of(check(latents, "latents"), of)
+    if name not in latents:
         raise InputError(
-            f"Expected latents with the variable '{MAPS[of]}', found {listed(latents.data_vars)}",
+            f"Expected latents with the variable '{name}', found {listed(latents.data_vars)}",
             'Keep the attention when embedding: embed(cohort, model, keep=("attention",))',
         )
-    values = latents[MAPS[of]]
-    chosen = subject_mask(values, subjects) & who_has(latents, of)
+    values = latents[name]
+    chosen = subject_mask(values, subjects) & has
     if not chosen.any():
         fact = "Expected at least one subject with this modality, found none in the selection"
-        raise InputError(fact, "Choose other subjects, or the other modality's map")
+        raise InputError(fact, "Choose other subjects, or another modality's map")
     out = values.isel(subject=np.flatnonzero(chosen)).mean("subject")
     return out.assign_attrs(n_subjects=int(chosen.sum()))
 
 
-def who_has(latents: xr.Dataset, of: str) -> np.ndarray:
-    """Which subjects have what a kind of map is about: a mask (subject)."""
-    name = {"roi": "has_bold", "t1": "has_t1"}.get(of)
-    everyone = np.ones(latents.sizes["subject"], bool)
-    return latents[name].values.astype(bool) if name in latents.coords else everyone
+def maps_in(latents: xr.Dataset, dims: tuple[str, ...]) -> list[str]:
+    """Names of the modalities with a map on these dims in the latents, in the table's order."""
+    return [n for n, m in MODALITIES.items() if m.map_dims == dims and m.map_name in latents]
+
+
+def _map_of(latents, of):
+    """The variable with a kind of map, and who has what it is about: a mask (subject)."""
+    check_choice("of", of, ("roi", "modality", *MODALITIES))
+    if of == "modality":
+        return ATTENTION, np.ones(latents.sizes["subject"], bool)
+    if of == "roi":
+        of = [*maps_in(latents, ("roi",)), BOLD.name][0]
+    return modality(of).map_name, who_has(latents, modality(of).variable)
 
 
 def spin_test(values: xr.DataArray, other, atlas: xr.Dataset, *, n_spins=1000, seed=0):
     """Is a map related to another map, or to the networks, beyond what smooth maps always are?
 
-    The parcels' centres are turned on the sphere, the right hemisphere as the mirror image of the
+    The parcels' centers are turned on the sphere, the right hemisphere as the mirror image of the
     left, and every parcel takes the value of one turned onto it (`geometry.spins`).
 
     Parameters
@@ -89,11 +97,9 @@ def spin_test(values: xr.DataArray, other, atlas: xr.Dataset, *, n_spins=1000, s
         observed, null = weights @ values.values, turned @ weights.T
         dims, coords = (other,), {other: names}
     else:
-        target = standardized(other.sel(roi=atlas.roi.values).values[None])[0]
-        observed, null = (
-            standardized(values.values[None])[0] @ target,
-            standardized(turned) @ target,
-        )
+        target = standardized(other.sel(roi=atlas.roi.values).values)
+        observed = standardized(values.values) @ target
+        null = standardized(turned) @ target
         dims, coords = (), {}
     p = (1 + (np.abs(null) >= np.abs(observed) - 1e-12).sum(0)) / (n_spins + 1)
     out = xr.Dataset({"statistic": (dims, observed), "p": (dims, p)}, coords)
@@ -108,7 +114,7 @@ def map_controls(
     The region maps of all tokens, averaged over subjects, of the model and of its controls: the
     same network with random weights; the parcels' series under shuffled names; and the first and
     the second half of every scan. A map that random weights or shuffled parcels also give says
-    nothing about what was learnt or about these brains.
+    nothing about what was learned or about these brains.
 
     Returns
     -------
@@ -120,112 +126,38 @@ def map_controls(
     from bhx.encode.model import random_model
 
     cohort = check(cohort, "cohort")
-    chosen = subject_mask(cohort, subjects) & cohort.has_bold.values.astype(bool)
+    chosen = subject_mask(cohort, subjects) & who_has(cohort, BOLD.variable)
     cohort = cohort.isel(subject=np.flatnonzero(chosen))
+    series = cohort[BOLD.variable]
     order = np.random.default_rng(seed).permutation(cohort.sizes["roi"])
     late = xr.DataArray(np.arange(cohort.sizes["time"]), dims="time") >= cohort.n_volumes / 2
-    shuffled = cohort.bold.isel(roi=order).assign_coords(cohort.roi.coords)
-    versions = {
-        "model": (cohort, model),
-        "random weights": (cohort, random_model(model.config, seed=seed)),
-        "shuffled parcels": (cohort.assign(bold=shuffled), model),
-        "first half": (cohort.assign(bold=cohort.bold.where(~late)), model),
-        "second half": (cohort.assign(bold=cohort.bold.where(late)), model),
+
+    def maps_of(series, network):
+        changed = cohort.assign({BOLD.variable: series})
+        options = {"keep": ("attention",), "attention": attention}
+        latents = embed(changed, network, missing_parcels="leave out", **options)
+        return each_token(latents, of=BOLD.name).compute()
+
+    renamed = series.isel(roi=order).assign_coords(cohort.roi.coords)
+    maps = {
+        "model": maps_of(series, model),
+        "random weights": maps_of(series, random_model(model.config, seed=seed)),
+        "shuffled parcels": maps_of(renamed, model),
+        "first half": maps_of(series.where(~late), model),
+        "second half": maps_of(series.where(late), model),
     }
-    options = {"keep": ("attention",), "attention": attention, "missing_parcels": "leave out"}
-    each = [each_token(embed(c, m, **options)).compute() for c, m in versions.values()]
-    maps = xr.concat(
-        each, xr.Variable("version", list(versions)), coords="minimal", compat="override"
-    )
-    unit = maps.copy(data=standardized(maps.transpose("version", "token", "roi").values))
-    pairs = {
-        "random weights": ("model", "random weights"),
-        "shuffled parcels": ("model", "shuffled parcels"),
-        "retest": ("first half", "second half"),
+    unit = {name: m.copy(data=standardized(m.values)) for name, m in maps.items()}
+    agreement = {
+        "random weights": (unit["model"] * unit["random weights"]).sum("roi"),
+        "shuffled parcels": (unit["model"] * unit["shuffled parcels"]).sum("roi"),
+        "retest": (unit["first half"] * unit["second half"]).sum("roi"),
     }
-    agreement = [
-        (unit.sel(version=a, drop=True) * unit.sel(version=b, drop=True)).sum("roi")
-        for a, b in pairs.values()
-    ]
-    return xr.Dataset(
-        {"map": maps, "agreement": xr.concat(agreement, xr.Variable("control", list(pairs)))}
-    )
+    return xr.Dataset({"map": _stack(maps, "version"), "agreement": _stack(agreement, "control")})
 
 
-def integrated_gradients(
-    cohort: xr.Dataset, model, subject: str, token: int, *, steps: int = 16
-) -> xr.Dataset:
-    """How much each parcel's and cube's own values move one hub token away from an empty scan.
-
-    Gradients of the token's output along its own displacement are summed on the straight way from
-    an empty scan (every scaled value 0) to this one, so that all parts together add up to the
-    distance moved. Only the first window of a long scan is read.
-
-    Returns
-    -------
-    Dataset with `roi_part` (roi) and `t1_part` (cx, cy, cz), in units of the token's distance;
-    attrs `distance`, and `gap`: the share of it that the sum misses, smaller with more `steps`
-
-    Source: Sundararajan et al., ICML 2017 (arXiv 1703.01365), Gauss-Legendre quadrature.
-    """
-    import torch
-
-    from bhx.encode.inputs import encode_parts, sequences
-
-    reading = _reading(cohort, model, subject)
-    inputs = [x for x in (*reading.windows, reading.t1) if x is not None]
-    whole = [x.nan_to_num() for x in inputs]
-
-    def output(share):
-        """The hub token of the scan times `share`, and the scaled inputs it was made of."""
-        scaled = [(share * x).requires_grad_() for x in whole]
-        reading.windows = scaled[: len(reading.windows)]
-        reading.t1 = None if reading.t1 is None else scaled[-1]
-        parts = encode_parts(model.networks, [reading], model.device)
-        tokens, rows, _ = sequences(model.config, [reading], *parts)
-        return model.networks.harmonizer(tokens, rows)[0, 1 + token], scaled
-
-    with torch.no_grad():
-        way = output(1.0)[0] - output(0.0)[0]
-    distance = way.norm()
-    totals = [torch.zeros_like(x) for x in whole]
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        out, scaled = output(float(node))
-        gradients = torch.autograd.grad(out @ way / distance, scaled)
-        for total, gradient, x in zip(totals, gradients, whole, strict=True):
-            total += float(weight) * gradient * x
-    return _parts(totals, reading, model, float(distance))
-
-
-def _reading(cohort, model, subject):
-    """One subject as the networks read it, first window only."""
-    from bhx.data.atlas import match_names
-    from bhx.encode.inputs import read_subject
-
-    one = check(cohort, "cohort").isel(subject=row_of(cohort, subject)).compute()
-    bold = None
-    if "bold" in one and bool(one.has_bold):
-        named = one.bold.assign_coords(roi=match_names(one.roi.values, model.atlas))
-        bold = named.sel(roi=model.atlas.roi.values).values[:, : int(one.n_volumes)]
-    t1 = one.t1.values if "t1" in one and bool(one.has_t1) else None
-    reading = read_subject(bold, float(one.tr), t1, model.config)
-    reading.windows, reading.tokens = reading.windows[:1], reading.tokens[:1]
-    return reading
-
-
-def _parts(totals, reading, model, distance):
-    """Attributions of patches and voxels, summed to parcels and cubes."""
-    out = xr.Dataset(attrs={"distance": distance})
-    if reading.windows:
-        roi = model.atlas.roi.drop_vars("roi_other", errors="ignore")
-        out["roi_part"] = roi.copy(data=totals[0].sum((1, 2)).numpy()).drop_attrs()
-    if reading.t1 is not None:
-        grid = model.config.structure.grid
-        shape = [n for size, g in zip(totals[-1].shape, grid, strict=True) for n in (g, size // g)]
-        out["t1_part"] = (("cx", "cy", "cz"), totals[-1].reshape(shape).sum((1, 3, 5)).numpy())
-    total = sum(float(v.sum()) for v in out.data_vars.values())
-    return out.assign_attrs(gap=1 - total / distance)
+def _stack(arrays, dim):
+    names = xr.Variable(dim, list(arrays))
+    return xr.concat(list(arrays.values()), names, coords="minimal", compat="override")
 
 
 def _tokens(latents, token):

@@ -1,8 +1,7 @@
-"""Geometry of the latent space: pool, project, compare, contrast and map hub tokens.
+"""One vector a subject: pool hub tokens or an encoder's, and project them to a few dimensions.
 
 Every function takes plain xarray objects and returns one, with the subjects' labels kept. No
-weights are read here and nothing is drawn; what changes an input (`lesion`) embeds it again
-through `bhx.encoding`.
+weights are read here and nothing is drawn.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ import numpy as np
 import xarray as xr
 
 from bhx.errors import InputError, check_choice, listed
-from bhx.schema import check
+from bhx.modalities.table import MODALITIES
+from bhx.schema import check, subject_coords
 
 
 def pool(latents: xr.Dataset, how: str = "mean", *, of: str = "hub", weights=None) -> xr.Dataset:
@@ -19,11 +19,11 @@ def pool(latents: xr.Dataset, how: str = "mean", *, of: str = "hub", weights=Non
 
     Parameters
     ----------
-    latents : Dataset with `hub` (subject, token, feature); with embed(..., keep=) also `dynamics`
-        and `structure`
+    latents : Dataset with `hub` (subject, token, feature); with embed(..., keep=) also the tokens
+        of encoders, such as `dynamics` and `structure`
     how : "mean" over tokens, "concatenate" (token-major), or "weighted"
-    of : "hub", "dynamics" (a token is a parcel, its mean over patches) or "structure" (a token is
-        a cube)
+    of : "hub", or the variable with a modality's tokens: "dynamics" (a token is a parcel, its mean
+        over patches), "structure" (a token is a cube), ...
     weights : DataArray over `token` (and `subject`), not negative; for "weighted" only: the mean
         over tokens under these weights, say a modality's share or a trained pooling's attention
 
@@ -31,35 +31,36 @@ def pool(latents: xr.Dataset, how: str = "mean", *, of: str = "hub", weights=Non
     -------
     Dataset with `features` (subject, feature), the subjects' coordinates, and attrs["name"]
     """
-    check_choice("of", of, ("hub", "dynamics", "structure"))
-    every = _as_tokens(check(latents, "latents"), of)
+    check_choice("of", of, ("hub", *(m.tokens for m in MODALITIES.values())))
+    check_choice("how", how, ("mean", "concatenate", "weighted"))
     if (weights is not None) != (how == "weighted"):
         fact = f"Expected weights with how='weighted' and only then, found how='{how}'"
         raise InputError(fact, "Give both or neither: pool(latents, 'weighted', weights=...)")
-    check_choice("how", how, ("mean", "concatenate", "weighted"))
+    tokens = _as_tokens(check(latents, "latents"), of)
     if how == "concatenate":
-        features = every.stack(flat=("token", "feature")).drop_vars(["flat", "token", "feature"])
-        features = features.rename(flat="feature")
+        features = tokens.stack(flat=("token", "feature"))
+        features = features.drop_vars(["flat", "token", "feature"]).rename(flat="feature")
+    elif how == "weighted":
+        features = tokens.weighted(weights.fillna(0)).mean("token", keep_attrs=True)
     else:
-        tokens = every if how == "mean" else every.weighted(weights.fillna(0))
         features = tokens.mean("token", keep_attrs=True)
-    keep = [name for name, c in every.coords.items() if "token" not in c.dims]
-    features = features.drop_vars([name for name in features.coords if name not in keep])
-    out = features.transpose("subject", "feature").astype("float32").to_dataset(name="features")
+    features = features.transpose("subject", "feature").astype("float32")
+    features = features.reset_coords(drop=True).assign_coords(subject_coords(tokens))
+    out = features.to_dataset(name="features")
     out.attrs = latents.attrs | {"name": f"{of} tokens, {how}"}
     return check(out, "features")
 
 
 def _as_tokens(latents, of):
-    """(subject, token, feature) of what `pool` reads."""
+    """(subject, token, feature) of what `pool` reads; a modality's map says what a token is."""
     if of not in latents:
         fact = f"Expected latents with '{of}', found {listed(latents.data_vars, 20)}"
         raise InputError(fact, f"Keep them: embed(..., keep=('{of}',))")
     if of == "hub":
         return latents.hub
-    tokens = latents[of].mean("patch") if of == "dynamics" else latents[of]
-    places = [d for d in tokens.dims if d not in ("subject", "feature")]
-    tokens = tokens.stack(token=places).reset_index("token", drop=True)
+    kind = next(m for m in MODALITIES.values() if m.tokens == of)
+    tokens = latents[of].mean([d for d in kind.token_dims if d not in kind.map_dims])
+    tokens = tokens.stack(token=kind.map_dims).reset_index("token", drop=True)
     return tokens.drop_vars([n for n, c in tokens.coords.items() if "token" in c.dims])
 
 
@@ -90,8 +91,7 @@ def project(data: xr.Dataset, *, n: int = 2, method: str = "pca", fit_on=None, s
     fitted = _reducer(method, n, seed).fit(values[chosen])
     out = xr.DataArray(
         fitted.transform(values),
-        {name: c for name, c in features.coords.items() if c.dims == ("subject",)}
-        | {"component": np.arange(1, n + 1)},
+        subject_coords(features) | {"component": np.arange(1, n + 1)},
         ("subject", "component"),
         name="projection",
         attrs={"long_name": method.upper(), "method": method, "seed": seed},

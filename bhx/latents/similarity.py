@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from bhx.errors import InputError, listed
 from bhx.latents.pool import features_of, row_of, standardized
-from bhx.schema import check
+from bhx.schema import check, is_missing
 
 
 def similarity(data: xr.Dataset, other: xr.Dataset | None = None) -> xr.DataArray:
@@ -21,14 +22,16 @@ def similarity(data: xr.Dataset, other: xr.Dataset | None = None) -> xr.DataArra
         fact = f"Expected as many features on both sides, found {a.sizes['feature']} and "
         fact += f"{b.sizes['feature']}"
         raise InputError(fact, "Pool both latents in the same way, and from the same model")
-    values = standardized(np.asarray(a)) @ standardized(np.asarray(b)).T
-    out = xr.DataArray(values, dims=("subject", "subject_other"), name="similarity")
-    out = out.assign_coords(subject=a.subject.values, subject_other=b.subject.values)
-    for name in ("participant", "site"):
-        if name in a.coords and name in b.coords:
-            labels = {name: ("subject", a[name].values)}
-            out = out.assign_coords(labels | {f"{name}_other": ("subject_other", b[name].values)})
-    return out.assign_attrs(long_name="correlation of features")
+    kept = [n for n in ("participant", "site") if n in a.coords and n in b.coords]
+    a, b = (_unit_rows(x, kept) for x in (a, b))
+    out = a @ b.rename({name: f"{name}_other" for name in ("subject", *kept)})
+    return out.rename("similarity").assign_attrs(long_name="correlation of features")
+
+
+def _unit_rows(features, kept):
+    """Standardized rows with some of the subjects' labels, in memory."""
+    dropped = [name for name in features.coords if name not in ("subject", *kept)]
+    return features.copy(data=standardized(np.asarray(features))).drop_vars(dropped)
 
 
 def neighbours(data: xr.Dataset, subject: str | None = None, *, k: int = 5) -> xr.Dataset:
@@ -41,17 +44,15 @@ def neighbours(data: xr.Dataset, subject: str | None = None, *, k: int = 5) -> x
     near = similarity(data)
     n = near.sizes["subject"]
     if not 1 <= k < n:
-        raise InputError(
-            f"Expected 1 to {n - 1} neighbours of {n} subjects, found k={k}", "Lower k"
-        )
+        fact = f"Expected 1 to {n - 1} neighbours of {n} subjects, found k={k}"
+        raise InputError(fact, "Ask for fewer")
     values = near.values.copy()
     np.fill_diagonal(values, -np.inf)
     order = np.argsort(-values, axis=1, kind="stable")[:, :k]
+    found = {"neighbour": near.subject.values[order]}
+    found["similarity"] = np.take_along_axis(values, order, 1)
     out = xr.Dataset(
-        {
-            "neighbour": (("subject", "rank"), near.subject.values[order]),
-            "similarity": (("subject", "rank"), np.take_along_axis(values, order, 1)),
-        },
+        {name: (("subject", "rank"), values) for name, values in found.items()},
         {"subject": near.subject.values, "rank": np.arange(1, k + 1)},
     )
     return out if subject is None else out.isel(subject=row_of(near, subject))
@@ -118,10 +119,10 @@ def contrast(
     from scipy.stats import false_discovery_control
 
     hub, labels, blocks = _people(latents, groups, within)
-    names, codes = np.unique(labels, return_inverse=True)
-    if len(names) < 2 or np.bincount(codes).min() < 2:
-        fact = f"Expected at least two groups of two participants in '{groups}', found "
-        fact += f"{dict(zip(names.tolist(), np.bincount(codes).tolist(), strict=True))}"
+    names, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    if len(names) < 2 or sizes.min() < 2:
+        found = dict(zip(names.tolist(), sizes.tolist(), strict=True))
+        fact = f"Expected at least two groups of two participants in '{groups}', found {found}"
         raise InputError(fact, "Choose another coordinate, or more subjects")
     rng = np.random.default_rng(seed)
     draws = np.stack([codes] + [_shuffled(codes, blocks, rng) for _ in range(n_permutations)])
@@ -147,18 +148,12 @@ def _people(latents, groups, within):
         if name is not None and name not in hub.coords:
             fact = f"Expected the coordinate '{name}' on subject, found {listed(hub.coords, 12)}"
             raise InputError(fact, "Assign it: latents.assign_coords(name=('subject', values))")
-    labels = hub[groups].to_series()
-    known = labels.notna() & (labels.astype(str) != "")
-    hub = hub.isel(subject=np.flatnonzero(known))
-    columns = list(dict.fromkeys(["participant", groups, *([within] if within else [])]))
-    table = hub.subject.to_dataset(name="row").reset_coords()[columns].to_dataframe()[columns]
-    people = table.groupby("participant", sort=True)
-    if (people.nunique().drop(columns="participant", errors="ignore") > 1).any(axis=None):
-        raise InputError(
-            f"Expected one value of '{groups}'{f' and {within}' if within else ''} a participant, "
-            "found participants with several",
-            "Contrast people, not sessions: select one row each",
-        )
+    hub = hub.isel(subject=np.flatnonzero(~is_missing(hub[groups].values)))
+    labels = {name: hub[name].values for name in (groups, within) if name is not None}
+    people = pd.DataFrame(labels, index=hub.participant.values).groupby(level=0)
+    if (people.nunique() > 1).any(axis=None):
+        fact = f"Expected one value of {' and '.join(labels)} a participant, found several"
+        raise InputError(fact, "Contrast people, not sessions: select one row each")
     first, rows = people.first(), people.indices
     values = np.asarray(hub.astype("float32"))
     means = np.stack([values[rows[name]].mean(0) for name in first.index])
@@ -179,10 +174,10 @@ def _pseudo_f(values, draws):
 
 
 def _shuffled(codes, blocks, rng):
-    if blocks is None:
-        return rng.permutation(codes)
+    """Labels exchanged between people, only inside blocks where there are some."""
+    blocks = np.zeros(len(codes)) if blocks is None else blocks
     out = codes.copy()
     for block in np.unique(blocks):
-        where = np.flatnonzero(blocks == block)
-        out[where] = codes[rng.permutation(where)]
+        inside = np.flatnonzero(blocks == block)
+        out[inside] = codes[rng.permutation(inside)]
     return out

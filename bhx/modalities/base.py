@@ -71,6 +71,9 @@ class Modality:
     def check_lengths(self, cohort, config) -> None:
         """Refuse subjects of whom not one token can be made; only labels are read."""
 
+    def check_training(self, labels) -> None:
+        """Refuse subjects that a model cannot be trained on; only labels are read."""
+
     def fit(self, cohort, config):
         """The cohort with this modality on the model's grid, lazily, or a refusal."""
         return cohort
@@ -104,7 +107,7 @@ class Modality:
 
     def places(self, config) -> tuple[int, ...]:
         """Sizes of `token_dims` in one window at most: each place has a position of its own."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how many places it has")
+        return (config.places(self.name),)
 
     def rows(self, config, shape: tuple[int, ...]) -> np.ndarray:
         """Which of all places the tokens of a window of that shape take, flat and in C order."""
@@ -117,6 +120,10 @@ class Modality:
     def join(self, windows: list[np.ndarray]) -> np.ndarray:
         """Tokens of all windows (*shape, feature) as one array."""
         return windows[0]
+
+    def split(self, tokens: np.ndarray, config) -> list[np.ndarray]:
+        """Inverse of `join`: tokens (*token dims, feature) as windows (*places, feature)."""
+        return [tokens.reshape(-1, tokens.shape[-1])]
 
     def coords(self, config) -> dict:
         """Coordinates of the token dims: name -> (dim, values, attributes)."""

@@ -52,6 +52,18 @@ class Bold(Modality):
                     "Leave this subject's BOLD out, or check its TR",
                 )
 
+    def check_training(self, labels):
+        """A signal in every parcel, where the coverage is known."""
+        if "coverage" not in labels:
+            return
+        low = labels[self.has].values.astype(bool) & (labels.coverage.values < 1)
+        if low.any():
+            raise InputError(
+                f"Expected BOLD with a signal in every parcel, found a coverage below 1 in "
+                f"{int(low.sum())} subjects ({listed(labels.subject.values[low])})",
+                "Leave them out: subjects=cohort.subject[cohort.coverage == 1]",
+            )
+
     def trim(self, values, facts):
         """Volumes before the scan's end."""
         return values[:, : int(facts["n_volumes"])]
@@ -112,6 +124,13 @@ class Bold(Modality):
     def join(self, windows):
         """Patches of all windows behind one another."""
         return np.concatenate(windows, 1)
+
+    def split(self, tokens, config):
+        """Windows of patches, as `cut` makes them; patches behind the scan's end are dropped."""
+        there = np.flatnonzero(np.isfinite(tokens).all(-1).any(0))
+        patches = there[-1] + 1 if len(there) else 0
+        windows = ceil(patches / config.dynamics.max_patches)
+        return np.array_split(tokens[:, :patches], windows, axis=1) if windows else [tokens[:, :0]]
 
     def about(self, cohort):
         """The repetition times that were read [s]."""

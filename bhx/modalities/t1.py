@@ -165,3 +165,14 @@ def cube_mask(tokens: int, share: float, random) -> np.ndarray:
     mask = np.zeros(tokens, np.float32)
     mask[random.permutation(tokens)[: round(tokens * share)]] = 1
     return mask
+
+
+def block_mean(values, size: int) -> np.ndarray:
+    """Means (..., x, y, z) over blocks of `size` voxels along x, y and z, float32.
+
+    Voxels that fill no whole block are left out.
+    """
+    *more, x, y, z = (*values.shape[:-3], *(n // size for n in values.shape[-3:]))
+    whole = values[..., : x * size, : y * size, : z * size]
+    blocks = whole.reshape(*more, x, size, y, size, z, size)
+    return blocks.mean((-5, -3, -1), dtype=np.float32)

@@ -3,45 +3,72 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from bhx.errors import InputError, listed
+from bhx.modalities.base import Modality
+from bhx.modalities.bold import BOLD
+from bhx.modalities.t1 import ANATOMY, T1_SHAPE
+from bhx.modalities.table import modality
 from bhx.model.dynamics import DynamicsConfig, DynamicsEncoder, DynamicsPredictor
 from bhx.model.harmonizer import Harmonizer, HarmonizerConfig
+from bhx.model.layers import LinearEmbedding
 from bhx.model.structure import StructureConfig, StructureDecoder, StructureEncoder
 
 
 @dataclass(frozen=True)
 class HarmonixConfig:
-    """The whole model: its three parts, and what its input must look like.
+    """The whole model: its parts, and what its input must look like.
 
     `atlas` and `order` name the parcels; `scaling` is how parcel series are scaled before they
     are read (see bhx.embed).
     """
 
-    name: str = "base"
-    atlas: str = "schaefer400"
+    name: str
+    atlas: str
+    structure: StructureConfig
+    dynamics: DynamicsConfig
+    harmonizer: HarmonizerConfig
     order: str = "7networks"
     scaling: str = "zscore"
-    structure: StructureConfig = field(default_factory=StructureConfig)
-    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
-    harmonizer: HarmonizerConfig = field(default_factory=HarmonizerConfig)
+
+    @property
+    def modalities(self) -> dict[str, Modality]:
+        """What the model reads, in the order of its tokens."""
+        return {name: modality(name) for name in self.harmonizer.modalities}
+
+    def places(self, name: str) -> int:
+        """Places of a modality's tokens."""
+        return dict(zip(self.harmonizer.modalities, self.harmonizer.places, strict=True))[name]
+
+    def with_modality(self, name: str, places: int, numbers: int) -> HarmonixConfig:
+        """The same model with a further modality: so many tokens, each of so many numbers."""
+        h = self.harmonizer
+        more = {
+            "modalities": (*h.modalities, name),
+            "places": (*h.places, places),
+            "numbers": (*h.numbers, numbers),
+        }
+        return replace(self, harmonizer=replace(h, **more))
 
     @classmethod
     def from_dict(cls, values: dict) -> HarmonixConfig:
         """Inverse of dataclasses.asdict."""
-        parts = (StructureConfig, DynamicsConfig, HarmonizerConfig)
-        names = ("structure", "dynamics", "harmonizer")
+        parts = {
+            "structure": StructureConfig,
+            "dynamics": DynamicsConfig,
+            "harmonizer": HarmonizerConfig,
+        }
         try:
-            made = {k: make(**_tuples(values[k])) for k, make in zip(names, parts, strict=True)}
+            made = {name: part(**_tuples(values[name])) for name, part in parts.items()}
             return cls(**{**values, **made})
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"Expected the configuration of a bhx model, found one that does not fit ({error})",
-                "It may have been written by another version of bhx",
+                "It was written by another version of bhx: make the weights again with this one",
             ) from error
 
 
@@ -49,42 +76,54 @@ def _tuples(values):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def _preset(
-    name, atlas, voxel_mm, cube, width, depth, heads, inner, inner_depth, inner_heads, hubs
-):
-    """A smaller model; `inner` sizes are those of the predictor and both decoders."""
-    shape = tuple(round(n / voxel_mm) for n in (160, 192, 160))
+def assemble(name, atlas, structure, dynamics, hubs, order="7networks", **sizes) -> HarmonixConfig:
+    """A configuration whose harmonizer has a place for every token of the built-in modalities."""
+    places = (dynamics.parcels * dynamics.max_patches, structure.tokens)
+    harmonizer = HarmonizerConfig((BOLD.name, ANATOMY.name), places, (0, 0), hubs, **sizes)
+    return HarmonixConfig(name, atlas, structure, dynamics, harmonizer, order)
+
+
+def _smaller(name, parcels, voxel_mm, cube, *, width, depth, heads, inner, hubs):
+    """A smaller model; `inner` (width, depth, heads) is of the predictor and both decoders."""
     common = {"width": width, "depth": depth, "heads": heads}
-    decoder = {"decoder_width": inner, "decoder_depth": inner_depth, "decoder_heads": inner_heads}
-    predictor = {f"predictor_{k[8:]}": v for k, v in decoder.items()}
+    kinds = ("width", "depth", "heads")
+    decoder = {f"decoder_{kind}": n for kind, n in zip(kinds, inner, strict=True)}
+    predictor = {f"predictor_{kind}": n for kind, n in zip(kinds, inner, strict=True)}
+    shape = tuple(round(n / voxel_mm) for n in T1_SHAPE)
     structure = StructureConfig(voxel_mm, shape, cube, **common, **decoder)
-    parcels = int(atlas.removeprefix("schaefer"))
-    dynamics = DynamicsConfig(parcels=parcels, **common, **predictor)
-    tokens = (parcels, dynamics.max_patches, structure.tokens, hubs)
-    harmonizer = HarmonizerConfig(*tokens, **common, **decoder, target_width=width)
-    parts = {"structure": structure, "dynamics": dynamics, "harmonizer": harmonizer}
-    return HarmonixConfig(name, atlas, **parts)
+    dynamics = DynamicsConfig(parcels, **common, **predictor)
+    sizes = {**common, **decoder, "target_width": width}
+    return assemble(name, f"schaefer{parcels}", structure, dynamics, hubs, **sizes)
 
 
 PRESETS = {
-    "base": HarmonixConfig(),
-    "small": _preset("small", "schaefer200", 2.0, 8, 384, 6, 6, 192, 4, 6, 64),
-    "workshop": _preset("workshop", "schaefer100", 4.0, 8, 96, 3, 4, 64, 2, 4, 32),
+    "base": assemble("base", "schaefer400", StructureConfig(), DynamicsConfig(), 128),
+    "small": _smaller(
+        "small", 200, 2.0, 8, width=384, depth=6, heads=6, inner=(192, 4, 6), hubs=64
+    ),
+    "workshop": _smaller(
+        "workshop", 100, 4.0, 8, width=96, depth=3, heads=4, inner=(64, 2, 4), hubs=32
+    ),
 }
-RELEASE = replace(
-    PRESETS["base"],
-    name="release",
-    order="17networks",
-    dynamics=replace(PRESETS["base"].dynamics, patching="tape"),
-)
-_narrow = _preset("stand-in", "schaefer400", 4.0, 4, 48, 2, 4, 32, 1, 4, 128)
-STAND_IN = replace(  # the release's parcels, patches, cubes and hub tokens, in thin networks
-    _narrow, order="17networks", dynamics=replace(_narrow.dynamics, patching="tape")
+
+
+def as_released(config: HarmonixConfig, name: str) -> HarmonixConfig:
+    """The same sizes, read as the release reads: parcels in its order, patches by its rule."""
+    tape = replace(config.dynamics, patching="tape")
+    return replace(config, name=name, order="17networks", dynamics=tape)
+
+
+RELEASE = as_released(PRESETS["base"], "release")
+# the release's parcels, patches, cubes and hub tokens, in thin networks
+STAND_IN = as_released(
+    _smaller("stand-in", 400, 4.0, 4, width=48, depth=2, heads=4, inner=(32, 1, 4), hubs=128),
+    "stand-in",
 )
 
 
 class Harmonix(nn.Module):
-    """The networks of one model; the decoder and the predictor serve training and pictures."""
+    """The networks of one model: an encoder for each modality, under the name of its tokens, and
+    the harmonizer; the decoder and the predictor serve training and pictures."""
 
     def __init__(self, config: HarmonixConfig, harmonics=None, gradients=None):
         super().__init__()
@@ -98,6 +137,14 @@ class Harmonix(nn.Module):
         self.dynamics = DynamicsEncoder(f, harmonics, gradients)
         self.dynamics_predictor = DynamicsPredictor(f, harmonics.clone(), gradients.clone())
         self.harmonizer = Harmonizer(config.harmonizer)
+        h = config.harmonizer
+        for name, places, numbers in zip(h.modalities, h.places, h.numbers, strict=True):
+            if numbers:
+                self.add_module(modality(name).tokens, LinearEmbedding(places, numbers, h.width))
+
+    def encoder(self, name: str) -> nn.Module:
+        """What makes tokens of a modality's inputs."""
+        return getattr(self, modality(name).tokens)
 
 
 def build(config: HarmonixConfig, harmonics, gradients, seed: int = 0) -> Harmonix:

@@ -13,12 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from bhx.errors import InputError
-from bhx.model.layers import Block, attend_alike, initialise, run, sincos
-
-GRID_SECONDS = 0.735  # step of the base kernel: the TR of UK Biobank
-# Autocorrelation of resting BOLD at a distance of d seconds: a slow part and white noise, which
-# fades over one grid step. Fitted to HCP scans at TR 0.72 s (1, .57, .49, .42, .35, .28, .22, .17).
-SLOW_SHARE, SLOW_SECONDS, SLOW_POWER = 0.575, 4.38, 1.76
+from bhx.modalities.bold import GRID_SECONDS
+from bhx.model.layers import Block, attend_alike, initialize, run, sincos
 
 
 @dataclass(frozen=True)
@@ -62,56 +58,6 @@ class DynamicsConfig:
         """Seconds from the scan's start to each patch."""
         step = self.patch_seconds if self.patching == "exact" else self.patch_volumes(tr) * tr
         return step * np.arange(patches)
-
-
-def patchify(bold, tr: float, config: DynamicsConfig):
-    """Scaled series (parcels, volumes) at `tr` [s] to patches (parcels, patches, samples).
-
-    Exact patches have `config.kernel` samples on the 0.735 s grid; tape patches have k volumes,
-    the last one filled with zeros.
-    """
-    patches = config.patch_count(bold.shape[1], tr)
-    seconds = bold.shape[1] * tr
-    if patches == 0 or bold.shape[1] < 2:
-        fact = f"Expected a scan of at least one patch ({config.patch_seconds:.2f} s), "
-        fact += f"found {bold.shape[1]} volumes at TR {tr:g} s = {seconds:.1f} s"
-        raise InputError(fact, "Leave this scan out, or check its TR")
-    if config.patching == "tape":
-        k = config.patch_volumes(tr)
-        return F.pad(bold, (0, patches * k - bold.shape[1])).unflatten(1, (patches, k))
-    index, weights = wiener(tr, bold.shape[1], patches * config.kernel)
-    grid = (bold[:, index] * weights.to(bold)).sum(-1)
-    return grid.unflatten(1, (patches, config.kernel))
-
-
-def unpatchify(patches, volumes: int):
-    """Inverse of `patchify` by the rule `tape`: patches (parcels, patches, samples) to a series
-    (parcels, volumes)."""
-    return patches.flatten(1)[:, :volumes]
-
-
-def autocovariance(seconds):
-    """Prior of BOLD's autocorrelation at these distances [s]."""
-    d = np.abs(seconds)
-    slow = SLOW_SHARE * np.exp(-((d / SLOW_SECONDS) ** SLOW_POWER))
-    return slow + (1 - SLOW_SHARE) * np.clip(1 - d / GRID_SECONDS, 0, None)
-
-
-@lru_cache(maxsize=64)
-def wiener(tr: float, volumes: int, samples: int, window: int = 8):
-    """Best linear interpolation from volumes at `tr` [s] to the 0.735 s grid.
-
-    Returns the volumes each grid sample reads, (samples, window) indices, and their weights
-    C_grid,volumes C_volumes,volumes^-1 under `autocovariance`.
-    """
-    window = min(window, volumes)
-    grid = np.arange(samples) * GRID_SECONDS
-    first = np.clip(np.floor(grid / tr).astype(int) - window // 2 + 1, 0, volumes - window)
-    index = first[:, None] + np.arange(window)
-    among = autocovariance(tr * np.subtract.outer(np.arange(window), np.arange(window)))
-    towards = autocovariance(grid[:, None] - index * tr)
-    weights = np.linalg.solve(among, towards.T).T
-    return torch.from_numpy(index), torch.from_numpy(weights)
 
 
 @lru_cache(maxsize=256)
@@ -169,7 +115,7 @@ class DynamicsEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self._resized = {}  # k -> (version of the weight, kernel), outside training
-        initialise(self)
+        initialize(self)
         for block in self.blocks:
             attend_alike(block.attn)
         # tokens half as wide as the scaled input, and as their positions
@@ -225,7 +171,7 @@ class DynamicsPredictor(nn.Module):
         )
         self.predictor_norm = nn.LayerNorm(c.predictor_width, eps=c.predictor_eps)
         self.predictor_proj = nn.Linear(c.predictor_width, c.width)
-        initialise(self)
+        initialize(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, context, keep, hide, patches):
@@ -255,42 +201,3 @@ def jepa_loss(encoder, predictor, teacher, patches, keep, hide):
     guess = predictor(context, keep, hide, [p.shape[1] for p in patches])
     error = F.smooth_l1_loss(guess, target, reduction="none").mean(-1)
     return torch.stack([e.mean() for e in error.split([len(h) for h in hide])])
-
-
-def jepa_masks(parcels: int, patches: int, random: np.random.Generator):
-    """Visible and hidden token indices of one scan (Brain-JEPA, arXiv 2409.19407, section 3.2).
-
-    The observed block is 84-100 % of the parcels over a contiguous 84-100 % of the patches.
-    Hidden are: Cross-ROI (45-60 % of the parcels, 20-60 % of the patches, inside the window),
-    and Double-Cross and Cross-Time (15-30 % of the parcels, up to 40 % of the patches, outside
-    it). Hidden tokens leave the observed block.
-    """
-    observed = np.zeros((parcels, patches), bool)
-    hidden = np.zeros_like(observed)
-    window = _span(patches, random.uniform(0.84, 1.0), random)
-    order = random.permutation(parcels)
-    seen = order[: _count(parcels, random.uniform(0.84, 1.0))]
-    observed[np.ix_(seen, window)] = True
-    rows = random.permutation(parcels)[: _count(parcels, random.uniform(0.45, 0.60))]
-    inside = _span(len(window), random.uniform(0.20, 0.60), random)
-    hidden[np.ix_(rows, window[inside])] = True
-    outside = np.setdiff1d(np.arange(patches), window)
-    unseen = order[len(seen) :]
-    for pool in (seen, unseen):  # Cross-Time, Double-Cross
-        if len(outside) and len(pool):
-            rows = random.permutation(pool)[: _count(parcels, random.uniform(0.15, 0.30))]
-            columns = _span(len(outside), random.uniform(0.0, 0.40), random)
-            hidden[np.ix_(rows, outside[columns])] = True
-    observed &= ~hidden
-    return np.flatnonzero(observed), np.flatnonzero(hidden)
-
-
-def _count(total, share):
-    return max(1, round(total * share))
-
-
-def _span(total, share, random):
-    """A contiguous run of round(share x total) indices, at least one."""
-    size = _count(total, share)
-    start = random.integers(0, total - size + 1)
-    return np.arange(start, start + size)

@@ -1,24 +1,29 @@
-"""The harmonizer: dynamics and structure tokens fused into hub tokens, and the reconstruction
-that trains it."""
+"""The harmonizer of the paper: data tokens of every modality fused into hub tokens by
+self-attention over one sequence, and the reconstruction that trains it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
 
 from bhx.errors import InputError
-from bhx.model.layers import Block, attention_weights, initialise, run, sincos
+from bhx.model.layers import Block, attention_weights, initialize, run, sincos
 
 
 @dataclass(frozen=True)
 class HarmonizerConfig:
-    """Sizes of the harmonizer; the defaults are the released ("base") ones."""
+    """Sizes of the harmonizer; those of its networks are by default the released ("base") ones.
 
-    parcels: int = 400
-    max_patches: int = 18
-    cubes: int = 1200
+    `modalities` stand in the order of their tokens; each has so many `places`, and where it has no
+    encoder of its own, tokens of so many `numbers` (else 0).
+    """
+
+    modalities: tuple[str, ...]
+    places: tuple[int, ...]
+    numbers: tuple[int, ...]
     hubs: int = 128
     width: int = 768
     depth: int = 12
@@ -30,29 +35,22 @@ class HarmonizerConfig:
 
     @property
     def data_tokens(self) -> int:
-        """Rows of the positions after CLS: every dynamics token, then every structure token."""
-        return self.parcels * self.max_patches + self.cubes
+        """Rows of the positions after CLS: every place of every modality."""
+        return sum(self.places)
 
-    def dynamics_rows(self, patches: int):
-        """Rows of a scan's tokens (parcels * patches,), parcel by parcel."""
-        parcel = torch.arange(self.parcels)[:, None] * self.max_patches
-        return (1 + parcel + torch.arange(patches)).flatten()
-
-    def structure_rows(self):
-        """Rows of a T1's tokens (cubes,)."""
-        return 1 + self.parcels * self.max_patches + torch.arange(self.cubes)
-
-    def is_structure(self, rows):
-        """Which rows are a T1's."""
-        return rows > self.parcels * self.max_patches
+    @property
+    def first(self) -> dict[str, int]:
+        """The row, after CLS, of each modality's first place."""
+        starts = accumulate(self.places, initial=1)
+        return dict(zip(self.modalities, starts, strict=False))
 
 
 class Harmonizer(nn.Module):
-    """A subject's data tokens to hub tokens, and back through the decoder.
+    """Subjects' data tokens to hub tokens, and back through the decoder.
 
-    A batch is a list of subjects' tokens [(n_i, width)] and the rows [(n_i,)] of the positions
-    they take (HarmonizerConfig.dynamics_rows, structure_rows). What a subject does not have, a
-    modality, a patch, a parcel, is simply not among its tokens.
+    A batch is a list of subjects; a subject is a dict: modality -> tokens (n, width) and the places
+    (n,) that they take among the modality's. What a subject does not have, a modality, a patch, a
+    parcel, is simply not among its tokens.
     """
 
     def __init__(self, config: HarmonizerConfig):
@@ -82,8 +80,8 @@ class Harmonizer(nn.Module):
         # the mean token of each place, which pretraining fills in: the hub tokens then have only
         # to carry what differs between subjects; zero with released weights
         self.register_buffer("mean_tokens", torch.zeros(c.data_tokens, c.target_width))
-        self.register_buffer("spread", torch.ones(2))  # variance around it, of BOLD and of T1
-        initialise(self)
+        self.register_buffer("spread", torch.ones(len(c.places)))  # variance around it
+        initialize(self)
         for name in ("cls_token", "mask_token"):
             nn.init.normal_(getattr(self, name), std=0.02)
         for name in ("latent_tokens", "enc_latent_token_positional_embedding",
@@ -94,37 +92,44 @@ class Harmonizer(nn.Module):
             for block in self.blocks:  # and so does what each of them reads
                 block.attn.qkv.weight[: 2 * c.width] *= 3
 
-    def forward(self, tokens, rows):
+    def forward(self, subjects):
         """Hub tokens (B, 1 + hubs, width), CLS first, after the norm."""
-        return self.norm(self.encode(tokens, rows))
+        return self.norm(self.encode(subjects))
 
-    def encode(self, tokens, rows):
+    def encode(self, subjects):
         """Hub tokens (B, 1 + hubs, width), CLS first, before the norm."""
-        x, lengths = self.sequence(tokens, rows)
+        x, lengths = self.sequence(subjects)
         x = run(self.blocks, x, lengths)
-        return torch.stack([ends(s, self.config.hubs) for s in x.split(lengths)])
+        hubs = self.config.hubs
+        return torch.stack([torch.cat([s[:1], s[-hubs:]]) for s in x.split(lengths)])
 
-    def sequence(self, tokens, rows):
+    def rows(self, subject):
+        """Rows (n,) of the positions of a subject's tokens, one modality behind the other."""
+        first = self.config.first
+        return torch.cat([first[name] + places for name, (_, places) in subject.items()])
+
+    def sequence(self, subjects):
         """Packed [CLS | data tokens | hub] of every subject, and each one's length."""
         hub = self.latent_tokens + self.enc_latent_token_positional_embedding
         cls = (self.cls_token + self.pos_embed[:, :1])[0]
         sequences = []
-        for data, at in zip(tokens, rows, strict=True):
-            if not len(data):
+        for subject in subjects:
+            if not subject:
                 raise InputError("Expected a subject with data tokens, found none", "Leave it out")
-            sequences.append(torch.cat([cls, data + self.pos_embed[0, at], hub]))
+            data = torch.cat([tokens for tokens, _ in subject.values()])
+            sequences.append(torch.cat([cls, data + self.pos_embed[0, self.rows(subject)], hub]))
         return torch.cat(sequences), tuple(len(s) for s in sequences)
 
     @torch.no_grad()
-    def attention(self, tokens, rows, method: str | int = "last"):
-        """How much each hub token reads each of its subject's data tokens, [(hubs, n_i)].
+    def attention(self, subjects, method: str | int = "last"):
+        """How much each hub token reads each data token: [modality -> (hubs, n)] of each subject.
 
         `method` is a layer's number, "last", "mean" (over layers), or "rollout" (Abnar & Zuidema,
-        arXiv 2005.00928). Heads are averaged; each row sums to 1. Only hub rows, or for the
-        rollout blocks of rows, are ever held.
+        arXiv 2005.00928). Heads are averaged; over all modalities each row sums to 1. Only hub
+        rows, or for the rollout blocks of rows, are ever held.
         """
         layers = self.layers_of(method)
-        x, lengths = self.sequence(tokens, rows)
+        x, lengths = self.sequence(subjects)
         inputs = []
         for block in self.blocks:
             inputs.append(x)
@@ -137,8 +142,13 @@ class Harmonizer(nn.Module):
             maps = [
                 torch.stack([w.mean(0) for w in one]).mean(0) for one in zip(*each, strict=True)
             ]
-        data = [m[:, 1 : -self.config.hubs] for m in maps]
-        return [m / m.sum(-1, keepdim=True) for m in data]
+        out = []
+        for whole, subject in zip(maps, subjects, strict=True):
+            data = whole[:, 1 : -self.config.hubs]
+            data = data / data.sum(-1, keepdim=True)
+            parts = data.split([len(places) for _, places in subject.values()], 1)
+            out.append(dict(zip(subject, parts, strict=True)))
+        return out
 
     def layers_of(self, method):
         """The layers whose attention a method reads."""
@@ -182,42 +192,56 @@ class Harmonizer(nn.Module):
         x = torch.cat([s[1 : 1 + len(r)] for s, r in zip(x.split(lengths), rows, strict=True)])
         return self.decoder_pred(self.decoder_norm(x)) + self.mean_tokens[torch.cat(list(rows)) - 1]
 
-    def losses(self, tokens, rows, targets, target_rows):
-        """The paper's two terms: the mean squared error of each modality's valid tokens, in units
-        of their variance around the mean token of each place, so that neither drowns the other.
+    def losses(self, seen, targets):
+        """The paper's terms: the mean squared error of each modality's valid tokens, in units of
+        their variance around the mean token of each place, so that neither drowns the other.
 
-        Returns `loss_bold` and `loss_t1`, one value for each subject that has the modality among
-        its targets. What is fed in (`tokens`, `rows`) may lack it: the hub tokens must then guess.
+        Returns loss_<modality>, one value for each subject that has it among its `targets`. What
+        is read (`seen`) may lack it: the hub tokens must then guess.
         """
-        decoded = self.decode(self(tokens, rows), target_rows)
-        decoded = decoded.split([len(r) for r in target_rows])
-        terms = {"loss_bold": [], "loss_t1": []}
-        for guess, target, at in zip(decoded, targets, target_rows, strict=True):
-            error = (guess - target).pow(2).mean(-1)
-            is_t1 = self.config.is_structure(at)
-            chosen = (~is_t1, is_t1)
-            for name, here, spread in zip(terms, chosen, self.spread, strict=True):
-                if here.any():
-                    terms[name].append(error[here].mean() / spread)
-        return {k: torch.stack(v) if v else decoded[0].new_zeros(0) for k, v in terms.items()}
+        decoded = self.decode(self(seen), [self.rows(subject) for subject in targets])
+        terms = {f"loss_{name}": [] for name in self.config.modalities}
+        spread = dict(zip(self.config.modalities, self.spread, strict=True))
+        sizes = [len(places) for subject in targets for _, places in subject.values()]
+        each = iter(decoded.split(sizes))
+        for subject in targets:
+            for name, (tokens, _) in subject.items():
+                error = (next(each) - tokens).pow(2).mean()
+                terms[f"loss_{name}"].append(error / spread[name])
+        return {k: torch.stack(v) if v else decoded.new_zeros(0) for k, v in terms.items()}
 
-    def release_loss(self, tokens, rows):
+    def release_loss(self, subjects):
         """The released objective of each subject (B,): one mean over all positions, those of
-        patches that a scan does not have included (as zeros), targets normalised over channels."""
+        patches that a scan does not have included (as zeros), targets normalized over channels."""
         full = torch.arange(1, 1 + self.config.data_tokens, device=self.pos_embed.device)
-        decoded = self.decode(self(tokens, rows), [full] * len(tokens)).unflatten(
-            0, (len(tokens), -1)
+        decoded = self.decode(self(subjects), [full] * len(subjects)).unflatten(
+            0, (len(subjects), -1)
         )
         target = torch.zeros_like(decoded)
-        for one, data, at in zip(target, tokens, rows, strict=True):
-            one[at - 1] = data.to(one)
+        for one, subject in zip(target, subjects, strict=True):
+            data = torch.cat([tokens for tokens, _ in subject.values()])
+            one[self.rows(subject) - 1] = data.to(one)
         mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
         return (decoded - (target - mean) / (var + 1e-6).sqrt()).pow(2).mean((1, 2))
 
-
-def ends(sequence, hubs: int):
-    """CLS and the hub tokens of one sequence (N, width)."""
-    return torch.cat([sequence[:1], sequence[-hubs:]])
+    @torch.no_grad()
+    def fit_means(self, subjects):
+        """Take the mean token of each place, and the variance around it, from these subjects."""
+        total, square = torch.zeros_like(self.mean_tokens), torch.zeros_like(self.mean_tokens)
+        count = total.new_zeros(len(total), 1)
+        for subject in subjects:
+            rows = self.rows(subject) - 1
+            data = torch.cat([tokens for tokens, _ in subject.values()])
+            total[rows] += data
+            square[rows] += data**2
+            count[rows] += 1
+        self.mean_tokens.copy_(total / count.clamp(min=1))
+        left = (square - count * self.mean_tokens**2).mean(1)
+        for i, (part, n) in enumerate(
+            zip(left.split(self.config.places), count.split(self.config.places), strict=True)
+        ):
+            if n.any():
+                self.spread[i] = (part.sum() / n.sum()).clamp(min=1e-6)
 
 
 def line_positions(tokens: int, width: int):

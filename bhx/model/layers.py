@@ -115,7 +115,7 @@ def run(blocks, x, lengths):
     return x
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """Xavier-uniform linear layers with zero biases, as in the MAE paper (arXiv 2111.06377)."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -139,3 +139,37 @@ def attend_alike(attention: Attention, score: float = 20.0) -> None:
         key.copy_(query)
         nn.init.orthogonal_(value)
         attention.proj.weight.copy_(value.T)
+
+
+class LinearEmbedding(nn.Module):
+    """Tokens of a modality without an encoder of its own: the numbers of each place, less their
+    mean over people and over their deviation (`fit`), through one linear layer that begins
+    orthonormal. Numbers that are missing (NaN) count as their mean."""
+
+    def __init__(self, places: int, numbers: int, width: int):
+        super().__init__()
+        self.proj = nn.Linear(numbers, width)
+        self.register_buffer("mean", torch.zeros(places, numbers))
+        self.register_buffer("deviation", torch.ones(places, numbers))
+        nn.init.orthogonal_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, inputs, keep=None):
+        """Packed tokens (N, width) of inputs [(places, numbers)], those that `keep` names, and the
+        number of tokens of each."""
+        keep = [slice(None)] * len(inputs) if keep is None else keep
+        each = [self.standardized(x, at) for x, at in zip(inputs, keep, strict=True)]
+        return self.proj(torch.cat(each)), tuple(map(len, each))
+
+    def standardized(self, x, at=slice(None)):
+        """Numbers of one person (places, numbers) at some places, in deviations from the mean."""
+        return ((x[at] - self.mean[at]) / self.deviation[at]).nan_to_num()
+
+    @torch.no_grad()
+    def fit(self, people):
+        """Take mean and deviation over people (n, places, numbers); where people hardly differ, a
+        tenth of the deviation of all numbers together is added."""
+        self.mean.copy_(people.nanmean(0))
+        left = people - self.mean
+        spread = left.square().nanmean(0).sqrt() + 0.1 * left.square().nanmean().sqrt()
+        self.deviation.copy_(spread.clamp(min=1e-6))

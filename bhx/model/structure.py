@@ -1,4 +1,4 @@
-"""BrainHarmonix-S: a T1 volume to cube tokens, and the masked autoencoding that trains it."""
+"""BrainHarmonix-S: T1 cubes to tokens, and the masked autoencoding that trains it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from math import prod
 import torch
 from torch import nn
 
-from bhx.errors import InputError
-from bhx.model.layers import Block, initialise, run, sincos
+from bhx.model.layers import Block, initialize, run, sincos
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,12 @@ class StructureConfig:
 
     @property
     def tokens(self) -> int:
+        """Cubes of one T1."""
         return prod(self.grid)
 
 
 class StructureEncoder(nn.Module):
-    """Scaled T1 volumes (B, X, Y, Z) to cube tokens (B, cubes, width)."""
+    """Cubes of a batch of scaled T1s to packed tokens."""
 
     def __init__(self, config: StructureConfig):
         super().__init__()
@@ -52,26 +52,30 @@ class StructureEncoder(nn.Module):
         self.register_buffer("pos_embed", cube_positions(c.grid, c.width), persistent=False)
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
-        initialise(self)
+        initialize(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, t1, visible=None):
-        """Tokens of all cubes, or of the cubes `visible` (B, n) only."""
-        return self.encode(cubes(t1, self.config.cube), visible)[:, 1:]
+    def forward(self, inputs, keep=None):
+        """Tokens of T1s given as cubes [(cube, voxel)] (modalities.t1.cubes).
 
-    def encode(self, voxels, visible=None):
-        """Cubes (B, cubes, voxels) to [CLS | tokens] (B, 1 + n, width) after the norm."""
-        places = self.pos_embed[:, 1:]
-        if visible is not None:
-            voxels, places = take(voxels, visible), places[0, visible]
-        weight = self.patch_embed.proj.weight.flatten(1)
-        x = nn.functional.linear(voxels, weight, self.patch_embed.proj.bias) + places
-        cls = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
-        lengths = (x.shape[1],) * len(x)
-        return self.norm(run(self.blocks, x.flatten(0, 1), lengths)).unflatten(0, x.shape[:2])
+        `keep` names, for each T1, the cubes to encode (all without it); the others are never
+        computed. Returns packed tokens (N, width) and the number of tokens of each T1.
+        """
+        x, lengths = self.encode(inputs, keep)
+        return torch.cat([s[1:] for s in x.split(lengths)]), tuple(n - 1 for n in lengths)
+
+    def encode(self, inputs, keep=None):
+        """Packed [CLS | cubes] of every T1 after the norm (N, width), and each one's length."""
+        weight, bias = self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias
+        cls, places = (self.cls_token + self.pos_embed[:, :1])[0], self.pos_embed[0, 1:]
+        sequences = []
+        for i, x in enumerate(inputs):
+            at = slice(None) if keep is None else keep[i]
+            sequences += [cls, nn.functional.linear(x[at], weight, bias) + places[at]]
+        lengths = tuple(1 + len(tokens) for tokens in sequences[1::2])
+        return self.norm(run(self.blocks, torch.cat(sequences), lengths)), lengths
 
 
 class StructureDecoder(nn.Module):
@@ -89,7 +93,7 @@ class StructureDecoder(nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(c.decoder_width, eps=1e-6)
         self.decoder_pred = nn.Linear(c.decoder_width, c.cube**3)
-        initialise(self)
+        initialize(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, encoded, visible, total: int):
@@ -103,48 +107,30 @@ class StructureDecoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(x)).unflatten(0, (len(lengths), -1))[:, 1:]
 
 
-def reconstruct(encoder, decoder, t1, hidden):
-    """Predicted normalised cubes (B, cubes, voxels) of T1 volumes (B, X, Y, Z).
+def reconstruct(encoder, decoder, voxels, hidden):
+    """Predicted normalized cubes (B, cubes, voxels) of T1s given as cubes of the same shape.
 
     `hidden` (B, cubes): 1 = removed; every row removes the same number.
     """
     order = hidden.to(torch.int8).argsort(dim=1, stable=True)  # visible cubes first
     visible = order[:, : int((hidden[0] == 0).sum())]
-    encoded = encoder.encode(cubes(t1, encoder.config.cube), visible)
-    return decoder(encoded, visible, hidden.shape[1])
+    encoded, _ = encoder.encode(list(voxels), list(visible))
+    return decoder(encoded.unflatten(0, (len(voxels), -1)), visible, hidden.shape[1])
 
 
-def mae_loss(encoder, decoder, t1, hidden):
-    """Mean squared error of the removed cubes of each volume (B,), each target normalised by its
-    own cube (He et al., arXiv 2111.06377)."""
-    target = normalised_cubes(t1, encoder.config.cube)
-    error = (reconstruct(encoder, decoder, t1, hidden) - target).pow(2).mean(-1)
+def mae_loss(encoder, decoder, voxels, hidden):
+    """Mean squared error of the removed cubes of each T1 (B,), each target normalized by its own
+    cube (He et al., arXiv 2111.06377)."""
+    error = (
+        (reconstruct(encoder, decoder, voxels, hidden) - normalized_cubes(voxels)).pow(2).mean(-1)
+    )
     return (error * hidden).sum(1) / hidden.sum(1)
 
 
-def cubes(t1, edge: int):
-    """(B, X, Y, Z) -> (B, cubes, edge^3), cubes and the voxels in them in C order."""
-    size = t1.shape[1:]
-    if any(n % edge or n < edge for n in size):
-        raise InputError(
-            f"Expected a T1 whose sides are multiples of {edge} voxels, found {tuple(size)}",
-            "Put it on the model's grid, bhx.schema.t1_grid(model.config.structure.voxel_mm)",
-        )
-    x, y, z = (n // edge for n in size)
-    t1 = t1.reshape(len(t1), x, edge, y, edge, z, edge)
-    return t1.permute(0, 1, 3, 5, 2, 4, 6).reshape(len(t1), x * y * z, edge**3)
-
-
-def volume(voxels, grid, edge: int):
-    """Inverse of `cubes`: (B, cubes, edge^3) -> (B, X, Y, Z)."""
-    parts = voxels.reshape(len(voxels), *grid, edge, edge, edge)
-    return parts.permute(0, 1, 4, 2, 5, 3, 6).reshape(len(voxels), *(n * edge for n in grid))
-
-
-def normalised_cubes(t1, edge: int):
-    """Each cube minus its mean, over the root of its unbiased variance + 1e-6."""
-    x = cubes(t1, edge)
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+def normalized_cubes(voxels):
+    """Each cube (..., voxel) minus its mean, over the root of its unbiased variance + 1e-6."""
+    mean, variance = voxels.mean(-1, keepdim=True), voxels.var(-1, keepdim=True)
+    return (voxels - mean) / (variance + 1e-6).sqrt()
 
 
 def cube_positions(grid, width: int):
@@ -157,8 +143,3 @@ def cube_positions(grid, width: int):
     i, j, k = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
     table = torch.cat([sincos(axis.flatten(), third) for axis in (j, i, k)], -1).float()
     return nn.functional.pad(table, (0, width - 3 * third, 1, 0))[None]
-
-
-def take(x, index):
-    """Rows `index` (B, n) of x (B, N, D)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -14,11 +14,11 @@ import xarray as xr
 from bhx.encode.embed import aligned_to
 from bhx.encode.model import Model
 from bhx.errors import InputError
-from bhx.modalities.t1 import scale_t1
-from bhx.model.dynamics import jepa_masks
-from bhx.model.structure import cubes, normalised_cubes, reconstruct, volume
+from bhx.modalities.bold import jepa_masks
+from bhx.modalities.t1 import ANATOMY, cube_mask, cubes, scale_t1, volume
+from bhx.model.structure import normalized_cubes, reconstruct
+from bhx.schema import who_has
 from bhx.show.volume import plot_volume
-from bhx.train.dataset import cube_mask
 from bhx.train.log import plot_log
 
 
@@ -30,7 +30,7 @@ def hidden_cubes(
     *,
     share: float = 0.75,
     seed: int = 0,
-    normalised: bool = False,
+    normalized: bool = False,
 ) -> xr.Dataset:
     """A T1 as the masked autoencoder meets it.
 
@@ -41,14 +41,14 @@ def hidden_cubes(
     subject : id of a row of the cohort
     share : of the cubes, removed
     seed : of the choice of cubes
-    normalised : each cube less its own mean, over its own deviation: the units of the loss
+    normalized : each cube less its own mean, over its own deviation: the units of the loss
 
     Returns
     -------
     xarray.Dataset
         On (x, y, z), in the T1's own units: `t1`; `visible`, NaN where cubes are removed; and
         `returned`, the removed cubes as the decoder guesses them. The network guesses each cube
-        normalised; unless `normalised`, the cube's own mean and deviation, which the network
+        normalized; unless `normalized`, the cube's own mean and deviation, which the network
         never saw, are put back for the picture.
 
     Raises
@@ -61,18 +61,19 @@ def hidden_cubes(
             "Expected a model with the decoder of its masked autoencoder, found one without",
             "Released weights may lack it: take 'workshop' or train the stage 'structure'",
         )
-    config = model.config.structure
+    config, name = model.config.structure, ANATOMY.name
     row = aligned_to(cohort.sel(subject=[subject]), model)
-    if "t1" not in row or not row.has_t1.all():
-        raise InputError(f"Expected a subject with a T1, found none for '{subject}'", "See has_t1")
-    scan = row.t1
-    t1 = torch.from_numpy(scale_t1(scan.values[0], config.voxel_mm))[None].to(model.device)
-    hidden = cube_mask(config.tokens, share, np.random.default_rng(seed))[None].to(model.device)
-    guess = reconstruct(model.networks.structure, model.networks.structure_decoder, t1, hidden)
-    if normalised:
-        own = normalised_cubes(t1, config.cube)
-    else:
-        own = cubes(torch.tensor(scan.values, device=model.device), config.cube)
+    if name not in row or not who_has(row, name).all():
+        fact = f"Expected a subject with a T1, found none for '{subject}'"
+        raise InputError(fact, f"See cohort.{ANATOMY.has} for those who have one")
+    scan = row[name].isel(subject=0)
+    scaled = torch.from_numpy(cubes(scale_t1(scan.values, config.voxel_mm), config.cube))[None]
+    hidden = torch.from_numpy(cube_mask(config.tokens, share, np.random.default_rng(seed)))[None]
+    scaled, hidden = scaled.to(model.device), hidden.to(model.device)
+    guess = reconstruct(model.networks.structure, model.networks.structure_decoder, scaled, hidden)
+    own = normalized_cubes(scaled)
+    if not normalized:
+        own = torch.from_numpy(cubes(scan.values, config.cube))[None].to(model.device)
         guess = guess * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
     removed = hidden.bool()[..., None]
     parts = {
@@ -82,10 +83,10 @@ def hidden_cubes(
     }
     return xr.Dataset(
         {
-            name: (("x", "y", "z"), volume(x, config.grid, config.cube)[0].cpu().numpy())
-            for name, x in parts.items()
+            part: (ANATOMY.dims, volume(x[0].cpu().numpy(), config.grid, config.cube))
+            for part, x in parts.items()
         },
-        {axis: scan[axis] for axis in "xyz"},
+        {axis: scan[axis] for axis in ANATOMY.dims},
     )
 
 

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from bhx.errors import InputError, listed
-from bhx.show.look import CATEGORIES, colours
+from bhx.show.colors import CATEGORIES, finish, finish_static, plotly_colors
 
 
 def plot_latents(
@@ -21,12 +21,12 @@ def plot_latents(
     title: str | None = None,
     static: bool = False,
 ):
-    """Subjects in the latent space, coloured by any of their coordinates.
+    """Subjects in the latent space, colored by any of their coordinates.
 
     Parameters
     ----------
     projection : DataArray (subject, component) of `project`
-    color : a coordinate on subject: numbers take a colour map, names a colour each
+    color : a coordinate on subject: numbers take a color map, names a color each
     components : which two are drawn
     """
     if getattr(projection, "dims", None) != ("subject", "component"):
@@ -39,16 +39,17 @@ def plot_latents(
         fact = f"Expected color among {listed(projection.coords, 12)}, found '{color}'"
         raise InputError(fact, "Choose one of the subjects' coordinates")
     groups = point_groups(projection, color)
-    names = [axis_name(projection, c) for c in components]
     title = (color or "subjects") if title is None else title
     units = projection[color].attrs.get("units") if color else None
-    draw = _static_latents if static else _latents_figure
     label = f"{color} [{units}]" if units else color
-    return draw(projection.sel(component=list(components)), groups, names, title, label)
+    axes = [axis_name(projection, c) for c in components]
+    points = projection.sel(component=list(components))
+    draw = _static_latents if static else _latents_figure
+    return draw(points, groups, axes, title, label)
 
 
 def point_groups(projection, color) -> list:
-    """Which points share a trace: (name, positions, colour or numbers to be mapped)."""
+    """Which points share a trace: (name, positions, color or numbers to be mapped)."""
     if color is None:
         return [("", np.arange(projection.sizes["subject"]), CATEGORIES[0])]
     values = projection[color].values
@@ -69,32 +70,32 @@ def axis_name(projection, component):
     return name
 
 
-def _latents_figure(points, groups, names, title, label):
-
-    figure = go.Figure()
-    ids = np.array([escape(str(s)) for s in points.subject.values])
-    for name, where, shade in groups:
-        marker = {"color": shade, "size": 7, "opacity": 0.8}
-        if not isinstance(shade, str):
-            bar = {"title": {"text": escape(label)}, "thickness": 14}
-            marker |= {"colorscale": colours("viridis"), "showscale": True, "colorbar": bar}
-        x, y = points.values[where].T.astype(np.float32)
-        hover = "%{text}<extra>" + escape(name) + "</extra>"
-        look = {"mode": "markers", "marker": marker, "name": escape(name)}
-        figure.add_scatter(x=x, y=y, text=ids[where], hovertemplate=hover, **look)
-    figure.update_layout(title={"text": escape(title), "x": 0.5}, showlegend=len(groups) > 1)
-    return figure.update_layout(xaxis_title=names[0], yaxis_title=names[1], height=450)
+def dots(points, where, color, name="") -> go.Scatter:
+    """Some of the subjects as one trace that names each under the mouse."""
+    x, y = points.values[where].T.astype(np.float32)
+    ids = [escape(str(s)) for s in points.subject.values[where]]
+    trace = go.Scatter(x=x, y=y, text=ids, mode="markers", name=escape(name))
+    trace.hovertemplate = "%{text}<extra>" + escape(name) + "</extra>"
+    return trace.update(marker={"color": color, "size": 7, "colorscale": plotly_colors("viridis")})
 
 
-def _static_latents(points, groups, names, title, label):
+def _latents_figure(points, groups, axes, title, label):
+    figure = go.Figure([dots(points, where, color, name) for name, where, color in groups])
+    figure.update_traces(marker_opacity=0.8)
+    if not isinstance(groups[0][2], str):
+        bar = {"title": {"text": escape(label)}, "thickness": 14}
+        figure.update_traces(marker={"showscale": True, "colorbar": bar})
+    figure.update_layout(xaxis_title=axes[0], yaxis_title=axes[1], height=450)
+    return finish(figure, title, showlegend=len(groups) > 1)
 
+
+def _static_latents(points, groups, axes, title, label):
     figure, axis = plt.subplots(figsize=(5.5, 4.2), layout="constrained")
-    for name, where, shade in groups:
-        drawn = axis.scatter(*points.values[where].T, c=shade, label=name, s=18, alpha=0.8)
-        if not isinstance(shade, str):
-            figure.colorbar(drawn, label=label)
-    axis.set(xlabel=names[0], ylabel=names[1], title=title)
+    for name, where, color in groups:
+        drawn = axis.scatter(*points.values[where].T, c=color, label=name, s=18, alpha=0.8)
+    if not isinstance(groups[0][2], str):
+        figure.colorbar(drawn, label=label)
+    axis.set(xlabel=axes[0], ylabel=axes[1])
     if len(groups) > 1:
         axis.legend(frameon=False)
-    plt.close(figure)
-    return figure
+    return finish_static(figure, title)

@@ -6,74 +6,73 @@ from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
+import plotly.graph_objects as go
 import xarray as xr
 from plotly.subplots import make_subplots
 
-from bhx.show.look import CATEGORIES, colours
+from bhx.latents.maps import each_token
+from bhx.show.colors import CATEGORIES, finish, finish_static, plotly_colors
 
-# tokens and subjects ----------------------------------------------------------------------------
 
-
-def plot_tokens(latents: xr.Dataset, *, subjects=None, title: str | None = None, static=False):
+def plot_tokens(
+    latents: xr.Dataset, *, subjects=None, of: str = "roi", title: str | None = None, static=False
+):
     """Each hub token's attention by network, beside its share of each modality.
 
     A cell is the token's mean attention to a parcel of the network over its mean attention to
-    any parcel: 1 is no preference. Tokens are sorted by their share of BOLD.
+    any parcel: 1 is no preference. Tokens are sorted by their share of the first modality.
 
     Parameters
     ----------
     latents : Dataset embedded with keep=("attention",)
     subjects : ids or a boolean mask; None for all
+    of : whose attention to parcels, as in `region_map`
     """
-    table = token_table(latents, subjects)
+    table = token_table(latents, subjects, of=of)
     title = "where hub tokens read from" if title is None else title
-    if static:
-        return _static_tokens(table, title)
-    return _token_figure(table, title)
+    return _static_tokens(table, title) if static else _token_figure(table, title)
 
 
-def token_table(latents: xr.Dataset, subjects=None) -> xr.Dataset:
+def token_table(latents: xr.Dataset, subjects=None, *, of: str = "roi") -> xr.Dataset:
     """What `plot_tokens` draws: `preference` (token, network) and `share` (token, modality)."""
-    from bhx.latents.maps import each_token
-
     share = each_token(latents, of="modality", subjects=subjects)
-    maps = each_token(latents, of="roi", subjects=subjects)
+    maps = each_token(latents, of=of, subjects=subjects)
     maps = maps.assign_coords(network=("roi", maps.network.values.astype(object)))  # not lazy
-    preference = maps.groupby("network").mean() / maps.mean("roi")
-    order = np.argsort(-share.sel(modality="bold").values, kind="stable")
     names = list(dict.fromkeys(maps.network.values.tolist()))
-    table = xr.Dataset({"preference": preference.sel(network=names), "share": share})
-    return table.isel(token=order).compute()
+    preference = (maps.groupby("network").mean() / maps.mean("roi")).sel(network=names)
+    order = np.argsort(-share.isel(modality=0).values, kind="stable")
+    return xr.Dataset({"preference": preference, "share": share}).isel(token=order).compute()
+
+
+def _shares(table):
+    """Name, color and shares (token) of each modality."""
+    shares = table.share.transpose("modality", "token").values.astype(np.float32)
+    return zip(table.modality.values.tolist(), CATEGORIES, shares, strict=False)
 
 
 def _token_figure(table, title):
-
     figure = make_subplots(1, 2, column_widths=[0.72, 0.28], horizontal_spacing=0.2)
     tokens = [str(t) for t in table.token.values]
     bar = {"title": {"text": "preference", "side": "top"}, "x": 0.58, "thickness": 12}
     bar |= {"tickvals": [0, 1, 2], "ticktext": ["0", "even", "2 or more"]}
-    figure.add_heatmap(
-        x=table.network.values,
-        y=tokens,
-        z=table.preference.values.astype(np.float32),
-        hovertemplate="token %{y}, %{x}<br>%{z:.3g} times even<extra></extra>",
-        **{"colorscale": colours("RdBu_r"), "zmin": 0, "zmax": 2, "colorbar": bar},
-    )
-    for colour, modality in zip(CATEGORIES, table.modality.values.tolist(), strict=False):
-        share = table.share.sel(modality=modality).values.astype(np.float32)
-        hover = "token %{y}<br>%{x:.3g}<extra>" + escape(modality) + "</extra>"
-        look = {"orientation": "h", "marker_color": colour, "hovertemplate": hover}
-        figure.add_bar(x=share, y=tokens, name=modality, **look, row=1, col=2)
-    figure.update_yaxes(type="category", autorange="reversed", title_text="token", col=1)
-    figure.update_yaxes(type="category", autorange="reversed", showticklabels=False, col=2)
+    z = table.preference.values.astype(np.float32)
+    cells = go.Heatmap(x=table.network.values, y=tokens, z=z, zmin=0, zmax=2, colorbar=bar)
+    cells.hovertemplate = "token %{y}, %{x}<br>%{z:.3g} times even<extra></extra>"
+    figure.add_trace(cells.update(colorscale=plotly_colors("RdBu_r")), 1, 1)
+    for name, color, share in _shares(table):
+        bars = go.Bar(x=share, y=tokens, name=escape(name), orientation="h", marker_color=color)
+        bars.hovertemplate = "token %{y}<br>%{x:.3g}<extra>" + escape(name) + "</extra>"
+        figure.add_trace(bars, 1, 2)
+    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_yaxes(title_text="token", col=1)
+    figure.update_yaxes(showticklabels=False, col=2)
     figure.update_xaxes(title_text="share of attention", range=[0, 1], col=2)
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.08}
     figure.update_layout(barmode="stack", bargap=0, height=520, legend=legend)
-    return figure.update_layout(title={"text": escape(title), "x": 0.5}, margin={"t": 60, "b": 50})
+    return finish(figure, title, margin={"t": 60, "b": 50})
 
 
 def _static_tokens(table, title):
-
     figure, (left, right) = plt.subplots(
         1, 2, width_ratios=[3, 1], figsize=(7, 5), sharey=True, layout="constrained"
     )
@@ -82,15 +81,11 @@ def _static_tokens(table, title):
     bar.set_ticklabels(["0", "even", "2 or more"])
     bar.ax.set_title("preference", size="medium")
     left.set_xticks(range(table.sizes["network"]), table.network.values, rotation=45, ha="right")
-    left.set_ylabel("token, sorted by share of BOLD")
-    left.set_yticks([])
+    left.set(ylabel=f"token, sorted by share of {table.modality.values[0]}", yticks=[])
     start = np.zeros(table.sizes["token"])
-    for colour, modality in zip(CATEGORIES, table.modality.values.tolist(), strict=False):
-        share = table.share.sel(modality=modality).values
-        right.barh(np.arange(len(share)), share, 1, start, color=colour, label=modality)
+    for name, color, share in _shares(table):
+        right.barh(np.arange(len(share)), share, 1, start, color=color, label=name)
         start = start + share
     right.set(xlabel="share of attention", xlim=(0, 1))
     right.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2, frameon=False)
-    figure.suptitle(title)
-    plt.close(figure)
-    return figure
+    return finish_static(figure, title)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,10 +11,8 @@ import xarray as xr
 from plotly.subplots import make_subplots
 
 from bhx.errors import InputError
-from bhx.modalities.t1 import t1_grid
-from bhx.show.look import colour_bar, look_of
-
-# the volume -------------------------------------------------------------------------------------
+from bhx.modalities.t1 import CUBE_DIMS, T1_SHAPE, t1_grid
+from bhx.show.colors import Scale, finish, finish_static
 
 # across, up and through of each plane; left is left
 PLANES = {"sagittal": ("y", "z", "x"), "coronal": ("x", "z", "y"), "axial": ("x", "y", "z")}
@@ -36,9 +33,8 @@ def plot_volume(
 
     Parameters
     ----------
-    values : DataArray (x, y, z) on the T1 grid, say `cohort.t1.sel(subject=...)`; None for the
-        MNI152 template
-    overlay : DataArray (cx, cy, cz), say `region_map(latents, of="t1")`
+    values : DataArray (x, y, z) on the T1 grid, one subject's; None for the MNI152 template
+    overlay : DataArray (cx, cy, cz), such as a `region_map` over cubes
     at : MNI coordinates [mm] where the planes start, or for static=True lie
     n_slices : positions on each plane's slider; slices are sent at 2 mm or coarser
     cmap, limits, title : as in `plot_surface`, of the overlay
@@ -50,76 +46,44 @@ def plot_volume(
     """
     t1 = template() if values is None else values
     if t1.dims != ("x", "y", "z"):
-        fact = f"Expected a T1 with dims ('x', 'y', 'z'), found {t1.dims}"
-        raise InputError(fact, "Select one subject: cohort.t1.sel(subject=...)")
+        fact = f"Expected a volume with dims ('x', 'y', 'z'), found {t1.dims}"
+        raise InputError(fact, "Select one subject: volumes.sel(subject=...)")
     cubes = None if overlay is None else with_mm(overlay)
-    named = (t1 if cubes is None else cubes).attrs
-    title = named.get("long_name", "T1") if title is None else title
-    look = look_of(np.zeros(0) if cubes is None else cubes, cmap, limits, title)
-    look["units"], grey = named.get("units", ""), grey_levels(t1)
+    shown = t1 if cubes is None else cubes
+    title = shown.attrs.get("long_name", "T1") if title is None else title
+    scale = Scale.of([] if cubes is None else cubes, cmap=cmap, limits=limits, title=title)
+    gray = gray_levels(t1)
     if static:
-        return _static_volume(grey, cubes, at, look)
-    return _volume_figure(grey, cubes, at, n_slices, look)
+        return _static_volume(gray, cubes, at, scale)
+    return _volume_figure(gray, cubes, at, n_slices, scale)
 
 
 def with_mm(cubes):
-    """A cube map with the MNI coordinates of its cubes' centres, as dims x, y and z."""
-    if cubes.dims != ("cx", "cy", "cz"):
-        fact = f"Expected a cube map with dims ('cx', 'cy', 'cz'), found {cubes.dims}"
-        raise InputError(fact, "Average the other dims first: region_map(latents, token, of='t1')")
-    grid = zip(t1_grid().items(), cubes.shape, strict=True)
-    centres = {axis: mm.reshape(n, -1).mean(1) for (axis, mm), n in grid}
-    bare = cubes.drop_vars(["cx", "cy", "cz"], errors="ignore")
-    return bare.rename(cx="x", cy="y", cz="z").assign_coords(centres)
+    """A cube map with the MNI coordinates of its cubes' centers, as dims x, y and z."""
+    if cubes.dims != CUBE_DIMS:
+        fact = f"Expected a cube map with dims {CUBE_DIMS}, found {cubes.dims}"
+        raise InputError(fact, "Average the other dims first, as bhx.region_map does")
+    grid = t1_grid(T1_SHAPE[0] / cubes.sizes["cx"])  # a cube as one large voxel
+    return xr.DataArray(cubes.values, grid, tuple(grid), attrs=cubes.attrs)
 
 
 @cache
 def template():
     """The MNI152 template in nilearn's wheel, masked, on the T1 grid at 2 mm."""
-    from nilearn.datasets import load_mni152_template
-    from nilearn.image import resample_img
+    from bhx.data.anatomy import read_template_t1
 
-    grid = t1_grid(2)
-    affine = np.eye(4)
-    for i, mm in enumerate(grid.values()):
-        affine[i, i], affine[i, 3] = mm[1] - mm[0], mm[0]
-    shape = [len(mm) for mm in grid.values()]
-    source = load_mni152_template(2)
-    image = resample_img(source, affine, shape, force_resample=True, copy_header=True)
-    return xr.DataArray(image.get_fdata(dtype=np.float32), grid, ("x", "y", "z"))
+    whole = xr.DataArray(read_template_t1(), t1_grid(1), ("x", "y", "z"))
+    return whole.coarsen(x=2, y=2, z=2).mean()
 
 
-def grey_levels(t1):
+def gray_levels(t1):
     """Intensities as 0 to 255, at 2 mm or coarser, axes ascending."""
-    step = abs(float(t1.x[1] - t1.x[0]))
-    if step < 2:
+    if abs(float(t1.x[1] - t1.x[0])) < 2:
         t1 = t1.coarsen(x=2, y=2, z=2).mean()
     t1 = t1.assign_coords({axis: t1[axis].astype(np.float32) for axis in "xyz"}).sortby([*"xyz"])
     values = np.asarray(t1.values, np.float32)
     top = np.quantile(values[values > 0], 0.995) if (values > 0).any() else 1
     return t1.copy(data=np.clip(255 * values / top, 0, 255).round().astype(np.uint8))
-
-
-def _volume_figure(grey, cubes, at, n_slices, look):
-
-    figure = make_subplots(1, 3, horizontal_spacing=0.05, subplot_titles=list(PLANES))
-    sliders = []
-    for column, (plane, start) in enumerate(zip(PLANES, at, strict=True), 1):
-        through = PLANES[plane][2]
-        where = np.linspace(0, grey.sizes[through] - 1, n_slices + 2).round().astype(int)[1:-1]
-        stops = grey[through].values[where]
-        shown = int(np.abs(stops - start).argmin())
-        first = len(figure.data)
-        for stop in stops:
-            figure.add_traces(slices(grey, cubes, plane, stop, stop == stops[shown]), 1, column)
-        sliders.append(_slider(figure, through, stops, shown, first, column))
-        for axis in (figure.update_xaxes, figure.update_yaxes):
-            axis(row=1, col=column, showgrid=False, zeroline=False, ticksuffix="")
-        figure.update_yaxes(row=1, col=column, scaleanchor=f"x{column if column > 1 else ''}")
-    margin = {"l": 30, "r": 10, "t": 70, "b": 90}
-    figure.update_layout(sliders=sliders, height=400, margin=margin, plot_bgcolor="black")
-    figure.update_layout(coloraxis=colour_bar(look) | {"showscale": cubes is not None})
-    return figure.update_layout(title={"text": escape(look["title"]), "x": 0.5})
 
 
 def plane_of(volume, plane: str, stop: float) -> xr.DataArray:
@@ -128,56 +92,75 @@ def plane_of(volume, plane: str, stop: float) -> xr.DataArray:
     return volume.sel({through: stop}, method="nearest").transpose(up, across)
 
 
-def slices(grey, cubes, plane, stop, visible=True) -> list:
+def slices(gray, cubes, plane, stop, visible=True) -> list:
     """One plane of the T1 as a heat map, and the same plane of the cube map on top."""
-
     across, up, through = PLANES[plane]
     mm = f"{across} %{{x:.0f}}, {up} %{{y:.0f}}, {through} {float(stop):.0f} mm"
-    grey_look = {"zmin": 0, "zmax": 255, "colorscale": "Greys_r", "showscale": False}
-    map_look = {"coloraxis": "coloraxis", "opacity": 0.45}
-    drawn, out = [(grey, plane, mm, grey_look)], []
+    cut = plane_of(gray, plane, stop)
+    drawn = [go.Heatmap(z=cut.values, name=plane, zmin=0, zmax=255, colorscale="Greys_r")]
+    drawn[0].update(x=cut[across].values, y=cut[up].values, showscale=False)
+    drawn[0].hovertemplate = mm + "<extra></extra>"
     if cubes is not None:
-        map_name, map_hover = f"{plane} map", mm + "<br>%{z:.4g}"
-        drawn.append((cubes.astype(np.float32), map_name, map_hover, map_look))
-    for volume, name, hover, look in drawn:
-        cut = plane_of(volume, plane, stop)
-        x, y, z = cut[across].values, cut[up].values, cut.values
-        trace = go.Heatmap(x=x, y=y, z=z, name=name, visible=visible, **look)
-        out.append(trace.update(hovertemplate=hover + "<extra></extra>"))
-    return out
+        cut = plane_of(cubes.astype(np.float32), plane, stop)
+        over = go.Heatmap(z=cut.values, name=f"{plane} map", coloraxis="coloraxis", opacity=0.45)
+        over.update(x=cut[across].values, y=cut[up].values)
+        over.hovertemplate = mm + "<br>%{z:.4g}<extra></extra>"
+        drawn.append(over)
+    return [trace.update(visible=bool(visible)) for trace in drawn]
 
 
-def _slider(figure, through, stops, shown, first, column):
+def _volume_figure(gray, cubes, at, n_slices, scale):
+    figure = make_subplots(1, 3, horizontal_spacing=0.05, subplot_titles=list(PLANES))
+    sliders = []
+    for column, (plane, start) in enumerate(zip(PLANES, at, strict=True), 1):
+        through = PLANES[plane][2]
+        where = np.linspace(0, gray.sizes[through] - 1, n_slices + 2).round().astype(int)[1:-1]
+        stops = gray[through].values[where]
+        shown = int(np.abs(stops - start).argmin())
+        traces = [slices(gray, cubes, plane, s, s == stops[shown]) for s in stops]
+        sliders.append(_slider(through, stops, shown, column, len(figure.data), len(traces[0])))
+        figure.add_traces([trace for both in traces for trace in both], 1, column)
+    square_axes(figure)
+    margin = {"l": 30, "r": 10, "t": 70, "b": 90}
+    figure.update_layout(sliders=sliders, height=400, margin=margin, plot_bgcolor="black")
+    axis = scale.color_axis() | {"showscale": cubes is not None}
+    return finish(figure, scale.title, coloraxis=axis)
+
+
+def square_axes(figure):
+    """The axes of three planes in one row: without grid, millimeters alike in both directions."""
+    for column in (1, 2, 3):
+        figure.update_yaxes(col=column, scaleanchor=f"x{column if column > 1 else ''}")
+    figure.update_xaxes(showgrid=False, zeroline=False)
+    figure.update_yaxes(showgrid=False, zeroline=False)
+
+
+def _slider(through, stops, shown, column, first, layers):
     """A slider that shows the traces of one position and hides those of the others."""
-    traces = list(range(first, len(figure.data)))
-    visible = np.eye(len(stops), dtype=bool).repeat(len(traces) // len(stops), axis=1).tolist()
+    traces = list(range(first, first + len(stops) * layers))
+    visible = np.eye(len(stops), dtype=bool).repeat(layers, axis=1).tolist()
     steps = [
         {"label": f"{stop:.0f}", "method": "restyle", "args": [{"visible": on}, traces]}
         for stop, on in zip(stops, visible, strict=True)
     ]
-    place = {"x": 0.02 + (column - 1) * 0.35, "len": 0.26, "y": -0.05}
     value = {"prefix": f"{through} = ", "suffix": " mm", "font": {"color": "black"}}
-    quiet = {"ticklen": 0, "minorticklen": 0, "font": {"color": "rgba(0,0,0,0)"}}
-    return {"active": shown, "steps": steps, **place, "currentvalue": value, **quiet}
+    out = {"active": shown, "steps": steps, "currentvalue": value}
+    out |= {"x": 0.02 + (column - 1) * 0.35, "len": 0.26, "y": -0.05}
+    return out | {"ticklen": 0, "minorticklen": 0, "font": {"color": "rgba(0,0,0,0)"}}
 
 
-def _static_volume(grey, cubes, at, look):
-
+def _static_volume(gray, cubes, at, scale):
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
-    drawn = None
     for axis, plane, stop in zip(axes, PLANES, at, strict=True):
         across, up, through = PLANES[plane]
-        for volume, style in (
-            (grey, {"cmap": "gray", "vmin": 0, "vmax": 255}),
-            (cubes, {"cmap": look["cmap"], "clim": look["limits"], "alpha": 0.45}),
-        ):
-            if volume is not None:
-                cut = plane_of(volume, plane, stop)
-                drawn = axis.pcolormesh(cut[across], cut[up], cut, **style)
+        cut = plane_of(gray, plane, stop)
+        axis.pcolormesh(cut[across], cut[up], cut, cmap="gray", vmin=0, vmax=255)
+        if cubes is not None:
+            cut, (low, high) = plane_of(cubes, plane, stop), scale.limits
+            style = {"cmap": scale.cmap, "vmin": low, "vmax": high, "alpha": 0.45}
+            axis.pcolormesh(cut[across], cut[up], cut, **style)
         axis.set(title=f"{through} = {stop:g} mm", xlabel=f"{across} [mm]", ylabel=f"{up} [mm]")
         axis.set_aspect("equal")
     if cubes is not None:
-        figure.colorbar(drawn, ax=axes, shrink=0.8, label=look["units"])
-    figure.suptitle(look["title"])
-    plt.close(figure)
-    return figure
+        figure.colorbar(scale.mappable(), ax=axes, shrink=0.8, label=scale.units, alpha=0.45)
+    return finish_static(figure, scale.title)

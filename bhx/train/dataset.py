@@ -1,4 +1,4 @@
-"""Samples: one subject of a batch, cropped, thinned and masked where the batch is made.
+"""Samples: one subject of a batch, read, cropped and masked where the batch is made.
 
 A sample is decided by the seed, the step and the subject alone, whoever makes it and when. No
 network is run here.
@@ -6,77 +6,101 @@ network is run here.
 
 from __future__ import annotations
 
-import math
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import xarray as xr
+import zarr
 
-from bhx.encode.embed import aligned_to
-from bhx.encode.inputs import Reading, in_windows
+from bhx.data.cohort import open_cohort
+from bhx.data.splits import cut
+from bhx.encode.inputs import Reading, Sequences
 from bhx.errors import InputError, listed
-from bhx.modalities.bold import BOLD
-from bhx.modalities.t1 import scale_t1
 from bhx.model.config import HarmonixConfig
-from bhx.model.dynamics import jepa_masks
-from bhx.schema import check
+from bhx.schema import check, who_has
 from bhx.train.recipes import Recipe
-
-NEEDS = {"structure": ("t1",), "dynamics": ("bold",), "harmonizer": ("bold", "t1")}
 
 
 @dataclass
 class Sample:
     """One subject of a batch, with what hides from the network."""
 
+    row: int  # of the cohort
     subject: str
-    reading: Reading
-    hidden: torch.Tensor | None = None  # of cubes, 1 = removed
-    keep: list = field(default_factory=list)  # of each window's tokens
-    hide: list = field(default_factory=list)
-    dropped: str = ""  # modality the harmonizer does not see
-    tokens: torch.Tensor | None = None  # of the frozen encoders, from a token cache, (n, width)
-    rows: torch.Tensor | None = None  # of their positions
+    reading: Reading = field(default_factory=Reading)
+    tokens: Sequences | None = None  # made before by frozen encoders
+    hidden: dict[str, torch.Tensor] = field(default_factory=dict)  # see each objective's `hide`
+    unseen: str = ""  # modality that the harmonizer has to do without
 
-    def to(self, device):
+    def to(self, device) -> Sample:
         """The same sample with what the networks read on a device."""
-        return self._moved(lambda x: x.to(device, non_blocking=True))
+        return _moved(self, lambda x: x.to(device, non_blocking=True))
 
-    def pin_memory(self):
+    def pin_memory(self) -> Sample:
         """The same sample in memory that a GPU copies from while it computes."""
-        return self._moved(torch.Tensor.pin_memory)
+        return _moved(self, torch.Tensor.pin_memory)
 
-    def _moved(self, move):
-        def each(value):
-            if isinstance(value, list):
-                return [each(x) for x in value]
-            return move(value) if isinstance(value, torch.Tensor) else value
-
-        r = self.reading
-        here = {f.name: each(getattr(self, f.name)) for f in fields(self) if f.name != "reading"}
-        return Sample(**here, reading=replace(r, windows=each(r.windows), t1=each(r.t1)))
+    @property
+    def has(self) -> list[str]:
+        """Modalities of which there is a token."""
+        if self.tokens is not None:
+            return list(dict.fromkeys(name for one in self.tokens.subjects for name in one))
+        return [n for n, windows in self.reading.there.items() if any(map(len, windows))]
 
 
-class Feed:
-    """Samples by (step, row of the cohort). An error is a sample's value, raised by who reads it:
-    on its way out of a worker process it would lose its form.
+def _moved(value, move):
+    """A dataclass, dict, list or tuple with every tensor in it moved."""
+    if isinstance(value, torch.Tensor):
+        return move(value)
+    if isinstance(value, dict):
+        return {k: _moved(v, move) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(v, move) for v in value)
+    if isinstance(value, Sample | Reading | Sequences):
+        return replace(
+            value, **{f.name: _moved(getattr(value, f.name), move) for f in fields(value)}
+        )
+    return value
 
-    With `path` the cohort is that store, and its zarr arrays are read without Dask.
+
+class Samples(torch.utils.data.Dataset):
+    """Samples by (step, row of the cohort), for one objective.
+
+    An error is a sample's value, raised by who reads it: on its way out of a worker process it
+    would lose its form.
+
+    Parameters
+    ----------
+    cohort : aligned to the model; its labels are kept
+    names : modalities that the objective reads
+    hide : function (sample, config, plan, random) that says what hides from the network
+    path : of the cohort's store, whose zarr arrays are then read without Dask
+    tokens : path or Dataset of `bhx.embed` with the tokens of these subjects, read instead of scans
     """
 
-    def __init__(self, cohort: xr.Dataset, config: HarmonixConfig, plan: Recipe, path=None):
-        self.config, self.plan, self.path = config, plan, path
+    def __init__(
+        self,
+        cohort: xr.Dataset,
+        config: HarmonixConfig,
+        plan: Recipe,
+        names,
+        hide,
+        path=None,
+        tokens=None,
+    ):
+        self.config, self.plan, self.hide, self.path = config, plan, hide, path
+        self.modalities = {n: m for n, m in config.modalities.items() if n in names}
         self.labels = cohort.drop_vars(list(cohort.data_vars)).compute()
         self.cohort = None if path else cohort
-        self.cache = self._arrays = None
-        there = {
-            m: self.labels[f"has_{m}"].values.astype(bool) & (m in cohort)
-            for m in NEEDS[plan.stage]
+        self.tokens, self._arrays = tokens, None
+        self.has = {
+            name: who_has(cohort, m.variable) & (m.variable in cohort)
+            for name, m in self.modalities.items()
         }
-        self.need = there
-        self.usable = np.flatnonzero(np.any(list(there.values()), axis=0))
+        self.usable = np.flatnonzero(np.any(list(self.has.values()), axis=0))
         self._check(cohort)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
@@ -84,75 +108,73 @@ class Feed:
         subject = str(self.labels.subject.values[i])
         crop, hide = (np.random.default_rng([self.plan.seed, step + 1, i, n]) for n in (0, 1))
         try:
-            if self.cache is not None:
-                sample = Sample(subject, Reading([], []))
-                sample.tokens, sample.rows = self.cache.read(i, crop)
+            if self.tokens is not None:
+                sample = Sample(i, subject, tokens=self.read_tokens(i, crop))
             else:
-                sample = Sample(subject, self.read(i, crop))
-            return self._hide(sample, hide)
+                sample = Sample(i, subject, self.read(i, crop))
+            self.hide(sample, self.config, self.plan, hide)
+            return sample
         except InputError as error:
             return InputError(f"Subject '{subject}': {error.fact}", error.help)
 
-    def read(self, i: int, random) -> Reading:
-        """What the encoders read of one subject: at most one window of its scan, and its T1."""
-        whole = self.read_whole(i, random)
-        if whole.windows:
-            one = int(random.integers(len(whole.windows)))
-            whole.windows, whole.tokens = [whole.windows[one]], [whole.tokens[one]]
-        return whole
-
-    def read_whole(self, i: int, random=None) -> Reading:
-        """A subject's T1 and every window of its scan, thinned and cropped as the plan says."""
-        reading = Reading([], [])
-        if "bold" in self.need and self.need["bold"][i]:
-            reading.windows, reading.tokens = in_windows(
-                *self._scan(i, random), self.config.dynamics
-            )
-        if "t1" in self.need and self.need["t1"][i]:
-            t1 = scale_t1(self._stored("t1", i), self.config.structure.voxel_mm)
-            if not np.isfinite(t1).all():
-                fact = "Expected a T1 of finite values, found NaN or infinite ones"
+    def read(self, i: int, random, one_window: bool = True) -> Reading:
+        """A subject's modalities, thinned and cropped as the plan says; at most one window."""
+        reading, windows = Reading(), None
+        for name, modality in self.modalities.items():
+            if not self.has[name][i]:
+                continue
+            facts = {k: self.labels[k].values[i] for k in modality.needs}
+            values = modality.trim(self._stored(modality.variable, i), facts)
+            names = self.labels.roi.values if "roi" in modality.dims else ()
+            values, facts = modality.augment(values, facts, self.config, self.plan, random)
+            scaled = modality.scale(values, self.config, scaling=self.config.scaling, names=names)
+            if not np.isfinite(scaled).all():
+                fact = (
+                    f"Expected finite values of '{modality.variable}', found NaN or infinite ones"
+                )
                 raise InputError(fact, "Leave this subject out with subjects=")
-            reading.t1 = torch.from_numpy(t1)
-            reading.cubes = torch.arange(self.config.structure.tokens)
+            cuts = modality.cut(scaled, facts, self.config)
+            if one_window and len(cuts) > 1:
+                windows = int(random.integers(len(cuts))) if windows is None else windows
+                cuts = [cuts[windows]]
+            reading.add(name, cuts)
         return reading
 
-    def _scan(self, i, random):
-        """(parcels, volumes) and TR: thinned, scaled as a scan at that TR would be, cropped."""
-        n, tr = int(self.labels.n_volumes.values[i]), float(self.labels.tr.values[i])
-        bold, tr = decimated(self._stored("bold", i)[:, :n], tr, self.config, self.plan, random)
-        bold = BOLD.scale(bold, names=self.labels.roi.values)
-        if self.plan.crop:
-            bold = cropped(bold, tr, self.config, self.plan, random)
-        return bold, tr
+    def read_tokens(self, i: int, random) -> Sequences:
+        """Stored tokens of a subject."""
+        parts = {}
+        for name, modality in self.modalities.items():
+            if self.has[name][i]:
+                stored = self._token_arrays()[modality.tokens][self._token_rows[i]]
+                parts[name] = modality.split(stored, self.config)
+        windows = max(map(len, parts.values()))
+        whole = self.plan.stage == "label"  # reads every window; others one that is drawn
+        chosen = range(windows) if whole else [int(random.integers(windows))]
+        subjects, weight = [], []
+        for j in chosen:
+            one = {}
+            for name, cuts in parts.items():
+                x = torch.from_numpy(np.ascontiguousarray(cuts[j if len(cuts) > 1 else 0]))
+                places = self.modalities[name].rows(self.config, x.shape[:-1])
+                flat = x.flatten(0, -2)
+                there = flat.isfinite().all(-1)
+                if there.any():
+                    one[name] = flat[there], torch.from_numpy(places)[there]
+            subjects.append(one)
+            weight.append(max((len(t) for t, _ in one.values()), default=1))
+        share = torch.tensor(weight, dtype=torch.float32)
+        return Sequences(subjects, [0] * len(subjects), share / share.sum())
 
-    def _hide(self, sample, random):
-        reading, plan = sample.reading, self.plan
-        if plan.stage == "structure":
-            sample.hidden = cube_mask(self.config.structure.tokens, plan.hidden, random)
-        elif plan.stage == "dynamics":
-            masks = jepa_masks(*reading.windows[0].shape[:2], random)
-            sample.keep, sample.hide = ([torch.from_numpy(m)] for m in masks)
-        elif self._has_both(sample) and random.random() < plan.drop_modality:
-            sample.dropped = str(random.choice(["bold", "t1"]))
-        return sample
-
-    def _has_both(self, sample):
-        if sample.rows is None:
-            return bool(sample.reading.windows) and sample.reading.t1 is not None
-        is_t1 = sample.rows > self.config.harmonizer.parcels * self.config.harmonizer.max_patches
-        return bool(is_t1.any()) and not bool(is_t1.all())
-
-    def _stored(self, name, i):
+    def _stored(self, variable, i):
         try:
             if self.cohort is not None:
-                return self.cohort[name].isel(subject=i).compute(scheduler="synchronous").values
-            return self._opened()[name][self._rows[i]]
+                return self.cohort[variable].isel(subject=i).compute(scheduler="synchronous").values
+            return self._opened()[variable][self._rows[i]]
         except InputError:
             raise
         except Exception as error:
             raise InputError(
-                f"Expected to read '{name}' in '{self.path or 'the cohort'}', found "
+                f"Expected to read '{variable}' in '{self.path or 'the cohort'}', found "
                 f"{type(error).__name__}: {error}",
                 "The file is damaged: write the store again; the last checkpoint is untouched",
             ) from error
@@ -160,44 +182,50 @@ class Feed:
     def _opened(self):
         """The store's zarr arrays; where each subject stands in it."""
         if self._arrays is None:
-            import zarr
-
             group = zarr.open_group(self.path, mode="r")
-            self._arrays = {k: group[k] for k in ("bold", "t1") if k in group}
-            ids = {str(s): row for row, s in enumerate(group["subject"][:])}
-            self._rows = [ids[str(s)] for s in self.labels.subject.values]
+            self._arrays = {m.variable: group[m.variable] for m in self.modalities.values()
+                            if m.variable in group}  # fmt: skip
+            self._rows = self._rows_in(group)
         return self._arrays
 
+    def _token_arrays(self):
+        if self._arrays is None:
+            stored = isinstance(self.tokens, str)
+            group = zarr.open_group(self.tokens, mode="r") if stored else self.tokens
+            names = [m.tokens for m in self.modalities.values()]
+            self._arrays = {n: group[n] if stored else group[n].values for n in names}
+            self._token_rows = self._rows_in(group)
+        return self._arrays
+
+    def _rows_in(self, group):
+        ids = {str(s): row for row, s in enumerate(np.asarray(group["subject"][:]))}
+        return [ids[str(s)] for s in self.labels.subject.values]
+
     def _check(self, cohort):
-        stage = self.plan.stage
         if not len(self.usable):
-            fact = f"Expected a cohort with {' or '.join(NEEDS[stage])} for the stage '{stage}', "
-            fact += f"found {listed(cohort.data_vars)} and no subject that has it"
+            names = " or ".join(m.variable for m in self.modalities.values())
+            fact = f"Expected a cohort with {names} for the stage '{self.plan.stage}', found "
+            fact += f"{listed(cohort.data_vars)} and no subject that has it"
             raise InputError(fact, "Choose the stage that fits the cohort")
         if self.config.scaling != "zscore":
             fact = "Expected a model that reads series scaled by 'zscore', found "
             fact += f"'{self.config.scaling}'"
-            raise InputError(fact, "Pretraining fits no other scaling")
-        has_bold = self.need.get("bold", np.zeros(0, bool))
-        if "coverage" in self.labels and has_bold.any():
-            low = has_bold & (self.labels.coverage.values < 1)
-            if low.any():
-                raise InputError(
-                    f"Expected BOLD with a signal in every parcel, found a coverage below 1 in "
-                    f"{int(low.sum())} subjects ({listed(self.labels.subject.values[low])})",
-                    "Leave them out: subjects=cohort.subject[cohort.coverage == 1]",
-                )
+            raise InputError(fact, "Training knows no other scaling: take another model")
+        for modality in self.modalities.values():
+            modality.check_training(self.labels)
+
+    def with_plan(self, plan: Recipe) -> Samples:
+        """The same samples under other settings."""
+        other = copy(self)
+        other.plan = plan
+        return other
 
     def __getstate__(self):  # zarr arrays are opened again in each worker
         return self.__dict__ | {"_arrays": None}
 
 
-def opened(cohort, subjects, model):
-    """The cohort aligned to the model, and the path of its store where that can be read as is."""
-    from bhx.data.cohort import (
-        open_cohort,  # here: samples made in memory need neither zarr nor Dask
-    )
-
+def opened(cohort, subjects=None) -> tuple[xr.Dataset, str | None]:
+    """The cohort, those of its subjects that are asked for, and the path of its store, if any."""
     path = None
     if not isinstance(cohort, xr.Dataset):
         path = str(cohort) if (Path(cohort) / "zarr.json").exists() else None
@@ -209,67 +237,26 @@ def opened(cohort, subjects, model):
             fact = f"Expected subjects of the cohort, found others ({listed(sorted(unknown))})"
             raise InputError(fact, "cohort.subject lists them")
         cohort = cohort.sel(subject=wanted)
-    aligned = aligned_to(cohort, model)
-    as_stored = all(aligned[v].shape == cohort[v].shape for v in cohort.data_vars) and (
-        "roi" not in cohort or aligned.roi.equals(cohort.roi)
-    )
-    return aligned, path if as_stored else None
+    return cohort, path
 
 
-def decimated(bold, tr: float, config: HarmonixConfig, plan: Recipe, random):
-    """(parcels, volumes) at `tr` [s] thinned by one of the plan's factors, from a random start.
-
-    A factor is possible when the TR stays within the plan's slowest and a patch remains.
-    """
-    volumes = bold.shape[1]
-    possible = [
-        f
-        for f in plan.decimate
-        if f == 1
-        or (f * tr <= plan.slowest_tr + 1e-9
-            and config.dynamics.patch_count(volumes // f, f * tr) >= 1)
-    ]  # fmt: skip
-    factor = int(random.choice(possible)) if len(possible) > 1 else (possible or [1])[0]
-    if factor == 1:
-        return bold, tr
-    if plan.antialias:
-        from scipy import signal
-
-        low = signal.firwin(8 * factor + 1, 1 / factor)
-        bold = signal.filtfilt(low, [1.0], bold, axis=1, padlen=min(24 * factor, volumes - 1))
-    start = int(random.integers(factor))
-    return np.ascontiguousarray(bold[:, start::factor], np.float32), tr * factor
+def is_as_stored(aligned: xr.Dataset, cohort: xr.Dataset) -> bool:
+    """Whether aligning changed nothing, so that a store can be read as it is."""
+    same = all(aligned[v].shape == cohort[v].shape for v in cohort.data_vars)
+    return same and ("roi" not in cohort or aligned.roi.equals(cohort.roi))
 
 
-def cropped(bold, tr: float, config: HarmonixConfig, plan: Recipe, random):
-    """A random stretch of whole patches, at most as many as the positions cover."""
-    there = config.dynamics.patch_count(bold.shape[1], tr)
-    most = min(there, config.dynamics.max_patches)
-    patches = int(random.integers(min(plan.shortest, most), most + 1))
-    step = config.dynamics.patch_onsets(2, tr)[1]
-    volumes = min(math.ceil(patches * step / tr - 1e-6), bold.shape[1])
-    start = int(random.integers(bold.shape[1] - volumes + 1))
-    return bold[:, start : start + volumes]
-
-
-def cube_mask(tokens: int, share: float, random) -> torch.Tensor:
-    """1 = removed, for round(share x tokens) cubes."""
-    mask = torch.zeros(tokens)
-    mask[torch.from_numpy(random.permutation(tokens)[: round(tokens * share)])] = 1
-    return mask
-
-
-def held_out_rows(feed: Feed, held_out):
+def held_out_rows(samples: Samples, held_out) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on and rows to evaluate, split by participant.
 
     A share is cut from all participants of the cohort, so that every stage with the same seed
     holds out the same people, whatever modalities they have.
     """
-    labels, usable = feed.labels, feed.usable
+    labels, usable = samples.labels, samples.usable
     everyone = labels.participant.values
-    if isinstance(held_out, (int, float)):
-        people = np.random.default_rng(feed.plan.seed).permutation(np.unique(everyone))
-        is_test = np.isin(everyone, people[: max(1, round(len(people) * held_out))])
+    if isinstance(held_out, int | float):
+        shares = {"held out": float(held_out), "train": 1 - float(held_out)}
+        is_test = cut(everyone, shares, samples.plan.seed) == "held out"
     else:
         wanted = [str(s) for s in np.asarray(held_out)]
         if unknown := set(wanted) - set(labels.subject.values.tolist()):
@@ -282,6 +269,6 @@ def held_out_rows(feed: Feed, held_out):
             raise InputError(fact, "Hold out all rows of a participant")
     train, test = usable[~is_test[usable]], usable[is_test[usable]]
     if not len(test):
-        fact = f"Expected held-out subjects with {' or '.join(feed.need)}, found none"
+        fact = f"Expected held-out subjects with {' or '.join(samples.modalities)}, found none"
         raise InputError(fact, "Give a larger share, or ids, as held_out=")
     return train, test

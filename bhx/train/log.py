@@ -1,8 +1,12 @@
-"""What is seen of a run: its log as a Dataset, figures of it, and signs of collapse."""
+"""What a run leaves to be read: its log as a Dataset, figures of it, and signs of collapse."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +15,11 @@ import xarray as xr
 from torch import nn
 
 from bhx.errors import InputError
+from bhx.modalities.table import MODALITIES
 
 NAMES = {
     "loss": "loss",
-    "loss_bold": "loss of the dynamics tokens",
-    "loss_t1": "loss of the structure tokens",
     "held_out_loss": "held-out loss",
-    "held_out_loss_bold": "held-out loss of the dynamics tokens",
-    "held_out_loss_t1": "held-out loss of the structure tokens",
     "rate": "learning rate",
     "norm": "norm of the gradient before clipping",
     "tokens": "tokens of the step",
@@ -26,6 +27,41 @@ NAMES = {
     "effective_rank": "effective rank",
     "cosine": "cosine between subjects, mean of the pairs",
 }
+
+
+def long_name(key: str) -> str:
+    """A quantity of the log in words."""
+    for modality in MODALITIES.values():
+        if key.endswith(f"loss_{modality.name}"):
+            held_out = "held-out " if key.startswith("held_out") else ""
+            return f"{held_out}loss of the {modality.tokens.replace('_tokens', '')} tokens"
+    return NAMES.get(key, key)
+
+
+def append(path: Path, kind: str, step: int, values: dict) -> None:
+    """Add a line to a log: of a "step" or an "evaluation"."""
+    with names_what_failed(path), open(path, "a") as file:
+        file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop what was logged after a step, whole or not at all."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [x + "\n" for x in lines if _parsed(x).get("step", math.inf) <= step]
+    part = path.with_suffix(".part")
+    with names_what_failed(path):
+        part.write_text("".join(kept))
+        os.replace(part, path)
+
+
+@contextlib.contextmanager
+def names_what_failed(path):
+    """An error of writing as a sentence with the path."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        fact = f"Expected to write '{path}', found {error}"
+        raise InputError(fact, "Make room and resume: the last checkpoint is untouched") from error
 
 
 def read_log(out, stage: str) -> xr.Dataset:
@@ -44,19 +80,20 @@ def read_log(out, stage: str) -> xr.Dataset:
     """
     path = Path(out) / stage / "log.jsonl"
     if not path.exists():
-        raise InputError(f"Expected a log at '{path}', found none", "Is this the folder of a run")
-    lines = [x for x in map(parsed, path.read_text().splitlines()) if x]
+        fact = f"Expected a log at '{path}', found none"
+        raise InputError(fact, "Give the folder that bhx.pretrain was given as out=")
+    lines = [x for x in map(_parsed, path.read_text().splitlines()) if x]
     data, coords = {}, {}
     for dim in ("step", "evaluation"):
         rows = [x for x in lines if x["kind"] == dim]
         for key in dict.fromkeys(k for x in rows for k in x if k not in ("kind", "step")):
             values = np.array([x.get(key, np.nan) for x in rows], float)
-            data[key] = (dim, values, {"long_name": NAMES.get(key, key)})
+            data[key] = (dim, values, {"long_name": long_name(key)})
         coords[dim] = (dim, np.array([x["step"] for x in rows], int), {"long_name": dim})
     return xr.Dataset(data, coords, {"stage": stage})
 
 
-def parsed(line: str) -> dict:
+def _parsed(line: str) -> dict:
     """One line of a log; empty for a line that a kill cut short."""
     try:
         return json.loads(line)
@@ -72,17 +109,15 @@ def plot_log(log: xr.Dataset):
     titles, n = ["", *(NAMES[k].split(",")[0] for k in shown)], max(1, len(shown))
     places = [[{"colspan": n}] + [None] * (n - 1), [{}] * n]
     figure = make_subplots(2, n, specs=places, subplot_titles=titles, vertical_spacing=0.2)
-    losses = [k for k in log if "loss" in k and not (k == "loss" and "loss_bold" in log)]
-    for name in losses:
+    in_parts = any(k.startswith("loss_") for k in log)
+    for name in [k for k in log if "loss" in k and not (k == "loss" and in_parts)]:
         dim = log[name].dims[0]
-        look = {
-            "mode": "lines" if dim == "step" else "lines+markers",
-            "name": NAMES.get(name, name),
-        }
-        figure.add_scatter(x=log[dim].values, y=log[name].values, **look, row=1, col=1)
-    look = {"mode": "lines+markers", "showlegend": False}
+        mode = "lines" if dim == "step" else "lines+markers"
+        x, y = log[dim].values, log[name].values
+        figure.add_scatter(x=x, y=y, mode=mode, name=long_name(name), row=1, col=1)
     for column, name in enumerate(shown, 1):
-        figure.add_scatter(x=log.evaluation.values, y=log[name].values, **look, row=2, col=column)
+        x, y = log.evaluation.values, log[name].values
+        figure.add_scatter(x=x, y=y, mode="lines+markers", showlegend=False, row=2, col=column)
     figure.update_xaxes(title_text="step").update_yaxes(title_text="loss", row=1, col=1)
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     figure.update_layout(template="plotly_white", height=600, margin={"t": 110}, legend=legend)
@@ -108,3 +143,14 @@ def collapse(tokens: torch.Tensor) -> dict:
         "effective_rank": float(torch.special.entr(share).sum().exp()),
         "cosine": float(((flat @ flat.T).sum() - n) / (n * (n - 1))),
     }
+
+
+def warn_of_collapse(found: dict, step: int) -> None:
+    """Say that subjects become alike, and what to try."""
+    if found["effective_rank"] < 3 or found["variance"] < 1e-6:
+        warnings.warn(
+            f"The representation is collapsing at step {step}: effective rank "
+            f"{found['effective_rank']:.1f}, variance {found['variance']:.1e}. Lower rate=, raise "
+            "momentum= towards (0.999, 1), or train on more varied subjects.",
+            stacklevel=5,
+        )

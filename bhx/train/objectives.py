@@ -1,8 +1,9 @@
 """What each stage trains, and the loss of each subject of a batch.
 
 An objective holds the networks that learn. Its `terms` name the parts of the loss, each with the
-modality that a subject needs for it. Called with samples it gives the losses of the subjects that
-have them, or with `look=True` the trained representation of every sample, for the monitors.
+modality that a subject needs for it (None: every subject). Called with samples it gives, by term,
+the losses of the subjects that have it, or with `look=True` the trained representation of every
+sample, for the log. `hide` says what of a sample the network does not see.
 """
 
 from __future__ import annotations
@@ -12,136 +13,267 @@ from copy import deepcopy
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from bhx.encode.inputs import encode_parts, sequences
+from bhx.encode.inputs import Sequences, encode, sequences
+from bhx.modalities.bold import BOLD, jepa_masks
+from bhx.modalities.t1 import ANATOMY, cube_mask
 from bhx.model.dynamics import jepa_loss
-from bhx.model.layers import Block
+from bhx.model.layers import Block, LinearEmbedding
 from bhx.model.structure import mae_loss
+from bhx.train.processes import local
 
 
-class StructureObjective(nn.Module):
+class Objective(nn.Module):
+    """What the loop asks of every stage, and what holds for most."""
+
+    names: tuple[str, ...] = ()  # modalities that it reads; all of the model's where empty
+    terms: dict[str, str | None]
+
+    @staticmethod
+    def hide(sample, config, plan, random) -> None:
+        """Choose what of a sample the network does not see."""
+
+    def begin(self, samples) -> None:
+        """Take what is fitted before the first step from samples of the training subjects."""
+
+    def follow(self, momentum: float) -> None:
+        """What moves after each step without a gradient."""
+
+    def cost(self, sample) -> int:
+        """Tokens of a sample."""
+        return len(sample.reading)
+
+    def groups(self, plan) -> list[dict]:
+        """Groups of parameters: `decays` and `scale` multiply weight decay and learning rate.
+        Biases and 1-D parameters do not decay."""
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        still = [p for n, p in named if p.ndim <= 1 or n.endswith("bias")]
+        decays = [p for n, p in named if not (p.ndim <= 1 or n.endswith("bias"))]
+        groups = [{"params": decays, "decays": 1.0}, {"params": still, "decays": 0.0}]
+        return [{**g, "scale": 1.0} for g in groups if g["params"]]
+
+
+class StructureObjective(Objective):
     """Masked autoencoding of T1 cubes."""
+
+    names = (ANATOMY.name,)
 
     def __init__(self, networks, plan):
         super().__init__()
-        self.terms = {"loss": "t1"}
+        self.terms = {"loss": ANATOMY.name}
         self.encoder, self.decoder = networks.structure, networks.structure_decoder
 
+    @staticmethod
+    def hide(sample, config, plan, random):
+        """Three quarters of the cubes, or as many as the plan says."""
+        mask = cube_mask(config.structure.tokens, plan.hidden, random)
+        sample.hidden = {"cubes": torch.from_numpy(mask)}
+
     def forward(self, samples, look=False):
-        t1 = torch.stack([s.reading.t1 for s in samples])
+        voxels = torch.stack([s.reading.windows[ANATOMY.name][0] for s in samples])
         if look:
-            return list(self.encoder(t1))
-        hidden = torch.stack([s.hidden for s in samples])
-        return {"loss": mae_loss(self.encoder, self.decoder, t1, hidden)}
-
-    def cost(self, sample):
-        """Tokens of a sample."""
-        return self.encoder.config.tokens
-
-    def follow(self, momentum):
-        """Nothing follows the encoder."""
+            tokens, lengths = self.encoder(list(voxels))
+            return list(tokens.split(lengths))
+        hidden = torch.stack([s.hidden["cubes"] for s in samples])
+        return {"loss": mae_loss(self.encoder, self.decoder, voxels, hidden)}
 
 
-class DynamicsObjective(nn.Module):
+class DynamicsObjective(Objective):
     """Joint-embedding prediction: the student's predictor guesses the teacher's hidden tokens.
 
     The predictor reads the student's geometry, and the teacher is the moving average of the
     student; the teacher is what is kept.
     """
 
+    names = (BOLD.name,)
+
     def __init__(self, networks, plan):
         super().__init__()
-        self.terms = {"loss": "bold"}
+        self.terms = {"loss": BOLD.name}
         self.student = deepcopy(networks.dynamics)
         self.predictor = networks.dynamics_predictor
         self.predictor.predictor_pos_embed = self.student.pos_embed
         self.teacher = networks.dynamics.requires_grad_(False)
 
+    @staticmethod
+    def hide(sample, config, plan, random):
+        """Blocks of parcels x patches (`modalities.bold.jepa_masks`)."""
+        shape = sample.reading.windows[BOLD.name][0].shape[:2]
+        masks = jepa_masks(*shape, random)
+        sample.hidden = dict(zip(("keep", "hide"), map(torch.from_numpy, masks), strict=True))
+
     def forward(self, samples, look=False):
-        patches = [s.reading.windows[0] for s in samples]
+        patches = [s.reading.windows[BOLD.name][0] for s in samples]
         if look:  # the mean over patches
             tokens, lengths = self.teacher(patches)
             parcels = self.teacher.config.parcels
             return [t.unflatten(0, (parcels, -1)).mean(1) for t in tokens.split(lengths)]
-        keep, hide = ([getattr(s, k)[0] for s in samples] for k in ("keep", "hide"))
+        keep, hide = ([s.hidden[k] for s in samples] for k in ("keep", "hide"))
         return {"loss": jepa_loss(self.student, self.predictor, self.teacher, patches, keep, hide)}
-
-    def cost(self, sample):
-        """Tokens of a sample."""
-        return len(sample.reading.tokens[0])
 
     @torch.no_grad()
     def follow(self, momentum):
         """Move the teacher towards the student."""
-        slow, fast = ([_local(p) for p in m.parameters()] for m in (self.teacher, self.student))
+        slow, fast = ([local(p) for p in m.parameters()] for m in (self.teacher, self.student))
         torch._foreach_lerp_(slow, fast, 1 - momentum)
 
 
-class HarmonizerObjective(nn.Module):
-    """Reconstruction of both modalities' tokens, made by frozen encoders, from the hub tokens."""
+class HarmonizerObjective(Objective):
+    """Reconstruction of every modality's tokens from the hub tokens. Encoders are frozen; the
+    linear embeddings of modalities that have none learn along."""
 
     def __init__(self, networks, plan):
         super().__init__()
         self.harmonizer = networks.harmonizer
+        self.embeddings = nn.ModuleDict(
+            {n: m for n in networks.config.modalities
+             if isinstance(m := networks.encoder(n), LinearEmbedding)}
+        )  # fmt: skip
         self.networks = [networks]  # in a list: the frozen encoders are no parameters of this
-        for frozen in (networks.dynamics, networks.structure):
-            frozen.requires_grad_(False)
+        for name in networks.config.modalities:
+            if name not in self.embeddings:
+                networks.encoder(name).requires_grad_(False)
         self.release = plan.loss == "release"
-        self.terms = {"loss": None} if self.release else {"loss_bold": "bold", "loss_t1": "t1"}
+        self.terms = {f"loss_{name}": name for name in networks.config.modalities}
+        if self.release:
+            self.terms = {"loss": None}
+
+    @staticmethod
+    def hide(sample, config, plan, random):
+        """One modality of those who have several, in a share of cases."""
+        if len(sample.has) > 1 and random.random() < plan.drop_modality:
+            sample.unseen = str(random.choice(sample.has))
 
     def forward(self, samples, look=False):
-        tokens, rows = self.encode(samples)
+        subjects = self.read(samples).subjects
         if look:
-            return list(self.harmonizer(tokens, rows)[:, 1:])
+            return list(self.harmonizer(subjects)[:, 1:])
         if self.release:
-            return {"loss": self.harmonizer.release_loss(tokens, rows)}
-        seen = [self.seen(*x) for x in zip(tokens, rows, samples, strict=True)]
-        return self.harmonizer.losses(*map(list, zip(*seen, strict=True)), tokens, rows)
+            return {"loss": self.harmonizer.release_loss(subjects)}
+        seen = [
+            {name: part for name, part in one.items() if name != sample.unseen}
+            for one, sample in zip(subjects, samples, strict=True)
+        ]
+        targets = [{name: (x.detach(), at) for name, (x, at) in one.items()} for one in subjects]
+        return self.harmonizer.losses(seen, targets)
 
     @torch.no_grad()
-    def see(self, samples):
-        """Take the mean token of each place, and the variance around it, from these samples."""
-        h = self.harmonizer
-        total, square = torch.zeros_like(h.mean_tokens), torch.zeros_like(h.mean_tokens)
-        count = total.new_zeros(len(total), 1)
-        for sample in samples:
-            (tokens,), (rows,) = self.encode([sample])
-            total[rows - 1] += tokens
-            square[rows - 1] += tokens**2
-            count[rows - 1] += 1
-        h.mean_tokens.copy_(total / count.clamp(min=1))
-        left = (square - count * h.mean_tokens**2).mean(1)
-        is_t1 = h.config.is_structure(1 + torch.arange(len(count), device=count.device))
-        for i, here in enumerate((~is_t1, is_t1)):
-            if count[here].any():
-                h.spread[i] = (left[here].sum() / count[here].sum()).clamp(min=1e-6)
+    def begin(self, samples):
+        """Fit the linear embeddings, then the mean token of each place and its variance."""
+        samples = list(samples)
+        for name, embedding in self.embeddings.items():
+            inputs = [s.reading.windows[name][0] for s in samples if name in s.reading.windows]
+            if inputs:
+                embedding.fit(torch.stack(inputs))
+        if not self.release:
+            self.harmonizer.fit_means(one for s in samples for one in self.read([s]).subjects)
 
-    @torch.no_grad()
-    def encode(self, samples):
-        """Each sample's data tokens (n, width) and the rows they take."""
-        if samples[0].tokens is not None:
-            return [s.tokens.float() for s in samples], [s.rows for s in samples]
-        readings = [s.reading for s in samples]
-        device = self.harmonizer.cls_token.device
-        parts = encode_parts(self.networks[0], readings, device)
-        tokens, rows, _ = sequences(self.networks[0].config, readings, *parts)
-        return [t.float() for t in tokens], rows
-
-    def seen(self, tokens, rows, sample):
-        """A sample's tokens without the modality it was to lose."""
-        is_t1 = self.harmonizer.config.is_structure(rows)
-        kept = {"": is_t1 | ~is_t1, "bold": is_t1, "t1": ~is_t1}[sample.dropped]
-        return tokens[kept], rows[kept]
+    def read(self, samples) -> Sequences:
+        """What the harmonizer reads of these samples, in float32."""
+        return read_sequences(self.networks[0], samples, self.harmonizer.cls_token.device)
 
     def cost(self, sample):
         """Tokens of a sample."""
-        if sample.tokens is not None:
-            return len(sample.tokens)
-        windows = sum(len(k) for k in sample.reading.tokens)
-        return windows + (0 if sample.reading.t1 is None else self.harmonizer.config.cubes)
+        return tokens_of(sample)
 
-    def follow(self, momentum):
-        """Nothing follows the harmonizer."""
+
+class LabelObjective(Objective):
+    """A label of the subjects, from the mean of the hub tokens before the last norm through a fresh
+    norm and a linear layer. `trains` says what of the harmonizer learns along."""
+
+    def __init__(self, networks, plan, *, truth, outputs: int, units=None, pooled=None):
+        super().__init__()
+        self.terms = {"loss": None}
+        self.networks, self.plan = [networks], plan
+        self.truth, self.units = truth, units  # by row of the cohort; (mean, deviation) of numbers
+        self.pooled = {} if pooled is None else pooled  # row -> mean hub token, if it cannot change
+        h = deepcopy(networks.harmonizer).requires_grad_(False)
+        self.harmonizer, depth = h, len(h.blocks)
+        self.norm = nn.LayerNorm(h.config.width, eps=1e-6)
+        self.head = nn.Linear(h.config.width, outputs)
+        nn.init.normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+        self.first = {"all": 0, "last block": depth, "head only": depth + 1}[plan.trains]
+        for layer in self.layers()[self.first :]:
+            for parameter in layer:
+                parameter.requires_grad_(True)
+        for i, block in enumerate(h.blocks):
+            learns = i + 1 >= self.first
+            block.drop_path = learns * plan.drop_path * (i / (depth - 1) if depth > 1 else 1)
+
+    def layers(self) -> list:
+        """Parameters of each layer: what enters the harmonizer, its blocks, the head."""
+        h = self.harmonizer
+        enters = [h.cls_token, h.latent_tokens, h.enc_latent_token_positional_embedding]
+        blocks = [list(block.parameters()) for block in h.blocks]
+        return [enters, *blocks, [*self.norm.parameters(), *self.head.parameters()]]
+
+    def groups(self, plan):
+        """The head has the whole rate, each layer below `layer_decay` times that of the one above;
+        biases and norms do not decay. Source of the rule: BEiT, arXiv 2106.08254."""
+        layers, groups = self.layers(), []
+        for i in range(self.first, len(layers)):
+            scale = plan.layer_decay ** (len(layers) - 1 - i)
+            for decays in (1.0, 0.0):
+                params = [p for p in layers[i] if (p.ndim > 1) == bool(decays)]
+                if params:
+                    groups.append({"params": params, "decays": decays, "scale": scale})
+        return groups
+
+    def forward(self, samples, look=False):
+        raw = self.outputs(samples)
+        if look:
+            return [one[None] for one in raw]
+        truth = torch.as_tensor([self.truth[s.row] for s in samples], device=raw.device)
+        if self.units is None:
+            smooth = self.plan.smoothing if self.training else 0.0
+            return {"loss": F.cross_entropy(raw, truth, reduction="none", label_smoothing=smooth)}
+        middle, deviation = self.units
+        return {"loss": (raw[:, 0] - ((truth - middle) / deviation).to(raw)) ** 2}
+
+    def outputs(self, samples):
+        """(subject, class) before softmax, or one number in training deviations."""
+        if self.plan.trains != "head only":
+            return self.head(self.norm(self.pool(samples))).float()
+        for sample in samples:
+            if sample.row not in self.pooled:
+                self.pooled[sample.row] = self.pool([sample])[0].detach()
+        return self.head(self.norm(torch.stack([self.pooled[s.row] for s in samples]))).float()
+
+    def pool(self, samples):
+        """Mean hub token (subject, width), over the windows of each subject by their share."""
+        read = read_sequences(self.networks[0], samples, self.head.weight.device)
+        hub = self.harmonizer.encode(read.subjects)[:, 1:].float().mean(1)
+        owner = torch.tensor(read.owner, device=hub.device)
+        out = hub.new_zeros(len(samples), hub.shape[1])
+        return out.index_add(0, owner, hub * read.share.to(hub)[:, None])
+
+    def cost(self, sample):
+        """Tokens of a sample."""
+        return tokens_of(sample)
+
+
+def read_sequences(networks, samples, device) -> Sequences:
+    """What the harmonizer reads of samples: their stored tokens, or those that the encoders make;
+    no gradient reaches encoders that are frozen."""
+    if samples[0].tokens is None:
+        readings = [s.reading for s in samples]
+        read = sequences(networks.config, readings, encode(networks, readings, device))
+        subjects, owner, share = read.subjects, read.owner, read.share
+    else:
+        subjects = [one for s in samples for one in s.tokens.subjects]
+        owner = [i for i, s in enumerate(samples) for _ in s.tokens.subjects]
+        share = torch.cat([s.tokens.share for s in samples])
+    subjects = [{n: (x.float(), at) for n, (x, at) in one.items()} for one in subjects]
+    return Sequences(subjects, owner, share)
+
+
+def tokens_of(sample) -> int:
+    """Tokens of a sample, read or stored."""
+    if sample.tokens is None:
+        return len(sample.reading)
+    return sum(len(x) for one in sample.tokens.subjects for x, _ in one.values())
 
 
 OBJECTIVES = {
@@ -159,38 +291,6 @@ def compile_blocks(objective) -> None:
             module.after = torch.compile(module.after, dynamic=True)
 
 
-def shard_blocks(objective, device, processes: int):
-    """Split each block's weights over the processes, and the rest as one (FSDP2)."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (processes,))
-    for module in list(objective.modules()):
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh)
-    return fully_shard(objective, mesh=mesh, reshard_after_forward=True)
-
-
-def gathered(value):
-    """A state with every sharded tensor whole, on the CPU; all processes must ask for it."""
-    if isinstance(value, dict):
-        return {k: gathered(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [gathered(v) for v in value]
-    if hasattr(value, "full_tensor"):
-        return value.full_tensor().cpu()
-    return value
-
-
-def spread(whole, like):
-    """A whole tensor as `like` is: split over the same processes, or as it is."""
-    if not hasattr(like, "placements") or whole.shape != like.shape:
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
-
-
 def digest(*modules) -> str:
     """Checksum of weights."""
     found = hashlib.sha256()
@@ -199,7 +299,3 @@ def digest(*modules) -> str:
             found.update(name.encode())
             found.update(value.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-def _local(tensor):
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

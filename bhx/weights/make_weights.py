@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from bhx.train.yardsticks import held_out_errors
 
 import bhx
 from bhx.encode.model import random_model
 from bhx.evaluate.features import fuse
 from bhx.train.recipes import STAGES
-from bhx.train.yardsticks import held_out_errors
 
 HERE = Path(__file__).parent
 TARGET = HERE / "workshop"

@@ -46,7 +46,7 @@ def scored(notebook, code, title, chance):
     low, score, high = (numbers(v) for v in (bar["arrayminus"], dots["x"], bar["array"]))
     figure, axis = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
     axis.errorbar(score, dots["y"], xerr=(low, high), fmt="o", capsize=3)
-    axis.axvline(chance, color="grey", linestyle=":")
+    axis.axvline(chance, color="gray", linestyle=":")
     axis.invert_yaxis()
     axis.set(title=title, xlabel="mean over folds, 95 % interval")
     return beside(figure)
@@ -66,9 +66,9 @@ def two_tables():
     bars = stored("11_released_weights", "figure = px.bar")["data"]
     figure, axis = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
     for i, bar in enumerate(bars):
-        colour = bar["marker"]["color"]
+        color = bar["marker"]["color"]
         label = f"rows in the order of {bar['name']}"
-        axis.bar(np.arange(2) + 0.4 * i - 0.2, numbers(bar["y"]), 0.38, color=colour, label=label)
+        axis.bar(np.arange(2) + 0.4 * i - 0.2, numbers(bar["y"]), 0.38, color=color, label=label)
     axis.set_xticks([0, 1], ["harmonics", "gradients"])
     axis.set(
         title="How smooth the two tables of the stand-in are",
@@ -119,8 +119,8 @@ def _02_masked_and_returned():
     titles = ("one (synthetic) T1", "what the encoder sees", "what comes back", "mean of others")
     figure, axes = plt.subplots(1, 4, figsize=(10, 3.3), layout="constrained", sharey=True)
     for axis, title, part in zip(axes, titles, parts, strict=True):
-        x, y, grey = (numbers(part[k]) for k in "xyz")
-        axis.pcolormesh(x, y, grey.reshape(len(y), len(x)), cmap="gray", vmin=0, vmax=1000)
+        x, y, gray = (numbers(part[k]) for k in "xyz")
+        axis.pcolormesh(x, y, gray.reshape(len(y), len(x)), cmap="gray", vmin=0, vmax=1000)
         axis.set(title=title, xlabel="x [mm]", aspect="equal", facecolor="lightblue")
     axes[0].set_ylabel("y [mm]")
     return beside(figure, height=330)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from bhx.train.yardsticks import _axes_of_people, _from_visible, held_out_errors
 from tiny_runs import QUICK, TINY, tiny_cohort
 
 from bhx.encode.model import random_model
@@ -10,7 +11,6 @@ from bhx.errors import InputError
 from bhx.model.dynamics import jepa_masks
 from bhx.train.log import read_log
 from bhx.train.loop import pretrain
-from bhx.train.yardsticks import _axes_of_people, _from_visible, held_out_errors
 
 HELD_OUT = ["s09", "s10", "s11"]
 

@@ -1,0 +1,240 @@
+"""Who trains and who is tested: folds, resplits of a protocol, or a split that was made before.
+
+Labels only; nothing is fitted here. What is never split (participants, families, whole sites) is
+the `unit` of a row.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
+from bhx.errors import InputError, listed
+
+FEWEST = 5  # groups with fewer subjects are held out together
+RESPLITS = {"paper": 3, "brainmarks": 100}  # protocol -> splits
+
+
+@dataclass
+class Splits:
+    """Each row's part in each fold: "train", "test", "validation" (of a protocol or a split that
+    holds some out to choose by), or "" for none."""
+
+    units: np.ndarray  # (row,): rows of one unit share a part
+    part: list = field(default_factory=list)  # of (row,) arrays of text, one a fold
+    names: list = field(default_factory=list)  # of the folds
+    notes: list = field(default_factory=list)
+
+    def add(self, name, **rows) -> None:
+        """A fold, by the rows of each part."""
+        part = np.full(len(self.units), "", "<U10")
+        for key, index in rows.items():
+            part[index] = key
+        self.names.append(str(name))
+        self.part.append(part)
+
+    def rows(self, part: str) -> list[np.ndarray]:
+        """Indices of the rows of a part, one array a fold."""
+        return [np.flatnonzero(fold == part) for fold in self.part]
+
+    @property
+    def test_share(self) -> float:
+        """Test rows over training rows, as `metrics.corrected_t` wants it."""
+        both = zip(self.rows("train"), self.rows("test"), strict=True)
+        return float(np.mean([len(test) / len(train) for train, test in both]))
+
+    @property
+    def mutual(self) -> float:
+        """How far subjects predict each other: 1 in folds, 0 in one split; for `interval`.
+
+        Sum of n_ij n_ji over that of n_ij^2, n_ij the splits in which j trained what tested i.
+        """
+        tested, trained = (np.stack(self.part) == p for p in ("test", "train"))
+        tested, trained = tested.astype(float), trained.astype(float)
+        across = tested @ trained.T
+        pairs = (tested @ tested.T) * (trained @ trained.T)
+        return float((across * across.T).sum() / pairs.sum())
+
+    def thin(self, share: float, seed: int, people, labels) -> None:
+        """Keep a share of those who train and validate in each fold, of every label alike."""
+        rng = np.random.default_rng(seed)
+        for part in ("train", "validation"):
+            for fold, rows in zip(self.part, self.rows(part), strict=True):
+                names, first = np.unique(people[rows], return_index=True)
+                for label in np.unique(labels[rows]):
+                    alike = rng.permutation(names[labels[rows[first]] == label])
+                    left_out = alike[max(2, round(share * len(alike))) :]
+                    fold[rows[np.isin(people[rows], left_out)]] = ""
+
+
+def make_folds(rows, truth, names, *, groups, stratify, folds, repeats, seed) -> Splits:
+    """Participants and families never split, groups whole, strata balanced."""
+    splits = Splits(tied_units(rows))
+    if groups:
+        values = rows.labels[groups].values.astype(str)
+        splits.units, merged = _held_out_groups(values, splits.units, folds, groups)
+        folds = min(folds, len(np.unique(splits.units)))
+        splits.notes += [*merged, f"{folds} folds that hold out whole values of {groups}"]
+        if folds < 2:
+            fact = f"Expected at least two values of '{groups}' to hold out, found "
+            fact += "; ".join(merged) or f"'{values[0]}' only"
+            raise InputError(fact, "Leave groups=None for folds over participants")
+    units = splits.units
+    n_units = len(np.unique(units))
+    if not 2 <= folds <= n_units:
+        fact = f"Expected from 2 to {n_units} folds (participants), found {folds}"
+        raise InputError(fact, "Choose a number in that range")
+    one = folds == n_units  # nothing to shuffle or to balance
+    if one and (repeats > 1 or (groups and stratify)):
+        splits.notes.append("held out one by one: the same in every repeat, balanced over nothing")
+        repeats = 1
+    strata = _strata(rows, truth, names, stratify, folds, splits.notes)
+    for repeat in range(repeats):
+        kind = GroupKFold if groups and (one or not stratify) else StratifiedGroupKFold
+        splitter = kind(folds, shuffle=True, random_state=seed + repeat)
+        for train, test in splitter.split(units, strata, units):
+            name = units[test][0] if groups and one else len(splits.names)
+            splits.add(name, train=train, test=test)
+    return splits
+
+
+def make_resplits(rows, truth, names, *, protocol, seed) -> Splits:
+    """One fifth tested, one fifth held for choosing; three seeds (paper) or a hundred."""
+    splits = Splits(tied_units(rows))
+    if (found := len(np.unique(splits.units))) < 5:
+        fact = f"Expected 5 participants for '{protocol}', found {found}"
+        raise InputError(fact, "Give more participants, or leave protocol out")
+    paper = protocol == "paper"
+    site = "site" if paper and "site" in rows.labels.coords else None
+    strata = _strata(rows, truth, names, site, 5, splits.notes)
+    for repeat in range(RESPLITS[protocol]):
+        splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed + repeat)
+        (train, test), (_, hold), *_ = splitter.split(splits.units, strata, splits.units)
+        splits.add(repeat, train=train, **({"validation": hold} if paper else {}), test=test)
+    return splits
+
+
+def read_split(rows, split) -> Splits:
+    """The parts of a DataArray of `bhx.split`, of the subjects that enter, one fold a repeat."""
+    splits = Splits(tied_units(rows), notes=["folds are those of the split that was given"])
+    parts = split.sel(subject=rows.labels.subject.values).transpose("repeat", "subject")
+    for name, part in zip(parts.repeat.values, parts.values.astype(str), strict=True):
+        both = pd.Series(part).groupby(splits.units).nunique()
+        if (both > 1).any():
+            fact = "Expected one part for all rows of a participant, or of a family, found several "
+            fact += f"for {listed(both.index[both > 1])} in repeat {name}"
+            raise InputError(fact, "Give them the same part, as bhx.split does for participants")
+        found = {p: np.flatnonzero(part == p) for p in ("train", "validation", "test")}
+        if not (len(found["train"]) and len(found["test"])):
+            counts = f"{len(found['train'])} and {len(found['test'])}"
+            fact = f"Expected subjects to train on and to test in repeat {name}, found {counts}"
+            raise InputError(fact, "Call two of its parts 'train' and 'test'")
+        splits.add(name, **{p: index for p, index in found.items() if len(index)})
+    return splits
+
+
+def check_folds(truth, names, splits: Splits) -> None:
+    """Refuse a training part without some label, and note a test part that tells too little."""
+    parts = splits.rows("train"), splits.rows("test")
+    for fold, train, test in zip(splits.names, *parts, strict=True):
+        tested = np.unique(truth[test])
+        if names is None:
+            reason, at_least = f"{len(tested)} distinct: its r is no measure", 3
+        else:
+            reason, at_least = f"'{names[tested[0]]}' only: its AUROC is undefined", 2
+            absent = names[np.setdiff1d(np.arange(len(names)), truth[train])]
+            if len(absent):
+                fact = f"Expected every label in the training part of fold {fold}, found no "
+                help = "Take fewer folds, groups=None, train_share=1, or leave that label out"
+                raise InputError(fact + f"'{listed(absent)}'", help)
+        if len(tested) < at_least:
+            splits.notes.append(f"fold {fold} tests {reason}")
+
+
+def inner_splits(train, truth, units, names, seed, folds=3) -> list:
+    """(fit, hold) of the training rows, held-out units never split; fewer where units are few."""
+    y, units = truth[train], units[train]
+    folds = min(folds, len(np.unique(units)))
+    if folds < 2:  # one unit left to train on: rows are all there is to split
+        units, folds = np.arange(len(y)), min(3, len(y))
+    if folds < 2:
+        return []
+    alike = names is not None and np.bincount(y).max() >= folds
+    kind = StratifiedGroupKFold if alike else GroupKFold
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")
+        cuts = list(kind(folds, shuffle=True, random_state=seed).split(y, y, units))
+    if names is not None:
+        cuts = [(a, b) for a, b in cuts if len(np.unique(y[a])) == len(np.unique(y))]
+    return [(train[a], train[b]) for a, b in cuts]
+
+
+# Units and strata ---
+
+
+def tied_units(rows) -> np.ndarray:
+    """What is never split, of each row: its participant, or all that share a family with it."""
+    return rows.people if rows.families is None else _tied(rows.families, rows.people)
+
+
+def _tied(values, units):
+    """The value of each row, or "A+B" where units tie several together."""
+    (_, value), (_, unit) = (np.unique(v, return_inverse=True) for v in (values, units))
+    n = value.max() + unit.max() + 2
+    edges = coo_array((np.ones(len(value)), (value, unit + value.max() + 1)), (n, n))
+    component = connected_components(edges, directed=False)[1][value]
+    join = pd.Series(values).groupby(component).transform(lambda v: "+".join(np.unique(v)))
+    return join.values.astype(str)
+
+
+def _held_out_groups(values, units, folds, groups):
+    """One name a row for what is held out together; participants tie their sites together.
+
+    Small groups are joined unless they are together more than a fold's share of the rows: then
+    folds of several groups are what holds them out.
+    """
+    names, counts = np.unique(values, return_counts=True)
+    small, notes = counts < FEWEST, []
+    if 0 < counts[small].sum() <= len(values) / min(folds, len(names)):
+        few = names[small]
+        notes.append(f"{groups} {listed(few, 20)}: fewer than {FEWEST} subjects, held out together")
+        values = np.where(np.isin(values, few), "+".join(few), values)
+    joined = _tied(values, units)
+    if len(np.unique(joined)) < len(np.unique(values)):
+        notes.append(f"values of {groups} that share participants held out together")
+    return joined, notes
+
+
+def _strata(rows, truth, names, stratify, folds, notes):
+    """Codes to balance over the folds: label or fifth of the target, times `stratify`.
+
+    Numbers of which too few are alike are balanced by fifths, words of that kind not at all.
+    """
+
+    def fifths(numbers):
+        return pd.Series(pd.qcut(numbers, 5, labels=False, duplicates="drop")).astype(str)
+
+    def rare(cells):
+        return cells.map(cells.value_counts()) < folds
+
+    cells = target = fifths(truth) if names is None else pd.Series(names[truth])
+    if stratify:
+        values = rows.labels[stratify].values
+        cells = target + "|" + pd.Series(values).astype(str)
+        if rare(cells).all() and values.dtype.kind in "iuf":
+            cells = target + "|" + fifths(values)
+        if rare(cells).all():
+            notes.append(f"too few subjects are alike in {stratify}: not balanced over it")
+            cells = target.copy()
+    small = rare(cells)
+    if small.any() and not small.all():
+        notes.append(f"{cells[small].nunique()} strata of fewer than {folds} subjects joined")
+    common = cells.mode()[0]
+    cells[small] = "few" if small.sum() >= folds else common
+    return cells.values
