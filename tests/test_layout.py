@@ -127,6 +127,11 @@ def test_every_file_has_its_place():
     assert folders <= {*ROOMS, "assets", "weights", "data_catalog"}
 
 
+def test_readme_lists_every_file_in_order():
+    listed = re.findall(r"(?m)^ {6,8}(\w+)\.py ", (REPO / "README.md").read_text(encoding="utf-8"))
+    assert listed == [file.rpartition(".")[2] for file in CORRIDOR]
+
+
 @every_file
 def test_arrows_point_one_way(file):
     before = set(CORRIDOR[: CORRIDOR.index(file)])
