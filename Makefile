@@ -2,14 +2,14 @@
 # pyproject.toml changes. Nothing is installed outside it.
 #
 #   make test PYTHON=python3.12     another interpreter (3.11 to 3.13)
-#   make test EXTRAS=notebooks,test,umap,interpret
+#   make demo EXTRAS=notebooks      fewer packages; the tests of the missing ones are skipped
 #   make demo TORCH_FROM="--index-url ADDRESS"
 #       Without a GPU, TORCH is one fixed release. On Linux the plain package index serves it with
 #       gigabytes of CUDA: give the address of PyTorch's own CPU index (pytorch.org, Get Started)
 #       or `--find-links FOLDER` with a wheel of the CPU build. pip's own configuration serves too.
 
 PYTHON ?= python3
-EXTRAS ?= notebooks,test
+EXTRAS ?= notebooks,test,umap,interpret
 JOBS ?= 2
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH ?= torch==2.13.0
@@ -44,7 +44,7 @@ env: .venv/.made  ## the environment in .venv/
 demo: env  ## scans to tokens, scores and one page of figures, in demo/
 	$(PY) -m bhx demo
 
-test: lint unit nbval  ## style, layout, unit tests, notebooks with their outputs compared
+test: lint unit nbval  ## style, types, layout, unit tests, notebooks with their outputs compared
 
 doctor: env  ## what this machine has, and what is missing
 	$(PY) -m bhx doctor
@@ -52,6 +52,7 @@ doctor: env  ## what this machine has, and what is missing
 lint: env
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_layout.py
 
 unit: env
@@ -95,6 +96,6 @@ notebooks: env  ## execute every notebook in place, renew its figure references,
 		--to notebook --inplace --execute $(NOTEBOOKS)
 
 clean:  ## remove what the targets above wrote, except .venv/
-	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .screenshots
+	rm -rf demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .screenshots
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) \
 		-prune -exec rm -rf {} +

@@ -275,6 +275,14 @@ def test_outputs_hold_no_error_machine_or_clock(name):
             assert not found, f"'{found.group()}' in the output of: {cell.source}"
 
 
+def test_notebooks_that_train_are_run_as_on_an_older_processor():
+    tagged = {
+        n for n in NAMES if any("trained" in c.metadata.get("tags", []) for c in read(n).code)
+    }
+    checked = set(re.findall(r"notebooks/(\w+)\.ipynb", (REPO / ".ci" / "run").read_text()))
+    assert checked == tagged
+
+
 def references(name) -> dict:
     return {f"{name[:2]}/{path.stem}": path for path in (FOLDER / "figures" / name[:2]).glob("*")}
 
