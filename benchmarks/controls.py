@@ -2,15 +2,13 @@
 
     python benchmarks/controls.py
 
-Same people, same folds (five, stratified by site), every part fitted in the fold; intervals over
-participants. About two minutes on one core.
+The same subjects in the same folds (five, stratified by site), every step fitted in the fold;
+intervals over participants. About two minutes on one core.
 """
 
 from __future__ import annotations
 
 import bhx
-from bhx.encode.model import random_model
-from bhx.evaluate.features import fuse, plain_controls
 
 LABELS = {"age": "r", "sex": "auroc", "diagnosis": "auroc", "fusion": "auroc"}
 
@@ -19,10 +17,10 @@ def main():
     cohort = bhx.open_cohort("synthetic").load()
     ours = [
         *tokens(cohort, bhx.load_model("workshop", device="cpu"), ""),
-        *tokens(cohort, random_model("workshop", seed=0, device="cpu"), ", random weights"),
+        *tokens(cohort, bhx.random_model("workshop", seed=0, device="cpu"), ", random weights"),
     ]
     for target, metric in LABELS.items():
-        features = [*ours, *plain_controls(cohort, target)]
+        features = [*ours, *bhx.plain_controls(cohort, target)]
         scores = bhx.probe(features, target, stratify="site", seed=0)
         table = bhx.compare(scores, control="connectome").xs(metric, level="metric")
         print(f"\n{target}, {metric}\n{table.round(2).to_string()}", flush=True)
@@ -32,7 +30,7 @@ def tokens(cohort, model, more):
     """All hub tokens of each subject side by side, and those of the encoders before the hub."""
     latents = bhx.embed(cohort, model, keep=("structure", "dynamics")).load()
     hub, *parts = (bhx.pool(latents, "concatenate", of=m) for m in ("hub", "structure", "dynamics"))
-    return [hub.assign_attrs(name=f"hub tokens{more}"), fuse(*parts, name=f"encoders{more}")]
+    return [hub.assign_attrs(name=f"hub tokens{more}"), bhx.fuse(*parts, name=f"encoders{more}")]
 
 
 if __name__ == "__main__":
