@@ -1063,3 +1063,4 @@ def test_features_that_are_constant_in_a_training_part_guess_the_mean():
     flat["features"] = ("subject", "feature"), np.array([[0.0], [0.0], [1.0]])
     found = probe(flat, "score", folds=3)
     assert found.prediction.sel(subject=three.subject[2]).item() == pytest.approx(1.5)
+    assert found.score.dims == ("model", "metric", "fold")  # whatever the target is called

@@ -139,7 +139,8 @@ class Task(Outcome):
         }
         coords = {"model": [name], "metric": list(found)}
         coords |= {"fold": self.splits.names, "class": self.classes}
-        coords |= subject_coords(self.rows.labels)
+        labels = subject_coords(self.rows.labels)  # one called "score" gives way
+        coords |= {name: c.variable for name, c in labels.items() if name not in variables}
         return xr.Dataset(variables, coords, {**self._attributes(), **attrs})
 
     def _attributes(self):
