@@ -333,7 +333,7 @@ def read_tr(path, header_tr: float | None = None, given: float | None = None) ->
         if abs(value - tr) > 1e-3 * max(abs(tr), 1e-3):
             fact = f"Expected one repetition time for {path.name}, found {tr:g} s in {first} and "
             fact += f"{value:g} s in {place}"
-            raise InputError(fact, "Correct the one that is wrong: the sidecar or the call")
+            raise InputError(fact, "Correct the wrong one")
     check_tr(tr, [path.name])
     return tr
 

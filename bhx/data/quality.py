@@ -54,7 +54,7 @@ def check_bold_quality(
         raise InputError(fact, "Correct its space or mask, or leave this scan out")
     out = bold.copy(data=np.where(without[:, None], 0, values))
     if better := better_order(out):
-        fact = f"Expected parcels in the order of their names in {name}, found left and right "
+        fact = f"Expected parcels in the order their names say in {name}, found left and right "
         fact += f"partners that correlate far better in {better}"
         raise InputError(fact, "Correct the names, or give the order of a table without names")
     out = out.astype("float32")
