@@ -26,7 +26,17 @@ ROOMS = {
     "./": ("schema",),  # what the table of modalities allows
     "data": (
         *("files", "atlas", "geometry", "derivatives", "catalog", "page", "quality"),
-        *("quality_page", "bold", "anatomy", "store", "prepare", "synthetic", "cohort", "splits"),
+        *(
+            "quality_page",
+            "bold",
+            "anatomy",
+            "store",
+            "prepare",
+            "brains",
+            "synthetic",
+            "cohort",
+            "splits",
+        ),
     ),
     "model": ("layers", "structure", "dynamics", "harmonizer", "config", "released", "checkpoints"),
     "encode": ("inputs", "model", "embed"),
