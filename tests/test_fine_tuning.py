@@ -316,7 +316,10 @@ def test_a_kept_fold_says_the_same_again(tune, cohort, model, tmp_path, target):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"trains": "encoders"}, "Expected trains as 'all', 'last block' or 'head only', found 'encoders'"),
+        (
+            {"trains": "encoders"},
+            "Expected trains as 'all', 'last block' or 'head only', found 'encoders'",
+        ),
         ({"epochs": 0}, "Expected epochs as a whole number of at least 1, found 0"),
         ({"rate": -1.0}, "Expected rate as three learning rates: .*, found -1.0"),
         ({"rate": 1e-3}, "Expected rate as three learning rates"),
