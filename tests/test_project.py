@@ -59,7 +59,7 @@ def test_prescribed_packages_are_there(environment):
 def test_extras():
     assert set(EXTRAS) == {
         *("notebooks", "test", "book"),
-        *("assets", "umap", "interpret", "brainmarks"),
+        *("assets", "umap", "brainmarks"),
     }
 
 
