@@ -18,7 +18,6 @@ from pathlib import Path
 
 import bhx
 from bhx.errors import InputError, listed
-from bhx.modalities.table import MODALITIES
 from bhx.settings import PACKAGE
 
 # Repeated here, where nothing heavy is imported; tests/test_commands.py compares them.
@@ -26,6 +25,7 @@ ATLASES = ("schaefer100", "schaefer200", "schaefer400")
 ORDERS = ("7networks", "17networks")
 STAGES = ("structure", "dynamics", "harmonizer")
 PRESETS = ("workshop", "small", "base")
+KEEP = ("dynamics", "structure", "attention")
 
 
 def main(argv=None) -> int:
@@ -156,9 +156,8 @@ def _embed(commands):
     add("cohort", type=_cohort, help="catalogue entry, such as synthetic; or a store or folder")
     add("out", type=_output, help="store to write, or to continue")
     add("--model", type=_weights, default="workshop", help="shipped name, folder or release:FOLDER")
-    more = [*(modality.tokens for modality in MODALITIES.values()), "attention"]
-    text = f"what to store beside the hub tokens: {listed(more)}"
-    add("--keep", nargs="+", choices=more, metavar="WHAT", help=text)
+    text = f"what to store beside the hub tokens: {listed(KEEP)}"
+    add("--keep", nargs="+", choices=KEEP, metavar="WHAT", help=text)
     add("--reparcellate", action="store_true", help="average to the parcels that the model reads")
     add("--device", type=_device, help="cpu, cuda, cuda:N or mps; a GPU where there is one")
 
