@@ -155,8 +155,8 @@ def _embed(commands):
     add("cohort", type=_cohort, help="catalogue entry, such as synthetic; or a store or folder")
     add("out", type=_output, help="store to write, or to continue")
     add("--model", type=_weights, default="workshop", help="shipped name, folder or release:FOLDER")
-    also = f"what to store beside the hub tokens: {listed(KEEP)}"
-    add("--keep", nargs="+", choices=KEEP, metavar="WHAT", help=also)
+    text = f"what to store beside the hub tokens: {listed(KEEP)}"
+    add("--keep", nargs="+", choices=KEEP, metavar="WHAT", help=text)
     add("--reparcellate", action="store_true", help="average to the parcels that the model reads")
     add("--device", type=_device, help="cpu, cuda, cuda:N or mps; a GPU where there is one")
 
