@@ -155,8 +155,10 @@ def _labels(rows) -> dict[str, np.ndarray]:
     out["n_volumes"] = np.where(has_run, [row.site.n_volumes for row in rows], 0)
     out["mean_fd"] = np.where(has_run, [row.mean_fd for row in rows], np.nan)
     out["coverage"] = has_run.astype(float)
+    for name in ("age", "sex", "diagnosis"):
+        out[name] = [getattr(row, name) for row in rows]
     out[BOLD.has], out[ANATOMY.has] = has_run, [row.has_image for row in rows]
-    for name in ("age", "sex", "diagnosis", *TRAITS):
+    for name in TRAITS:
         out[name] = [getattr(row, name) for row in rows]
     ahead = np.greater(out["trait_function"], out["trait_structure"])
     out["fusion"] = np.where(ahead, "function-led", "structure-led")
