@@ -57,10 +57,7 @@ def test_prescribed_packages_are_there(environment):
 
 
 def test_extras():
-    assert set(EXTRAS) == {
-        *("notebooks", "test", "book"),
-        *("assets", "umap", "brainmarks"),
-    }
+    assert set(EXTRAS) == {*("notebooks", "test", "book"), *("assets", "umap", "brainmarks")}
 
 
 def test_version_is_said_once():

@@ -102,7 +102,7 @@ class Session:
 
     @property
     def decades(self) -> float:
-        return (self.age - np.mean(AGES)) / 10
+        return float(self.age - np.mean(AGES)) / 10
 
     @property
     def age_sd(self) -> float:

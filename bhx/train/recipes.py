@@ -16,15 +16,13 @@ from bhx.errors import InputError, listed
 STAGES = ("structure", "dynamics", "harmonizer")
 
 
-def _number(description, kind=float, **bounds):
-    return Annotated[kind, Field(description=description, **bounds)]
-
-
-Count = _number("a whole number of at least 1", int, ge=1)
-Share = _number("a share from 0 to 1", ge=0, le=1)
-Part = _number("a share from 0 to below 1", ge=0, lt=1)
-Above = _number("a number above 0", gt=0, lt=math.inf)
-Rate = _number("a number of at least 0", ge=0, lt=math.inf)
+Count = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
+Seed = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
+Share = Annotated[float, Field(ge=0, le=1, description="a share from 0 to 1")]
+Part = Annotated[float, Field(ge=0, lt=1, description="a share from 0 to below 1")]
+Inner = Annotated[float, Field(gt=0, lt=1, description="a share between 0 and 1")]
+Above = Annotated[float, Field(gt=0, lt=math.inf, description="a number above 0")]
+Rate = Annotated[float, Field(ge=0, lt=math.inf, description="a number of at least 0")]
 Rates = Annotated[
     tuple[Rate, Rate, Rate], Field(description="three learning rates: first, highest, last")
 ]
@@ -33,8 +31,6 @@ Shares = Annotated[tuple[Share, Share], Field(description="two shares from 0 to 
 Factors = Annotated[
     tuple[Count, ...], Field(min_length=1, description="whole factors such as (1, 2)")
 ]
-
-
 Patience = Annotated[
     Annotated[int, Field(ge=1)] | None, Field(description="a whole number of at least 1, or None")
 ]
@@ -79,14 +75,14 @@ class Recipe(Settings):
     stage: Literal["structure", "dynamics", "harmonizer", "label"]
     steps: Count = 100_000
     batch: Count = 512
-    seed: _number("a whole number of at least 0", int, ge=0) = 0
+    seed: Seed = 0
     rate: Rates = (5e-5, 1e-3, 1e-6)
     warmup: Part = 40 / 300  # of the steps
     decay: Decays = (0.04, 0.4)
     betas: Shares = (0.9, 0.999)
     clip: Above = 1.0  # norm of the gradient
     momentum: Shares = (0.996, 1.0)  # of the teacher, first and last
-    hidden: _number("a share between 0 and 1", gt=0, lt=1) = 0.75  # of the cubes
+    hidden: Inner = 0.75  # of the cubes
     loss: Literal["paper", "release"] = "paper"  # of the harmonizer
     drop_modality: Share = 0.2  # of the cases
     decimate: Factors = (1, 2, 3, 4)
