@@ -148,16 +148,16 @@ def synthetic_cohort(
     """
     effects = _check_effects(effects)
     _check_sizes(n, seed, atlas, missing, repeats)
-    sites = [_scaled(site, effects["site"]) for site in _check_sites(sites, minutes, tr)]
-    people = (_participant(i, seed, sites, effects, missing, repeats) for i in range(n))
+    scaled = [_scaled(site, effects["site"]) for site in _check_sites(sites, minutes, tr)]
+    people = (_participant(i, seed, scaled, effects, missing, repeats) for i in range(n))
     rows = [row for sessions in people for row in sessions]
     labels = load_atlas(atlas)
-    n_time = max(site.n_volumes for site in sites)
+    n_time = max(site.n_volumes for site in scaled)
     shape = tuple(len(axis) for axis in t1_grid(voxel_mm).values())
     bold = _lazily(_bold, rows, (labels.sizes["roi"], n_time), atlas=atlas, effects=effects)
     t1 = _lazily(_t1, rows, shape, voxel_mm=voxel_mm, effects=effects)
     roi = {name: labels[name].values for name in ("roi", *ROI_COORDS)}
-    truth = json.dumps(_truth(sites, effects))
+    truth = json.dumps(_truth(scaled, effects))
     attrs = {"atlas": atlas, "source": "synthetic", **ABOUT, "seed": seed, "truth": truth}
     return build_cohort({BOLD.name: bold, ANATOMY.name: t1}, _labels(rows), roi, attrs)
 
@@ -165,8 +165,8 @@ def synthetic_cohort(
 def _scaled(site: Site, factor: float) -> Site:
     """A site whose noise, gain and bias differ from the neutral ones by `factor` as much."""
     noise = float(np.clip(Site.noise + factor * (site.noise - Site.noise), 0, 0.95))
-    bias = tuple(factor * slope for slope in site.bias)
-    return replace(site, noise=noise, gain=site.gain**factor, bias=bias)
+    x, y, z = (factor * slope for slope in site.bias)
+    return replace(site, noise=noise, gain=site.gain**factor, bias=(x, y, z))
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _Row:
 
     @property
     def decades(self) -> float:
-        return (self.age - np.mean(AGES)) / 10
+        return float(self.age - np.mean(AGES)) / 10
 
     @property
     def age_sd(self) -> float:
@@ -233,7 +233,7 @@ def _participant(number, seed, sites, effects, missing, repeats) -> list[_Row]:
     return [replace(first, session=1 + k, age=first.age + k) for k in range(first.n_sessions)]
 
 
-def _labels(rows) -> dict[str, np.ndarray]:
+def _labels(rows) -> dict[str, list | np.ndarray]:
     """Coordinates on subject."""
     participant = [f"sub-{row.number + 1:04d}" for row in rows]
     ids = [
@@ -241,7 +241,7 @@ def _labels(rows) -> dict[str, np.ndarray]:
         for name, row in zip(participant, rows, strict=True)
     ]
     has_run = np.array([row.has_run for row in rows])
-    out = {"subject": ids, "participant": participant}
+    out: dict[str, list | np.ndarray] = {"subject": ids, "participant": participant}
     out["session"] = [str(row.session) for row in rows]
     out["site"] = [row.site.name for row in rows]
     out["tr"] = np.where(has_run, [row.site.tr for row in rows], np.nan)
@@ -598,16 +598,16 @@ def _check_sizes(n, seed, atlas, missing, repeats):
 
 def _check_sites(sites, minutes, tr):
     """Sites as `Site` objects with the overriding length and TR, checked."""
-    chosen = [sites] if isinstance(sites, str | Site) else list(sites)
-    unknown = [s for s in chosen if not isinstance(s, Site) and s not in SITES]
-    if unknown or not chosen:
+    given = [sites] if isinstance(sites, str | Site) else list(sites)
+    unknown = [s for s in given if not isinstance(s, Site) and s not in SITES]
+    if unknown or not given:
         raise InputError(
             f"Expected sites among {listed(SITES)}, found {listed(unknown) or 'none'}",
             "Name some of these, or give bhx.synthetic.Site(name, tr, minutes) objects",
         )
-    given = {"tr": tr, "minutes": minutes}
-    given = {name: value for name, value in given.items() if value is not None}
-    chosen = [replace(s if isinstance(s, Site) else SITES[s], **given) for s in chosen]
+    options = {"tr": tr, "minutes": minutes}
+    options = {name: value for name, value in options.items() if value is not None}
+    chosen = [replace(s if isinstance(s, Site) else SITES[s], **options) for s in given]
     if len({site.name for site in chosen}) < len(set(chosen)):
         fact = f"Expected a name of its own for each site, found {listed(s.name for s in chosen)}"
         raise InputError(fact, "Rename the sites that differ")
