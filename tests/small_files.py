@@ -10,7 +10,7 @@ import pandas as pd
 
 from bhx.data.anatomy import read_template_t1
 from bhx.data.atlas import load_atlas
-from bhx.modalities.t1 import t1_grid
+from bhx.modalities.t1 import block_mean, t1_grid
 
 ATLAS = "schaefer100"
 TR = 2.0
@@ -139,10 +139,7 @@ def t1_image(path, step=1, orientation="LAS", turn=lambda t1: t1, scale=600, shi
     grid = t1_grid(1)
     t1 = turn(scale * np.asarray(read_template_t1()))
     if step > 1:
-        n = [s // step * step for s in t1.shape]
-        t1 = t1[: n[0], : n[1], : n[2]]
-        a, b, c = (s // step for s in t1.shape)
-        t1 = t1.reshape(a, step, b, step, c, step).mean((1, 3, 5))
+        t1 = block_mean(t1, step)
     affine = np.diag([-step, step, step, 1.0])
     first = np.array([grid[axis][0] for axis in "xyz"])
     affine[:3, 3] = first + np.array([-1, 1, 1]) * (step - 1) / 2

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import yaml
 from sklearn.utils import Bunch
+from small_cohorts import brains_of
 from small_files import ATLAS, biobank, dtseries, label_image, parcel_series, t1_image, volume
-from test_prepare import cohort_of
 
 from bhx.data import catalog as catalog_file
 from bhx.data import cohort as cohort_file
@@ -80,7 +80,10 @@ BAD_ENTRIES = {
     "backslashes": ({"path": "..\\x"}, "leads out"),
     "pattern outside": ({"files": {"bold": "../{participant}/a.tsv"}}, "files.bold: .* leads out"),
     "pattern without participant": ({"files": {"bold": "a.tsv"}}, "has no folder {participant}"),
-    "file of no modality": ({"files": {"eeg": "{participant}/a.edf"}}, "'eeg' is not among bold"),
+    "file of no modality": (
+        {"files": {"eeg": "{participant}/a.edf"}},
+        "a column of files to be bold.*'eeg'",
+    ),
     "unknown field": ({"colour": "red"}, "colour: Extra inputs are not permitted"),
     "unknown access": ({"access": "stolen"}, "access: Input should be 'open'"),
     "unknown layout": ({"layout": "zip"}, "layout: Input should be"),
@@ -88,7 +91,7 @@ BAD_ENTRIES = {
     "no licence": ({"licence": None}, "licence: Input should be a valid string"),
     "name with a slash": (
         {"title": "x", "modalities": ["eeg"]},
-        "modalities: .*'eeg' is not among bold, t1",
+        "modalities.0: .* to be bold, t1, found 'eeg'",
     ),
     "other function": (
         {
@@ -253,7 +256,7 @@ def test_biobank_tables_say_their_order(home):
 
 def test_derivatives_in_the_data_folder_are_prepared_into_the_cache(home):
     (home / "data").mkdir()
-    cohort = cohort_of(2)
+    cohort = brains_of(2)
     derivatives_file.write_derivatives(cohort, home / "data" / "mine", surface=False)
     entries = entry(home / "data", path="mine", prepare={"atlas": ATLAS})
     again = cohort_file.open_cohort("mine", catalog=entries)
@@ -262,14 +265,14 @@ def test_derivatives_in_the_data_folder_are_prepared_into_the_cache(home):
 
 
 def test_a_folder_is_prepared_into_the_cache(home):
-    folder = derivatives_file.write_derivatives(cohort_of(2), home / "study", surface=False)
+    folder = derivatives_file.write_derivatives(brains_of(2), home / "study", surface=False)
     with pytest.raises(InputError, match="the 400 parcels of schaefer400"):
         cohort_file.open_cohort(folder)
 
 
 def test_an_entry_is_prepared_by_its_name(home, monkeypatch):
     (home / "data").mkdir()
-    derivatives_file.write_derivatives(cohort_of(2), home / "data" / "mine", surface=False)
+    derivatives_file.write_derivatives(brains_of(2), home / "data" / "mine", surface=False)
     folder = entry(home / "data", path="mine", prepare={"atlas": ATLAS, "voxel_mm": 16})
     monkeypatch.setenv("BHX_CATALOG", str(folder))
     cohort = prepare_file.prepare("mine", home / "here.zarr")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import bhx
 from bhx.data.atlas import load_atlas
-from bhx.encode.inputs import Reading, encode, sequences
+from bhx.encode.inputs import Reading, encode_readings, sequences
 from bhx.errors import InputError
 from bhx.model import checkpoints
 from bhx.model import checkpoints as checkpoints_file
@@ -54,7 +54,7 @@ def hub(networks):
     reading, facts = Reading(), {"tr": 2.0, "n_volumes": 100}
     for name, values in {"bold": scan, "t1": t1}.items():
         reading.add(name, config.modalities[name].cut(values, facts, config))
-    tokens = encode(networks, [reading], "cpu")
+    tokens = encode_readings(networks, [reading], "cpu")
     return networks.harmonizer(sequences(config, [reading], tokens).subjects)
 
 

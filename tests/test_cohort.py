@@ -4,37 +4,13 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from small_cohorts import noise_cohort
 
 from bhx.data import cohort as cohort_file
 from bhx.data import splits as splits_file
 from bhx.data import store as store_file
 from bhx.errors import InputError
 from bhx.modalities.t1 import t1_grid
-from bhx.schema import build_cohort
-
-
-def small_cohort(n=6, rois=5, times=40, voxel_mm=32, seed=0):
-    """Noise as a cohort: scans of different lengths, one without BOLD, one without T1."""
-    rng = np.random.default_rng(seed)
-    n_volumes = rng.integers(20, times + 1, n)
-    n_volumes[1], has_bold, has_t1 = 0, np.arange(n) != 1, np.arange(n) != 2
-    bold = rng.standard_normal((n, rois, times)).astype("float32")
-    bold[np.arange(times)[None, None] >= n_volumes[:, None, None] + np.zeros((1, rois, 1))] = np.nan
-    t1 = rng.uniform(0, 900, (n, *(len(v) for v in t1_grid(voxel_mm).values()))).astype("float32")
-    t1[~has_t1] = np.nan
-    ids = [f"sub-{i:03d}" for i in range(n)]
-    subject = {
-        "subject": ids,
-        "participant": ids,
-        "site": np.array(["north", "south-west"])[np.arange(n) % 2],
-        "tr": np.where(has_bold, [0.72, 2.0, 3.0][0], np.nan),
-        "n_volumes": n_volumes,
-        "has_bold": has_bold,
-        "has_t1": has_t1,
-        "age": rng.uniform(20, 80, n),
-    }
-    roi = {"roi": [f"parcel_{i}" for i in range(rois)], "network": ["Vis"] * rois}
-    return build_cohort({"bold": bold, "t1": t1}, subject, roi, {"atlas": "none", "source": "test"})
 
 
 def is_lazy(cohort):
@@ -42,7 +18,7 @@ def is_lazy(cohort):
 
 
 def test_saved_cohort_comes_back_lazily_and_unchanged(tmp_path):
-    cohort = small_cohort()
+    cohort = noise_cohort()
     path = store_file.save_cohort(cohort, tmp_path / "c.zarr")
     again = cohort_file.open_cohort(path)
     assert is_lazy(again)
@@ -54,7 +30,7 @@ def test_saved_cohort_comes_back_lazily_and_unchanged(tmp_path):
 
 
 def test_lazy_and_eager_cohorts_give_the_same_store(tmp_path):
-    cohort = small_cohort()
+    cohort = noise_cohort()
     eager = cohort_file.open_cohort(store_file.save_cohort(cohort, tmp_path / "a.zarr"))
     lazy = cohort_file.open_cohort(
         store_file.save_cohort(cohort.chunk(subject=1), tmp_path / "b.zarr")
@@ -63,7 +39,7 @@ def test_lazy_and_eager_cohorts_give_the_same_store(tmp_path):
 
 
 def test_xarray_alone_opens_the_store(tmp_path):
-    cohort = small_cohort()
+    cohort = noise_cohort()
     path = store_file.save_cohort(cohort, tmp_path / "c.zarr")
     again = xr.open_zarr(path, consolidated=False)
     np.testing.assert_array_equal(again.bold, cohort.bold)
@@ -71,7 +47,7 @@ def test_xarray_alone_opens_the_store(tmp_path):
 
 
 def test_text_is_of_variable_length(tmp_path):
-    path = store_file.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    path = store_file.save_cohort(noise_cohort(), tmp_path / "c.zarr")
     group = zarr.open_group(path, mode="r")
     assert {str(group[name].metadata.data_type) for name in ("subject", "site", "roi")} == {
         str(zarr.dtype.VariableLengthUTF8())
@@ -80,13 +56,13 @@ def test_text_is_of_variable_length(tmp_path):
 
 def test_chunks_of_nan_are_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(store_file, "SHARD_BYTES", 1)  # one subject a file
-    path = store_file.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    path = store_file.save_cohort(noise_cohort(), tmp_path / "c.zarr")
     group = zarr.open_group(path, mode="r")
     assert group["bold"].nchunks_initialized == group["t1"].nchunks_initialized == 5
 
 
 def test_t1_may_be_stored_in_half_precision(tmp_path):
-    cohort = small_cohort()
+    cohort = noise_cohort()
     again = cohort_file.open_cohort(
         store_file.save_cohort(cohort, tmp_path / "c.zarr", half=["t1"])
     )
@@ -104,7 +80,7 @@ def test_half_written_store_is_refused_with_its_count(tmp_path, monkeypatch):
         return block
 
     monkeypatch.setattr(store_file, "SHARD_BYTES", 1)
-    cohort = small_cohort().chunk(subject=1)
+    cohort = noise_cohort().chunk(subject=1)
     bold = cohort.bold.copy(data=cohort.bold.data.map_blocks(cut, dtype="float32"))
     with pytest.raises(PowerCut):
         store_file.save_cohort(cohort.assign(bold=bold), tmp_path / "c.zarr")
@@ -114,12 +90,12 @@ def test_half_written_store_is_refused_with_its_count(tmp_path, monkeypatch):
         store_file.save_cohort(cohort.isel(subject=[5, 4, 3, 2, 1, 0]), tmp_path / "c.zarr")
     continued = store_file.save_cohort(cohort, tmp_path / "c.zarr")
     xr.testing.assert_equal(
-        cohort_file.open_cohort(continued).drop_attrs(), small_cohort().drop_attrs()
+        cohort_file.open_cohort(continued).drop_attrs(), noise_cohort().drop_attrs()
     )
 
 
 def test_selections_stay_lazy(tmp_path):
-    cohort = cohort_file.open_cohort(store_file.save_cohort(small_cohort(), tmp_path / "c.zarr"))
+    cohort = cohort_file.open_cohort(store_file.save_cohort(noise_cohort(), tmp_path / "c.zarr"))
     north = cohort.sel(subject=cohort.site == "north")
     assert is_lazy(north)
     assert north.sizes["subject"] == 3
@@ -128,7 +104,7 @@ def test_selections_stay_lazy(tmp_path):
 
 
 def test_scan_is_trimmed_and_in_seconds():
-    cohort = small_cohort()
+    cohort = noise_cohort()
     bold = cohort_file.scan(cohort, "sub-003")
     assert bold.dims == ("roi", "time")
     assert bold.sizes["time"] == cohort.n_volumes[3]
@@ -146,11 +122,11 @@ def test_scan_is_trimmed_and_in_seconds():
 )
 def test_scan_says_what_is_missing(subject, message):
     with pytest.raises(InputError, match=message):
-        cohort_file.scan(small_cohort(), subject)
+        cohort_file.scan(noise_cohort(), subject)
 
 
 def test_coarser_t1_is_a_block_mean_on_the_coarser_grid():
-    cohort = small_cohort(voxel_mm=16)
+    cohort = noise_cohort(voxel_mm=16)
     coarse = cohort_file.coarsen_t1(cohort, 32)
     for axis, values in t1_grid(32).items():
         np.testing.assert_allclose(coarse[axis], values)
@@ -185,7 +161,7 @@ BAD_COHORTS = {
 def test_bad_cohorts_are_refused_before_anything_is_written(case, tmp_path):
     spoil, message = BAD_COHORTS[case]
     with pytest.raises(InputError, match=message):
-        store_file.save_cohort(spoil(small_cohort()), tmp_path / "c.zarr")
+        store_file.save_cohort(spoil(noise_cohort()), tmp_path / "c.zarr")
     assert not (tmp_path / "c.zarr").exists()
 
 
@@ -199,14 +175,14 @@ def test_unknown_cohorts_are_named(name, message):
 
 
 def test_a_store_is_not_written_over(tmp_path):
-    path = store_file.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    path = store_file.save_cohort(noise_cohort(), tmp_path / "c.zarr")
     with pytest.raises(InputError, match="Expected a new path"):
-        store_file.save_cohort(small_cohort(), path)
+        store_file.save_cohort(noise_cohort(), path)
 
 
 def two_scans_each(n=40):
     """A cohort of n participants at two sites, two scans each."""
-    cohort = small_cohort(2 * n)
+    cohort = noise_cohort(2 * n)
     people = np.array([f"p{i:02d}" for i in range(n)])
     return cohort.assign_coords(
         participant=("subject", np.repeat(people, 2)),
@@ -285,7 +261,7 @@ def test_the_sample_has_one_scan_and_one_t1():
 
 
 def test_opening_reads_no_data(tmp_path):
-    path = store_file.save_cohort(small_cohort(), tmp_path / "c.zarr")
+    path = store_file.save_cohort(noise_cohort(), tmp_path / "c.zarr")
     for name in ("bold", "t1"):
         for file in (path / name / "c").rglob("*"):
             if file.is_file():

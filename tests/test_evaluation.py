@@ -804,7 +804,7 @@ def bad_estimators():
 @pytest.mark.parametrize(("target", "estimator", "message"), bad_estimators())
 def test_estimators_that_do_not_fit_are_refused(features, target, estimator, message):
     with pytest.raises(InputError, match=message):
-        probe(features.isel(subject=slice(8)), target, estimator=estimator, folds=2)
+        probe(features.isel(subject=slice(20)), target, estimator=estimator, folds=2)
 
 
 def test_ordinal_labels_use_their_order(features):

@@ -13,28 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bhx.encode.embed import embed
 from bhx.encode.model import random_model
 from bhx.errors import InputError
-from bhx.evaluate import fine_tuning as fine_tuning_file
 from bhx.evaluate.features import nothing
-from bhx.evaluate.fine_tuning import (
-    FineTuning,
-    Tuned,
-    fine_tune,
-    optimiser_of,
-    predict,
-    tuned_model,
-)
+from bhx.evaluate.fine_tuning import FineTuning, _Tokens, fine_tune, predict, tuned_model
 from bhx.evaluate.probe import probe
 from bhx.evaluate.scores import compare
 from bhx.schema import check
 from bhx.train import loop as loop_file
-from bhx.train.objectives import digest
+from bhx.train.objectives import LabelObjective, digest
 
 N = 24
+TRAINS = ("all", "last block", "head only")
 BLOCKS = 2
 SMALL = replace(
     TINY,
     dynamics=replace(TINY.dynamics, max_patches=1),
-    harmonizer=replace(TINY.harmonizer, depth=BLOCKS, max_patches=1),
+    harmonizer=replace(TINY.harmonizer, depth=BLOCKS, places=(100, 150)),
 )
 FAST = {"folds": 2, "epochs": 2, "batch": 6, "patience": 2, "progress": False}
 
@@ -77,7 +70,8 @@ def tune(cohort, model, cache):
 
 
 def weights(out, fold):
-    return torch.load(out / f"fold_{fold}.pt", weights_only=True)["best"]
+    path = out / f"fold_{fold}" / "checkpoint.pt"
+    return torch.load(path, weights_only=True)["stopping"]["best"]
 
 
 def same(a, b):
@@ -87,7 +81,7 @@ def same(a, b):
 # ------------------------------------------------------------------- what learns
 
 
-@pytest.mark.parametrize("trains", fine_tuning_file.TRAINS)
+@pytest.mark.parametrize("trains", TRAINS)
 def test_only_what_was_named_learns(tune, model, tmp_path, trains):
     before = digest(model.networks)
     tune(trains=trains, out=tmp_path)
@@ -110,16 +104,18 @@ def test_only_what_was_named_learns(tune, model, tmp_path, trains):
     assert digest(model.networks) == before  # each fold starts from the given model
 
 
-def test_rates_fall_from_the_head_down(tune, monkeypatch, tmp_path, model):
-    seen = []
-    monkeypatch.setattr(fine_tuning_file, "write_whole", lambda state, path: seen.append(state))
-    tune(out=tmp_path, layer_decay=0.5, rate=1e-3)
-    groups = seen[0]["optimiser"]["param_groups"]
+def objective_of(model, **settings):
+    return LabelObjective(model.networks, FineTuning(**settings), truth=None, outputs=2)
+
+
+def test_rates_fall_from_the_head_down(tune, tmp_path, model):
+    tune(out=tmp_path, layer_decay=0.5, rate=(0.0, 1e-3, 0.0))
+    state = torch.load(tmp_path / "fold_0" / "checkpoint.pt", weights_only=True)
+    groups = state["optimizer"]["param_groups"]
     rates = sorted({round(g["lr"] / groups[-1]["lr"], 9) for g in groups})
     assert rates == [0.125, 0.25, 0.5, 1.0]  # what enters, two blocks, the head
-    plan = FineTuning(layer_decay=0.5)
-    tuned = Tuned(model.networks.harmonizer, 2, plan)
-    scale = {id(p): g["scale"] for g in optimiser_of(tuned, plan).param_groups for p in g["params"]}
+    plan, tuned = FineTuning(layer_decay=0.5), objective_of(model)
+    scale = {id(p): g["scale"] for g in tuned.groups(plan) for p in g["params"]}
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
             block = int(name.split(".")[2]) + 1 if "blocks." in name else None
@@ -132,7 +128,7 @@ def test_rates_fall_from_the_head_down(tune, monkeypatch, tmp_path, model):
     ("trains", "drops"), [("all", [0, 0.2]), ("last block", [0, 0.2]), ("head only", [0, 0])]
 )
 def test_only_blocks_that_learn_are_dropped(model, trains, drops):
-    tuned = Tuned(model.networks.harmonizer, 2, FineTuning(trains=trains, drop_path=0.2))
+    tuned = objective_of(model, trains=trains, drop_path=0.2)
     assert [b.drop_path for b in tuned.harmonizer.blocks] == pytest.approx(drops)
     assert [b.drop_path for b in model.networks.harmonizer.blocks] == [0, 0]
 
@@ -144,12 +140,11 @@ def test_the_head_reads_the_mean_hub_token_before_the_norm(cohort, model):
     bare = deepcopy(model)
     bare.networks.harmonizer.norm = torch.nn.Identity()
     hub = embed(cohort, bare, missing_parcels="leave out").hub.values
-    plan = FineTuning()
     gaps = cohort.drop_isel(subject=1)  # fine_tune refuses parcels without a signal
-    tokens = fine_tuning_file._Tokens(gaps, model, plan, gaps.subject.values)
-    tuned = Tuned(model.networks.harmonizer, 2, plan).eval()
+    samples = _Tokens(gaps, model, FineTuning()).samples
+    tuned = objective_of(model).eval()
     with torch.no_grad():
-        pooled = tuned.pool(*tokens._batch(range(N - 1)))
+        pooled = tuned.pool([samples[0, i] for i in range(N - 1)])
     np.testing.assert_allclose(pooled, np.delete(hub, 1, 0).mean(1), atol=2e-5)
 
 
@@ -198,7 +193,7 @@ def test_no_participant_is_on_two_sides(tune):
 
 
 def test_the_kept_epoch_is_the_best_of_the_inner_split(tune):
-    scores = tune("age", epochs=6, rate=0.01, trains="last block")
+    scores = tune("age", epochs=6, rate=(0.0, 0.01, 0.0), trains="last block")
     for loss, kept in zip(scores.inner_loss.values[0], scores.epoch_kept.values[0], strict=True):
         assert kept == np.nanargmin(loss) + 1
         assert np.isfinite(loss).sum() == min(6, kept + 2)  # patience
@@ -224,7 +219,7 @@ def test_the_folds_are_those_of_probe(tune, cohort, options):
 
 
 def test_a_planted_label_is_learnt_and_an_exchanged_one_is_not(tune, cohort):
-    quick = {"rate": 0.02, "patience": None}
+    quick = {"rate": (0.0, 0.02, 0.0), "patience": None}
     learnt = tune(epochs=8, **quick)
     assert learnt.score.sel(metric="balanced_accuracy").mean() > 0.8
     chance = []
@@ -271,15 +266,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(tune, tmp_path, monkeypatch):
 
     def killed(state, path):
         write(state, path)
-        written.append(path.name)
+        written.append(path.parent.name)
         if len(written) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fine_tuning_file, "write_whole", killed)
+    monkeypatch.setattr(loop_file, "write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
         tune("age", out=tmp_path / "killed")
-    assert written[-1] == "fold_1.pt"  # in the midst of the second fold
-    monkeypatch.setattr(fine_tuning_file, "write_whole", write)
+    assert written[-1] == "fold_1"  # in the midst of the second fold
+    monkeypatch.setattr(loop_file, "write_whole", write)
     went_on = tune("age", out=tmp_path / "killed", resume=True)
     for name in ("output", "training_loss", "inner_loss", "epoch_kept"):
         assert np.array_equal(whole[name], went_on[name], equal_nan=True), name
@@ -292,10 +287,10 @@ def test_another_run_is_refused(tune, cohort, tmp_path):
     with pytest.raises(InputError, match="found one at"):
         tune(out=tmp_path, trains="head only")
     with pytest.raises(InputError, match="found other rate"):
-        tune(out=tmp_path, trains="head only", rate=1e-2, resume=True)
-    with pytest.raises(InputError, match="found other target, truth"):
+        tune(out=tmp_path, trains="head only", rate=(0.0, 1e-2, 0.0), resume=True)
+    with pytest.raises(InputError, match="found other target, truth, part"):
         tune("age", out=tmp_path, trains="head only", resume=True)
-    (tmp_path / "fold_1.pt").write_bytes(b"cut short")
+    (tmp_path / "fold_1" / "checkpoint.pt").write_bytes(b"cut short")
     with pytest.raises(InputError, match="damaged"):
         tune(out=tmp_path, trains="head only", resume=True)
 
@@ -321,18 +316,19 @@ def test_a_kept_fold_says_the_same_again(tune, cohort, model, tmp_path, target):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"trains": "encoders"}, "Expected trains of"),
-        ({"epochs": 0}, "Expected steps as a whole number"),
-        ({"rate": -1.0}, "Expected rate"),
-        ({"layer_decay": 0.0}, "Expected layer_decay above 0"),
-        ({"smoothing": 1.0}, "Expected smoothing from 0 to below 1"),
-        ({"drop_path": -0.1}, "Expected drop_path from 0"),
-        ({"warmup": 1.0}, "Expected warmup as a share"),
-        ({"patience": 0}, "Expected patience as None or at least 1"),
-        ({"rate": float("nan")}, "Expected rate above 0, found nan"),
-        ({"clip": 0.0}, "Expected clip above 0"),
-        ({"decay": -1.0}, "Expected decay of at least 0"),
-        ({"precision": "float16"}, "Expected precision of"),
+        ({"trains": "encoders"}, "Expected trains as 'all', 'last block' or 'head only'"),
+        ({"epochs": 0}, "Expected epochs as a whole number of at least 1, found 0"),
+        ({"rate": -1.0}, "Expected rate as three learning rates .*, found -1.0"),
+        ({"rate": 1e-3}, "Expected rate as three learning rates"),
+        ({"rate": (0.0, float("nan"), 0.0)}, "Expected rate as three .*found nan in it"),
+        ({"layer_decay": 0.0}, "Expected layer_decay as a factor above 0"),
+        ({"smoothing": 1.0}, "Expected smoothing as a share from 0 to below 1"),
+        ({"drop_path": -0.1}, "Expected drop_path as a share from 0"),
+        ({"warmup": 1.1}, "Expected warmup as a share"),
+        ({"patience": 0}, "Expected patience as a whole number of epochs"),
+        ({"clip": 0.0}, "Expected clip as a norm of the gradient above 0"),
+        ({"decay": 0.1}, "Expected decay as two weight decays"),
+        ({"precision": "float16"}, "Expected precision as 'float32' or 'bfloat16'"),
         ({"learning_rate": 1.0}, "found learning_rate"),
         ({"target": "nowhere"}, "Expected 'nowhere' as a coordinate on subject"),
         ({"target": "participant", "classes": ("p00", "p99")}, "Expected subjects of every class"),
@@ -347,12 +343,12 @@ def test_wrong_settings_are_refused(tune, wrong, message):
 
 def test_a_loss_that_explodes_is_said(tune):
     with pytest.raises(InputError, match="finite loss"):
-        tune("age", rate=1e30, clip=1e30, warmup=0.0)
+        tune("age", rate=(0.0, 1e30, 0.0), clip=1e30, warmup=0.0)
 
 
 def test_a_last_step_that_explodes_is_said(tune):
-    with pytest.raises(InputError, match="on the inner split, (nan|inf) in epoch 1 of fold 0"):
-        tune("age", rate=1e30, clip=1e30, warmup=0.0, epochs=1, batch=N)
+    with pytest.raises(InputError, match="finite loss, found .*held-out loss.*(nan|inf)"):
+        tune("age", rate=(0.0, 1e30, 0.0), clip=1e30, warmup=0.0, epochs=1, batch=N)
 
 
 def test_numbers_that_are_all_alike_in_training_are_learnt(tune, cohort):
@@ -378,7 +374,7 @@ def test_numbers_are_learnt_in_single_precision(tune):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("target", ["side", "age"])
-@pytest.mark.parametrize("trains", fine_tuning_file.TRAINS)
+@pytest.mark.parametrize("trains", TRAINS)
 def test_a_gpu_finds_what_the_cpu_finds(tune, cohort, target, trains):
     gpu = random_model(SMALL, device="cuda")
     options = {**FAST, "trains": trains, "epochs": 1}

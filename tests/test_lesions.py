@@ -1,4 +1,4 @@
-"""Laws of lesions and of gradients: what is removed is absent, and all parts add up to the whole."""
+"""Laws of lesions and gradients: what is removed is absent, and parts add up to the whole."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 import xarray as xr
 
 from bhx import embed, synthetic_cohort
-from bhx.encode.inputs import Reading, encode, sequences
+from bhx.encode.inputs import Reading, encode_readings, sequences
 from bhx.encode.model import random_model
 from bhx.errors import InputError
 from bhx.latents.gradients import _reading, integrated_gradients
@@ -124,7 +124,7 @@ def test_integrated_gradients_are_the_sum_of_gradients_on_the_way(brains):
 
     def hub(inputs):
         one = Reading({name: [x] for name, x in inputs.items()}, reading.there)
-        read = sequences(model.config, [one], encode(model.networks, [one], model.device))
+        read = sequences(model.config, [one], encode_readings(model.networks, [one], model.device))
         return model.networks.harmonizer(read.subjects)[0, 1 + token]
 
     with torch.no_grad():

@@ -165,8 +165,10 @@ def test_structure_tokens_are_the_published_ones(dtype):
 
 
 def test_hub_tokens_and_decoder_are_the_published_ones(dtype):
-    c = HarmonizerConfig(("bold", "t1"), (7200, 1200), (0, 0), hubs=8, width=48, depth=2, heads=4, decoder_width=32, decoder_depth=1,
-                         decoder_heads=4, target_width=16)  # fmt: skip
+    c = HarmonizerConfig(
+        *(("bold", "t1"), (7200, 1200), (0, 0)),
+        *(8, 48, 2, 4, 32, 1, 4, 16),  # hubs, width, depth, heads, the decoder's three, target
+    )
     harmonizer = Harmonizer(c).to(dtype)
     ours = {k: v for k, v in harmonizer.named_buffers() if k in harmonizer.state_dict()}
     load_strictly(harmonizer, state("H/") | ours, "H")

@@ -10,58 +10,29 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from small_cohorts import brains_of
 from small_files import ATLAS, parcel_series, t1_image
 
 from bhx.data import cohort as cohort_file
 from bhx.data import files as files_file
 from bhx.data import prepare as prepare_file
 from bhx.data import store as store_file
-from bhx.data.anatomy import read_t1, read_template_t1
+from bhx.data.anatomy import read_t1
 from bhx.data.atlas import load_atlas, match_names
 from bhx.data.derivatives import find_scans, join_phenotypes, write_derivatives
 from bhx.errors import InputError
 from bhx.modalities.base import Modality
 from bhx.modalities.t1 import t1_grid
 from bhx.modalities.table import MODALITIES
-from bhx.schema import ROI_COORDS, build_cohort
 
 OPTIONS = {"atlas": ATLAS, "voxel_mm": 16.0}
-
-
-def cohort_of(n=6, t1=(), seed=0):
-    """n participants with mirror-symmetric BOLD; those numbered in `t1` have the template's T1."""
-    lengths = 20 + 5 * np.arange(n)
-    bold = np.full((n, 100, lengths.max()), np.nan, "float32")
-    for i, length in enumerate(lengths):
-        bold[i, :, :length] = parcel_series(length, seed + i) - 1000
-    brains = None
-    if t1:
-        brains = np.full((n, 40, 48, 40), np.nan, "float32")
-        coarse = read_template_t1().reshape(40, 4, 48, 4, 40, 4).mean((1, 3, 5))
-        brains[list(t1)] = 500 * coarse
-    ids = [f"sub-{seed + i:02d}" for i in range(n)]
-    parcels = load_atlas(ATLAS)
-    subject = {
-        "subject": ids,
-        "participant": ids,
-        "site": [f"site {i % 2}" for i in range(n)],
-        "tr": np.full(n, 2.0),
-        "n_volumes": lengths,
-        "has_bold": np.ones(n, bool),
-        "has_t1": np.isin(np.arange(n), list(t1)),
-        "age": 20.0 + np.arange(n),
-    }
-    roi = {"roi": parcels.roi.values} | {name: parcels[name].values for name in ROI_COORDS}
-    return build_cohort(
-        {"bold": bold, "t1": brains}, subject, roi, {"atlas": ATLAS, "source": "test"}
-    )
 
 
 @pytest.fixture(scope="module")
 def derivatives(tmp_path_factory):
     """Six participants with parcel tables."""
     folder = tmp_path_factory.mktemp("study") / "derivatives"
-    return write_derivatives(cohort_of(), folder, surface=False)
+    return write_derivatives(brains_of(), folder, surface=False)
 
 
 @pytest.fixture
@@ -75,7 +46,7 @@ def files_of(store):
 
 
 def test_a_folder_becomes_its_cohort(tmp_path):
-    cohort = cohort_of(2, t1=[0])
+    cohort = brains_of(2, t1=[0])
     folder = write_derivatives(cohort, tmp_path / "derivatives", surface=False)
     again = prepare_file.prepare(folder, tmp_path / "c.zarr", **OPTIONS)
     assert all(v.chunks is not None for v in again.data_vars.values())
@@ -102,7 +73,7 @@ def test_a_folder_becomes_its_cohort(tmp_path):
 
 
 def test_surfaces_are_denoised_and_become_the_same_parcels(tmp_path):
-    cohort = cohort_of(2)
+    cohort = brains_of(2)
     folder = write_derivatives(cohort.isel(time=slice(0, 60)), tmp_path / "derivatives")
     raw = prepare_file.prepare(folder, tmp_path / "raw.zarr", **OPTIONS, denoising=None)
     np.testing.assert_allclose(raw.bold, cohort.bold + 1000, rtol=1e-5)

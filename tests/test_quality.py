@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import xarray as xr
-from test_prepare import cohort_of
+from small_cohorts import brains_of
 
 from bhx.data.quality_page import quality_page
 from bhx.errors import InputError
@@ -15,7 +15,7 @@ NASTY = "<script>alert('x')</script>"
 
 def checked(n=4):
     """A cohort as `prepare` leaves it, its third subject with a warning."""
-    cohort = cohort_of(n, t1=[0]).isel(roi=slice(0, 100))
+    cohort = brains_of(n, t1=[0]).isel(roi=slice(0, 100))
     bold = cohort.bold.copy()
     bold[2, :10] = bold[2, :10] * 0
     return cohort.assign(bold=bold).assign_coords(
@@ -54,9 +54,9 @@ def test_parcels_without_signal_are_named_with_their_share(page):
 
 
 def test_any_cohort_has_a_page(tmp_path):
-    bare = cohort_of(2)
+    bare = brains_of(2)
     assert "2 with bold" in quality_page(bare, tmp_path / "a.html").read_text()
-    t1_only = cohort_of(2, t1=[0, 1]).drop_vars("bold").drop_dims(["roi", "time"])
+    t1_only = brains_of(2, t1=[0, 1]).drop_vars("bold").drop_dims(["roi", "time"])
     t1_only = t1_only.assign_coords(has_bold=("subject", [False, False]))
     assert "Where there is signal" not in quality_page(t1_only, tmp_path / "b.html").read_text()
     with pytest.raises(InputError, match="at least one subject"):
@@ -65,7 +65,7 @@ def test_any_cohort_has_a_page(tmp_path):
 
 def test_what_has_other_dims_is_counted_and_not_drawn(tmp_path):
     values = xr.DataArray(np.ones((2, 100, 3)), dims=("subject", "roi", "measure"))
-    cohort = cohort_of(2).assign(thickness=values)
+    cohort = brains_of(2).assign(thickness=values)
     cohort = cohort.assign_coords(has_thickness=("subject", [True, False]))
     text = quality_page(cohort, tmp_path / "a.html").read_text()
     assert "2, 2 with bold, 1 with thickness" in text

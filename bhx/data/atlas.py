@@ -120,6 +120,11 @@ def aliases(atlas: xr.Dataset) -> dict[str, str]:
     return known
 
 
+def centroids(parcels) -> np.ndarray:
+    """Where parcels lie, (roi, 3) [mm, MNI152], from the labels of an atlas or cohort."""
+    return np.stack([parcels[f"mni_{axis}"].values for axis in "xyz"], 1)
+
+
 def reparcellate(cohort: xr.Dataset, atlas: str) -> xr.Dataset:
     """The cohort's values per parcel as those of another Schaefer atlas, lazily.
 

@@ -13,13 +13,16 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import xarray as xr
+from scipy import ndimage
+from scipy.sparse import csr_array
 
-from bhx.data.atlas import aliases, load_atlas, match_names
+from bhx.data.atlas import aliases, centroids, load_atlas, match_names
 from bhx.data.files import check_affine, check_file, check_space, reader_of, reading
 from bhx.data.quality import check_bold_quality
 from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD, check_tr
 from bhx.schema import ROI_COORDS
+from bhx.settings import folders
 
 
 @reader_of(BOLD)
@@ -153,22 +156,18 @@ def _read_table(path, atlas, order, labels):
     """Parcels in columns, or in rows that begin with their name (UK Biobank)."""
     separator = {".csv": ",", ".tsv": "\t"}.get(Path(path.name.lower().replace(".gz", "")).suffix)
     options = {"header": None, "dtype": str, "engine": "c", "keep_default_na": False}
+    options["na_values"] = ["", "n/a", "NA", "NaN", "nan"]
     cells = pd.read_csv(path, sep=separator or r"\s+", encoding="utf-8-sig", **options)
     if len(cells) < 2:
         fact = f"Expected lines of numbers in {path.name}, found 1 line"
         raise InputError(fact, "Write one line of parcel names, then one line for each volume")
-    rows_are_parcels = not _is_number(cells.iloc[1:, 0]).any()
-    if rows_are_parcels:
-        names = cells.iloc[1:, 0].tolist()
-        values = cells.iloc[1:, 1:]
+    names, values = None, cells.T
+    if not _is_number(cells.iloc[1:, 0]).any():  # parcels in rows
+        names, values = cells.iloc[1:, 0].tolist(), cells.iloc[1:, 1:]
     elif not _is_number(cells.iloc[0]).all():
-        names = [name.lstrip("#").strip() for name in cells.iloc[0]]
-        values = cells.iloc[1:].T
-    else:
-        names, values = None, cells.T
-    blank = values.isin(["", "n/a", "NA", "NaN", "nan"])
-    numbers = values.where(~blank).apply(pd.to_numeric, errors="coerce").to_numpy(float)
-    odd = np.isnan(numbers) & ~blank.to_numpy()
+        names, values = [name.lstrip("#").strip() for name in cells.iloc[0]], cells.iloc[1:].T
+    numbers = values.apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    odd = np.isnan(numbers) & values.notna().to_numpy()
     if odd.any():
         fact = f"Expected numbers in {path.name}, found '{values.to_numpy()[odd][0]}'"
         raise InputError(fact, "Write parcels as columns under one line of names, and nothing else")
@@ -197,8 +196,6 @@ def _parcel_means(blocks, numbers, n):
 
     `blocks` are arrays (point, time); `numbers` is the parcel of each point, 0 for none.
     """
-    from scipy.sparse import csr_array
-
     inside = np.flatnonzero(numbers > 0)
     rows = (numbers[inside] - 1, np.arange(len(inside)))
     member = csr_array((np.ones(len(inside)), rows), shape=(n, len(inside)))
@@ -216,27 +213,24 @@ def _take_parcels(names, values, atlas, order, path):
     """Rows of a parcel table in the atlas's own names, and whether each is complete; others, such
     as subcortex, are left out."""
     numbered = r"(?i)(roi|label|parcel|region)?[ _-]?\d+"
+    whole = np.isfinite(values).all(1).astype(float)
     if atlas is None:
         names = [str(i + 1) for i in range(len(values))] if names is None else names
-    elif names is None or all(re.fullmatch(numbered, name) for name in names):
+        return names, values, whole
+    if names is None or all(re.fullmatch(numbered, name) for name in names):
         if order is None:
+            fact = f"Expected parcel names in {path.name}, found none"
             raise InputError(
-                f"Expected parcel names in {path.name}, found none",
-                "Give the order of its columns: order='7networks' or order='17networks'",
+                fact, "Give the order of its columns: order='7networks' or '17networks'"
             )
-        name = atlas.attrs["atlas"]
-        names = _names_by_label(atlas) if order == "7networks" else load_atlas(name, order).roi
+        names = load_atlas(atlas.attrs["atlas"], order).roi.values
+        names = _names_by_label(atlas) if order == "7networks" else names
         if len(names) != len(values):
-            raise InputError(
-                f"Expected the {len(names)} parcels of {name} in {path.name}, found {len(values)}",
-                "Choose the atlas the table was made with",
-            )
-    else:
-        cortical = np.isin(names, [*aliases(atlas)])
-        if cortical.any():
-            names, values = np.array(names)[cortical], values[cortical]
-    names = names if atlas is None else match_names(np.asarray(names), atlas)
-    return names, values, np.isfinite(values).all(1).astype(float)
+            fact = f"Expected the {len(names)} parcels of {atlas.attrs['atlas']} in {path.name}, "
+            raise InputError(f"{fact}found {len(values)}", "Choose the atlas it was made with")
+    known = np.isin(names, [*aliases(atlas)])
+    known = known if known.any() else slice(None)
+    return match_names(np.asarray(names)[known], atlas), values[known], whole[known]
 
 
 def _names_by_label(atlas):
@@ -251,7 +245,7 @@ def _need(atlas, path):
 
 
 def _is_number(cells):
-    return pd.to_numeric(cells, errors="coerce").notna() | cells.isin(["", "n/a", "NaN", "nan"])
+    return pd.to_numeric(cells, errors="coerce").notna() | cells.isna()
 
 
 def _hemispheres(path):
@@ -271,8 +265,6 @@ def _hemispheres(path):
 def fetch_labels(atlas: str) -> Path:
     """Schaefer's label image (2 mm MNI152, 7-network numbers) through nilearn and bhx's cache."""
     from nilearn.datasets import fetch_atlas_schaefer_2018
-
-    from bhx.settings import folders
 
     n = int(re.sub(r"\D", "", atlas))
     try:
@@ -313,18 +305,15 @@ def _labels_on(image, atlas, labels, path):
 
 def _check_label_image(numbers, affine, parcels, file):
     """The numbers must be the atlas's: each parcel's centre lies near its published one."""
-    where = np.argwhere(numbers > 0)
-    label = numbers[numbers > 0].astype(int)
     n = parcels.sizes["roi"]
-    if label.max() > n:
-        fact = f"Expected labels 1 to {n} in {file.name}, found {label.max()}"
+    if numbers.max() > n:
+        fact = f"Expected labels 1 to {n} in {file.name}, found {numbers.max():.0f}"
         raise InputError(fact, "Give the label image of the atlas you name")
-    count = np.bincount(label, minlength=n + 1)[1:]
-    centre = np.stack([np.bincount(label, w, n + 1)[1:] for w in where.T]) / np.maximum(count, 1)
-    centre = (affine[:3, :3] @ centre).T + affine[:3, 3]
-    order = np.argsort(parcels.label.values)
-    wanted = np.stack([parcels[f"mni_{axis}"].values[order] for axis in "xyz"], 1)
-    far = np.median(np.linalg.norm(centre - wanted, axis=1)[count > 0])
+    present = np.unique(numbers[numbers > 0]).astype(int)
+    middle = np.array(ndimage.center_of_mass(numbers > 0, numbers, present))  # voxels
+    published = centroids(parcels)[np.argsort(parcels.label.values)][present - 1]
+    distance = np.linalg.norm(nib.affines.apply_affine(affine, middle) - published, axis=1)
+    far = np.median(distance)
     if far > 10:
         raise InputError(
             f"Expected labels of {file.name} where {parcels.attrs['atlas']} has them, found them "

@@ -11,20 +11,12 @@ from typing import Annotated, Literal
 
 import pandas as pd
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bhx.data.derivatives import find_scans, join_phenotypes
 from bhx.data.files import file_columns
-from bhx.errors import InputError, listed
-from bhx.modalities.table import MODALITIES
+from bhx.errors import InputError, check_choice, listed
+from bhx.modalities.table import modality
 from bhx.settings import PACKAGE
 
 USER_FOLDER = "BHX_CATALOG"  # environment variable: a folder with entries of your own
@@ -44,14 +36,14 @@ def _of_participant(path: str) -> str:
 
 
 def _column(name: str) -> str:
-    if name not in file_columns():
-        raise ValueError(f"'{name}' is not among {listed(file_columns(), 12)}")
+    check_choice("a column of files", name, file_columns())
     return name
 
 
 InsidePath = Annotated[str, AfterValidator(_inside)]
 PatternPath = Annotated[InsidePath, AfterValidator(_of_participant)]
 FileColumn = Annotated[str, AfterValidator(_column)]  # of a table of scans
+ModalityName = Annotated[str, AfterValidator(lambda name: modality(name).name)]
 
 
 class Strict(BaseModel):
@@ -87,7 +79,7 @@ class Entry(Strict):
     licence: str
     homepage: str = ""
     citation: str
-    modalities: list[str]
+    modalities: list[ModalityName]
     layout: Literal["synthetic", "sample", "nilearn", "derivatives", "files"]
     sites: dict[str, float | None] = {}  # site -> TR [s]; None: read it from the files
     phenotypes: dict[str, Phenotype] = {}
@@ -97,13 +89,6 @@ class Entry(Strict):
     steps: list[str] = []  # what to download by hand, and where to put it
     prepare: dict[str, str | float | dict[str, str | float] | None] = {}  # options of `prepare`
     options: dict[str, int | float] = {}  # of the synthetic cohort
-
-    @field_validator("modalities")
-    @classmethod
-    def _are_known(cls, names):
-        if unknown := [name for name in names if name not in MODALITIES]:
-            raise ValueError(f"'{unknown[0]}' is not among {listed(MODALITIES, 12)}")
-        return names
 
     @model_validator(mode="after")
     def _can_be_had(self):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from bhx.data.atlas import centroids
 from bhx.errors import InputError, listed
 from bhx.modalities.t1 import block_mean
 
@@ -95,7 +96,7 @@ def homotopy(bold: xr.DataArray) -> float:
     """
     if "hemi" not in bold.coords or set(bold.hemi.values) != {"L", "R"}:
         return np.nan
-    place = np.stack([bold[f"mni_{axis}"].values for axis in "xyz"], 1)
+    place = centroids(bold)
     left, right = (np.flatnonzero(bold.hemi.values == h) for h in "LR")
     mirrored = place[left] * [-1, 1, 1]
     partner = np.linalg.norm(mirrored[:, None] - place[right], axis=2).argmin(1)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from threading import Lock
 
+import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
@@ -22,7 +23,7 @@ from scipy import ndimage
 from scipy.special import ndtr
 from threadpoolctl import ThreadpoolController
 
-from bhx.data.atlas import ATLASES, load_atlas
+from bhx.data.atlas import ATLASES, centroids, load_atlas
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD, check_tr
 from bhx.modalities.t1 import ANATOMY, block_mean, t1_grid
@@ -258,23 +259,9 @@ def _labels(rows) -> dict[str, list | np.ndarray]:
 
 def _lazily(compute, rows, shape, **options) -> da.Array:
     """`compute(row, shape, **options)` of every row as a Dask array, one chunk a row."""
-    people = np.empty(len(rows), object)
-    people[:] = rows
-    return da.map_blocks(
-        _one_row,
-        da.from_array(people, chunks=1),
-        compute=compute,
-        shape=shape,
-        options=options,
-        new_axis=list(range(1, len(shape) + 1)),
-        chunks=((1,) * len(rows), *((length,) for length in shape)),
-        dtype=np.float32,
-        meta=np.empty((0,) * (len(shape) + 1), np.float32),
-    )
-
-
-def _one_row(people, compute, shape, options):
-    return compute(people[0], shape, **options)[None].astype(np.float32)
+    one = dask.delayed(compute, pure=True)
+    values = [da.from_delayed(one(row, shape, **options), shape, "float32") for row in rows]
+    return da.stack(values)
 
 
 # ---------------------------------------------------------------------------------------- BOLD
@@ -359,7 +346,7 @@ def _group_brain(atlas):
     """What all participants share: coupling, shared drive, noise, networks, distances."""
     labels = load_atlas(atlas)
     network = labels.network.values
-    place = np.stack([labels[f"mni_{axis}"].values for axis in "xyz"], 1)  # mm
+    place = centroids(labels)
     distance = np.linalg.norm(place[:, None] - place[None], axis=2)
     connectome = labels.connectome.values.astype(float)
     sensory = np.isin(network, ("Vis", "SomMot"))
@@ -441,7 +428,7 @@ def _t1(row: _Row, shape, voxel_mm: float, effects) -> np.ndarray:
     lost = effects["age"] * row.decades * SIZES["age"]["cortex_lost_per_decade"]
     source = _source(row, head, effects)
     image = ndimage.map_coordinates(head["image"] - lost * head["cortex"], source, order=1)
-    return _scanned(row, image)
+    return _scanned(row, image).astype(np.float32, copy=False)
 
 
 def _source(row, head, effects):
@@ -570,6 +557,7 @@ def _truth(sites, effects):
 
 
 def _check_effects(effects):
+    """A factor for every effect."""
     if isinstance(effects, bool):
         return dict.fromkeys(EFFECTS, float(effects))
     if not isinstance(effects, Mapping) or not set(effects) <= set(EFFECTS):
@@ -579,48 +567,41 @@ def _check_effects(effects):
     for name, factor in effects.items():
         if not (np.isscalar(factor) and np.isfinite(factor) and 0 <= factor <= 3):
             fact = f"Expected a factor between 0 and 3 for the effect '{name}', found {factor!r}"
-            raise InputError(fact, "0 leaves the effect out, 1 is its planted size")
+            raise InputError(fact, "Give 0 to leave the effect out, 1 for its planted size")
     return dict.fromkeys(EFFECTS, 1.0) | {name: float(f) for name, f in effects.items()}
 
 
 def _check_sizes(n, seed, atlas, missing, repeats):
-    whole = isinstance(n, int | np.integer) and isinstance(seed, int | np.integer)
-    if not (whole and n >= 1 and seed >= 0):
-        raise InputError(
-            f"Expected n as a whole number from 1 and seed as one from 0, found {n!r} and {seed!r}",
-            "Call synthetic_cohort(200, seed=0), for example",
-        )
+    if not all(isinstance(k, int | np.integer) for k in (n, seed)) or n < 1 or seed < 0:
+        fact = "Expected n as a whole number from 1 and seed as one from 0, found "
+        raise InputError(f"{fact}{n!r} and {seed!r}", "Call synthetic_cohort(200, seed=0), say")
     check_choice("the atlas", atlas, ATLASES)
     if not (0 <= missing <= 1 and 0 <= repeats <= 1):
         fact = f"Expected missing and repeats from 0 to 1, found {missing!r} and {repeats!r}"
-        raise InputError(fact, "They are shares of the participants: missing=0.06 is 6 %")
+        raise InputError(fact, "Give shares of the participants: missing=0.06 is 6 %")
 
 
 def _check_sites(sites, minutes, tr):
     """Sites as `Site` objects with the overriding length and TR, checked."""
-    given = [sites] if isinstance(sites, str | Site) else list(sites)
-    unknown = [s for s in given if not isinstance(s, Site) and s not in SITES]
-    if unknown or not given:
-        raise InputError(
-            f"Expected sites among {listed(SITES)}, found {listed(unknown) or 'none'}",
-            "Name some of these, or give bhx.synthetic.Site(name, tr, minutes) objects",
-        )
-    options = {"tr": tr, "minutes": minutes}
-    options = {name: value for name, value in options.items() if value is not None}
-    chosen = [replace(s if isinstance(s, Site) else SITES[s], **options) for s in given]
-    if len({site.name for site in chosen}) < len(set(chosen)):
-        fact = f"Expected a name of its own for each site, found {listed(s.name for s in chosen)}"
+    chosen = [sites] if isinstance(sites, str | Site) else list(sites)
+    unknown = [s for s in chosen if not isinstance(s, Site) and s not in SITES]
+    if unknown or not chosen:
+        fact = f"Expected sites among {listed(SITES)}, found {listed(unknown) or 'none'}"
+        raise InputError(fact, "Name some of these, or give bhx.Site(name, tr, minutes) objects")
+    given = {k: v for k, v in {"tr": tr, "minutes": minutes}.items() if v is not None}
+    chosen = [replace(s if isinstance(s, Site) else SITES[s], **given) for s in chosen]
+    names = [site.name for site in chosen]
+    if len({*names}) < len({*chosen}):
+        fact = f"Expected a name of its own for each site, found {listed(names)}"
         raise InputError(fact, "Rename the sites that differ")
-    check_tr([site.tr for site in chosen], [f"site {site.name}" for site in chosen])
+    check_tr([site.tr for site in chosen], [f"site {name}" for name in names])
     for site in chosen:
         if not (0 < site.minutes <= 120 and site.n_volumes >= 2):
-            raise InputError(
-                f"Expected scans of two volumes to 120 minutes, found {site.minutes!r} minutes at "
-                f"TR {site.tr:g} s at site {site.name}",
-                "Lengths are in minutes, repetition times in seconds",
-            )
+            fact = f"Expected scans of two volumes to 120 minutes, found {site.minutes!r} minutes "
+            fact += f"at TR {site.tr:g} s at site {site.name}"
+            raise InputError(fact, "Give lengths in minutes and repetition times in seconds")
         if not (0 <= site.noise < 1 and site.gain > 0 and len(site.bias) == 3):
             fact = "Expected noise in [0, 1), a positive gain and three bias slopes at site "
             fact += f"{site.name}, found {site.noise!r}, {site.gain!r} and {site.bias!r}"
-            raise InputError(fact, "See bhx.synthetic.SITES for examples")
+            raise InputError(fact, "Take bhx.data.synthetic.SITES as examples")
     return tuple(chosen)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from bhx.data.store import create_store, finish, open_store, unwritten, write_rows
 from bhx.encode.inputs import autocast, read_subject, run_networks
-from bhx.encode.model import Model
+from bhx.encode.model import Model, check_model
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD
 from bhx.schema import ATTENTION, VERSION, check, dims_of, subject_coords, who_has
@@ -77,9 +77,7 @@ def embed(
         Before any work: parcels, TRs, T1 grid, lengths or the store do not fit. At a subject:
         its data are flat, not finite, or too short; what a store holds by then stays.
     """
-    if not isinstance(model, Model):
-        fact = f"Expected a model, found {type(model).__name__}"
-        raise InputError(fact, "Load it first: bhx.load_model(...)")
+    check_model(model)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     kept = [m.tokens for m in model.config.modalities.values()]
     for name in keep:

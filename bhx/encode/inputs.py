@@ -53,7 +53,7 @@ def read_subject(values: dict, facts, config: HarmonixConfig, **options) -> Read
     return reading
 
 
-def encode(networks: Harmonix, readings, device) -> list[dict[str, list]]:
+def encode_readings(networks: Harmonix, readings, device) -> list[dict[str, list]]:
     """Tokens (n, width) of every window of each modality of each subject; None of a window of
     which no token can be computed. Subjects are encoded together, and cannot see each other."""
     out = [{name: [None] * len(w) for name, w in r.windows.items()} for r in readings]
@@ -113,7 +113,7 @@ def sequences(config: HarmonixConfig, readings, tokens) -> Sequences:
 def run_networks(networks: Harmonix, readings, device, want=(), attention="last") -> list[dict]:
     """Readings of a batch to a list of dicts of float32 arrays: "hub", the tokens that `want`
     names, and with "attention" the maps of every modality and "modality_share"."""
-    config, tokens = networks.config, encode(networks, readings, device)
+    config, tokens = networks.config, encode_readings(networks, readings, device)
     read = sequences(config, readings, tokens)
     hub = networks.harmonizer(read.subjects)[:, 1:].float().cpu()
     maps = None

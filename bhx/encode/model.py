@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 
 from bhx.data.atlas import load_atlas, match_names
-from bhx.encode.inputs import Reading, as_array, encode
+from bhx.encode.inputs import Reading, as_array, encode_readings
 from bhx.errors import InputError, check_choice
 from bhx.modalities.bold import BOLD, check_tr
 from bhx.modalities.t1 import ANATOMY, check_grid
@@ -127,7 +127,7 @@ class Model:
         """Tokens of one subject's scaled values, with the coordinates of their dims."""
         reading = Reading()
         reading.add(modality.name, modality.cut(scaled.values, facts, self.config))
-        tokens = encode(self.networks, [reading], self.device)[0][modality.name]
+        tokens = encode_readings(self.networks, [reading], self.device)[0][modality.name]
         values = as_array(self.config, modality.name, reading, tokens)
         dims = (*modality.token_dims, "feature")
         return xr.DataArray(values, self.coords(modality.token_dims), dims)
@@ -227,6 +227,13 @@ class Model:
             if set(dims) & set(modality.token_dims):
                 out |= modality.coords(self.config)
         return out
+
+
+def check_model(model) -> None:
+    """Refuse what is no Model, such as the name of one."""
+    if not isinstance(model, Model):
+        fact = f"Expected a model, found {type(model).__name__}"
+        raise InputError(fact, "Load it first: bhx.load_model(...)")
 
 
 def _tr_of(bold, tr):

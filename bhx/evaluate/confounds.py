@@ -13,11 +13,11 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from bhx.errors import InputError, check_choice, listed
+from bhx.errors import InputError, listed
 from bhx.evaluate.options import check_coords, check_names
 from bhx.schema import is_missing
 
-UNSEEN = ("keep", "estimate", "error")
+TOLERANCE, STEPS = 1e-4, 1000  # relative change and steps at which ComBat's posterior ends
 
 
 class ComBat(TransformerMixin, BaseEstimator):
@@ -27,11 +27,6 @@ class ComBat(TransformerMixin, BaseEstimator):
     ----------
     covariates : number of columns before the last whose linear effect on the features is kept
         (age, sex coded 0/1); the last column of X is the site as a number
-    unseen : what to do with a site at `transform` that was not in `fit`. "keep" takes it for a
-        site without shift (its features stay as they are), "estimate" estimates its shift and
-        scale from the rows given, shrunk towards the training sites (uses the test subjects'
-        features together, never their targets), "error" refuses
-    tol, max_iter : of the fixed point that gives the posterior shift and scale
 
     Attributes
     ----------
@@ -43,43 +38,31 @@ class ComBat(TransformerMixin, BaseEstimator):
     Johnson, Li and Rabinovic, Biostatistics 2007 (model and empirical Bayes); Fortin et al.,
     NeuroImage 2018 (covariates, imaging). A site with one training row gets the pooled scale. A
     feature that does not vary within the training sites says nothing but the site: every row gets
-    the average site's value of it.
+    the average site's value of it. At `transform`, the features of a site that was not in `fit`
+    stay as they are.
     """
 
-    def __init__(self, covariates: int = 0, unseen: str = "keep", tol=1e-4, max_iter=1000):
-        self.covariates, self.unseen = covariates, unseen
-        self.tol, self.max_iter = tol, max_iter
+    def __init__(self, covariates: int = 0):
+        self.covariates = covariates
 
     def fit(self, x, y=None):
         """Fit on rows `[features | covariates | site]`; `y` is not looked at."""
-        check_choice("unseen", self.unseen, UNSEEN)
         features, covariates, site = self._parts(validate_data(self, x, dtype=float))
         self.sites_, at = np.unique(site, return_inverse=True)
         onehot = np.eye(len(self.sites_))[at]
         self._fit_pooled(features, covariates, onehot)
-        z = self._standardised(features, covariates)
-        shift = np.stack([z[site == s].mean(0) for s in self.sites_])
-        scale = np.stack([_variance(z[site == s]) for s in self.sites_])
-        self.shift_mean_, self.shift_var_ = shift.mean(1), _variance(shift.T, axis=0)
-        self.scale_prior_ = np.stack([_inverse_gamma(s) for s in scale])
-        self.shift_, self.scale_ = shift.copy(), scale.copy()
-        for i, s in enumerate(self.sites_):
-            prior = (self.shift_mean_[i], self.shift_var_[i], *self.scale_prior_[i])
-            self.shift_[i], self.scale_[i] = self._posterior(
-                z[site == s], shift[i], scale[i], prior
-            )
+        z = self._standardized(features, covariates)
+        effects = [self._posterior(z[at == i]) for i in range(len(self.sites_))]
+        self.shift_, self.scale_ = (np.stack(found) for found in zip(*effects, strict=True))
         return self
 
     def transform(self, x):
         """Features (row, feature) as if every row came from the average training site."""
         check_is_fitted(self)
         features, covariates, site = self._parts(validate_data(self, x, dtype=float, reset=False))
-        z = self._standardised(features, covariates)
-        out = z.copy()
-        for s in np.unique(site):
-            rows = site == s
-            shift, scale = self._effects(s, z[rows])
-            out[rows] = (z[rows] - shift) / np.sqrt(scale)
+        out = self._standardized(features, covariates)
+        for known, shift, scale in zip(self.sites_, self.shift_, self.scale_, strict=True):
+            out[site == known] = (out[site == known] - shift) / np.sqrt(scale)
         rest = np.where(self.flat_, features, self._mean(covariates))
         return np.where(self.moves_, out * self.deviation_ + self._mean(covariates), rest)
 
@@ -109,42 +92,34 @@ class ComBat(TransformerMixin, BaseEstimator):
     def _mean(self, covariates):
         return self.grand_mean_ + covariates @ self.effects_
 
-    def _standardised(self, features, covariates):
+    def _standardized(self, features, covariates):
         deviation = np.where(self.moves_, self.deviation_, 1)
         return (features - self._mean(covariates)) / deviation
 
-    def _posterior(self, z, shift, scale, prior):
-        """Fixed point of the conditional posterior means (Johnson 2007, equations 3.1 and 3.2)."""
-        mean, variance, a, b = prior
-        n, hat = len(z), shift
-        for _ in range(self.max_iter):
+    def _posterior(self, z):
+        """Shift and scale of one site: the fixed point of the conditional posterior means.
+
+        Source: Johnson 2007, equations 3.1 and 3.2.
+        """
+        n, hat, scale = len(z), z.mean(0), _variance(z)
+        mean, variance, (a, b) = hat.mean(), _variance(hat), _inverse_gamma(scale)
+        shift = hat
+        for _ in range(STEPS):
             new_shift = (n * variance * hat + scale * mean) / (n * variance + scale)
             squares = ((z - new_shift) ** 2).sum(0)
             new_scale = (b + squares / 2) / (n / 2 + a - 1) if np.isfinite(a) else scale
             moved = max(_relative(new_shift, shift), _relative(new_scale, scale))
             shift, scale = new_shift, new_scale
-            if moved < self.tol:
+            if moved < TOLERANCE:
                 break
         return shift, scale
 
-    def _effects(self, site, z):
-        known = np.flatnonzero(self.sites_ == site)
-        if len(known):
-            return self.shift_[known[0]], self.scale_[known[0]]
-        if self.unseen == "error":
-            fact = f"Expected the sites {listed(self.sites_)} of the training rows, found {site:g}"
-            raise InputError(fact, "Choose unseen='keep' or 'estimate', or fit on all sites")
-        if self.unseen == "keep":
-            return np.zeros(z.shape[1]), np.ones(z.shape[1])
-        prior = (0.0, self.shift_.var() + 1e-12, *_inverse_gamma(self.scale_.ravel()))
-        return self._posterior(z, z.mean(0), _variance(z), prior)
 
-
-def _variance(values, axis=0):
-    """Unbiased variance; one where a single row leaves none to estimate."""
-    if values.shape[axis] < 2:
-        return np.ones(values.shape[1 - axis])
-    return np.maximum(values.var(axis, ddof=1), 1e-12)
+def _variance(values):
+    """Unbiased variance over rows; one where a single row leaves none to estimate."""
+    if len(values) < 2:
+        return np.ones(values.shape[1:])
+    return np.maximum(values.var(0, ddof=1), 1e-12)
 
 
 def _inverse_gamma(values):

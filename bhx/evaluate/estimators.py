@@ -10,6 +10,10 @@ from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from bhx.errors import InputError
 
 
 class Rotation(TransformerMixin, BaseEstimator):
@@ -26,6 +30,7 @@ class Rotation(TransformerMixin, BaseEstimator):
 
     def fit(self, x, y=None):
         """Find the axes of rows (row, feature); `y` is not looked at."""
+        x = validate_data(self, x, dtype=float)
         self.mean_ = x.mean(0)
         widths = [w for w in self.blocks if w] or [x.shape[1]]
         power = ((x - self.mean_) ** 2).mean(0)
@@ -43,6 +48,8 @@ class Rotation(TransformerMixin, BaseEstimator):
 
     def transform(self, x):
         """(row, feature) -> (row, axis)."""
+        check_is_fitted(self)
+        x = validate_data(self, x, dtype=float, reset=False)
         return ((x - self.mean_) * self.weight_) @ self.axes_
 
 
@@ -66,18 +73,25 @@ class OrdinalLogistic(ClassifierMixin, BaseEstimator):
     Source: Frank and Hall, ECML 2001.
     """
 
-    def __init__(self, C: float = 1.0, max_iter: int = 100):
-        self.C, self.max_iter = C, max_iter
+    def __init__(self, C: float = 1.0):
+        self.C = C
 
     def fit(self, x, y):
         """Fit on rows (row, feature) and codes in order."""
+        x, y = validate_data(self, x, y, dtype=float)
+        check_classification_targets(y)
         self.classes_ = np.unique(y)
-        one = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter)
+        if len(self.classes_) < 2:
+            fact = f"Expected two classes or more, found {len(self.classes_)} class"
+            raise InputError(fact, "Add rows of another class")
+        one = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=2000)
         self.above_ = [clone(one).fit(x, y > code) for code in self.classes_[:-1]]
         return self
 
     def predict_proba(self, x):
         """(row, class)."""
+        check_is_fitted(self)
+        x = validate_data(self, x, dtype=float, reset=False)
         above = np.stack([model.predict_proba(x)[:, 1] for model in self.above_], 1)
         edges = np.hstack([np.ones((len(x), 1)), above, np.zeros((len(x), 1))])
         steps = (edges[:, :-1] - edges[:, 1:]).clip(1e-6)
@@ -85,7 +99,8 @@ class OrdinalLogistic(ClassifierMixin, BaseEstimator):
 
     def predict(self, x):
         """The most probable class."""
-        return self.classes_[self.predict_proba(x).argmax(1)]
+        probability = self.predict_proba(x)
+        return self.classes_[probability.argmax(1)]
 
 
 ESTIMATORS = {"MLP": perceptron}  # attrs["estimator"] of features -> (task, seed) -> estimator

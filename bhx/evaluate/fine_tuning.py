@@ -21,9 +21,9 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from bhx.encode.embed import aligned_to, embed
-from bhx.encode.model import Model
+from bhx.encode.model import Model, check_model
 from bhx.errors import InputError
-from bhx.evaluate.features import provenance_of
+from bhx.evaluate.probe import provenance_of
 from bhx.evaluate.task import make_task
 from bhx.schema import check, subject_coords
 from bhx.settings import __version__
@@ -133,6 +133,7 @@ def fine_tune(
         Whatever `bhx.probe` and `bhx.embed` refuse; a setting out of range; `out` holds another
         run; a loss was not finite.
     """
+    check_model(model)
     plan = FineTuning(seed=seed, **settings)
     chosen = make_task(
         check(cohort, "cohort"), target, groups=groups, stratify=stratify, task=task,
@@ -147,7 +148,10 @@ def fine_tune(
         folder = Path(temporary if out is None else out)
         tuning = _Tuning(chosen, tokens, model, plan, folder, keeps=out is not None)
         bar = tqdm(chosen.folds(), "fine-tune", len(chosen.splits.names), disable=not progress)
-        found = [tuning.fold(i, *parts, resume) for i, parts in enumerate(bar)]
+        found = [
+            tuning.fold(i, train, test, validation, resume)
+            for i, (train, test, validation) in enumerate(bar)
+        ]
         return tuning.scores(found)
 
 
@@ -238,9 +242,9 @@ class _Tuning:
             "config": asdict(self.model.config),
             "encoders": digest(self.model.networks),
             "subjects": [str(s) for s in self.task.subject],
-            "part": self.part[i].tolist(),
             "target": self.task.target,
             "truth": self.task.truth.tolist(),
+            "part": self.part[i].tolist(),
             "classes": self.task.classes,
             "units": objective.units,
         }

@@ -333,9 +333,10 @@ def _penalized(task, penalty, x, y):
     model = DEFAULTS[task.kind]()
     if task.kind == "number":
         return model.set_params(alpha=penalty * len(x)).fit(x, y)
-    if task.kind == "label" and len(np.unique(y)) == 2:
-        model.set_params(solver="newton-cholesky")
-    return model.set_params(C=1 / (penalty * len(x)), max_iter=2000).fit(x, y)
+    if task.kind == "label":
+        solver = "newton-cholesky" if len(np.unique(y)) == 2 else "lbfgs"
+        model.set_params(max_iter=2000, solver=solver)
+    return model.set_params(C=1 / (penalty * len(x))).fit(x, y)
 
 
 def _loss(model, x, truth, task):

@@ -167,7 +167,7 @@ def methods(scores: xr.Dataset) -> str:
         )
     if a["harmonize"]:
         kept = f", keeping the effect of {listed(preserve)}" if preserve else ""
-        text.append(f"ComBat, fitted in the training part, removed {a['harmonise']}{kept}.")
+        text.append(f"ComBat, fitted in the training part, removed {a['harmonize']}{kept}.")
     if confounds:
         text.append(
             f"Linear effects of {listed(confounds, 20)}, fitted in the training part, were removed."

@@ -30,7 +30,7 @@ def integrated_gradients(
     import torch
     from captum.attr import IntegratedGradients
 
-    from bhx.encode.inputs import Reading, encode, sequences
+    from bhx.encode.inputs import Reading, encode_readings, sequences
 
     reading = _reading(cohort, model, subject)
     names = list(reading.windows)
@@ -43,7 +43,9 @@ def integrated_gradients(
             Reading({n: [x[i]] for n, x in zip(names, inputs, strict=True)}, there)
             for i in range(len(inputs[0]))
         ]
-        read = sequences(model.config, readings, encode(model.networks, readings, model.device))
+        read = sequences(
+            model.config, readings, encode_readings(model.networks, readings, model.device)
+        )
         return model.networks.harmonizer(read.subjects)[:, 1 + token]
 
     empty = tuple(torch.zeros_like(x) for x in whole)

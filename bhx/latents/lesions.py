@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from bhx.encode.embed import embed
 from bhx.errors import InputError, listed
 from bhx.latents.pool import pool
 from bhx.modalities.table import by_variable
@@ -48,6 +47,8 @@ def lesion(
     root mean square distance of people from the mean person (two people are about 1.4 of it
     apart); `hub`, the tokens after; with `predict`, `prediction` (subject, state)
     """
+    from bhx.encode.embed import embed
+
     removed = {"roi": roi, "network": network, "seconds": seconds, "box": box}
     cut = _without(check(cohort, "cohort"), removed, modality)
     before = embed(cohort, model) if intact is None else intact

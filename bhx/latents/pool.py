@@ -134,6 +134,8 @@ def subject_mask(data, subjects):
         if subjects.shape != (len(ids),):
             fact = f"Expected a mask over {len(ids)} subjects, found one of length {len(subjects)}"
             raise InputError(fact, "Make it from the same Dataset: latents.site == 'A'")
+        if not subjects.any():
+            raise InputError("Expected at least one subject, found none", "Select some, or None")
         return subjects
     unknown = [s for s in subjects if s not in ids]
     if unknown or not len(subjects):

@@ -78,7 +78,7 @@ class Explorer:
 
     def select_subjects(self, subjects=None):
         """Average over these subjects (ids, a mask, or None for all); ends a comparison."""
-        self.chosen, self.groups = self._mask(subjects), None
+        self.chosen, self.groups = subject_mask(self.latents, subjects), None
         self._announce()
 
     def select_token(self, token=None):
@@ -112,7 +112,7 @@ class Explorer:
 
     def compare(self, first, second):
         """Show the maps of one group minus those of another (ids or masks)."""
-        first, second = self._mask(first), self._mask(second)
+        first, second = subject_mask(self.latents, first), subject_mask(self.latents, second)
         if (first & second).any():
             twice = listed(self.subjects[first & second])
             fact = f"Expected groups without common subjects, found {twice} in both"
@@ -236,12 +236,6 @@ class Explorer:
             flat = weights @ values.reshape(len(weights), -1)
             self._cache[key] = flat.reshape(values.shape[1:])
         return self._cache[key]
-
-    def _mask(self, subjects):
-        mask = subject_mask(self.latents, subjects)
-        if not mask.any():
-            raise InputError("Expected at least one subject, found none", "Select some, or None")
-        return mask
 
 
 def _loaded(latents, name):

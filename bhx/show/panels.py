@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from bhx.errors import InputError
 from bhx.schema import subject_coords
-from bhx.show.colors import CATEGORIES, Scale, finish, plotly_colors
+from bhx.show.colors import CATEGORIES, Scale, finish
 from bhx.show.people import axis_name, dots, point_groups
 from bhx.show.surface import plot_surface
 from bhx.show.volume import PLANES, gray_levels, slices, square_axes, template, with_mm
@@ -158,7 +158,7 @@ class Panels:
             for trace in self.brain.data:
                 if trace.name in self._parcels:
                     trace.intensity = values[self._parcels[trace.name]]
-            _rescale(self.brain, values)
+            self.brain.update_layout(coloraxis=Scale.of(values).color_axis())
 
     # slices ---------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class Panels:
             for trace, cut in zip(self.slices.data, new, strict=True):
                 trace.update(x=cut.x, y=cut.y, z=cut.z, hovertemplate=cut.hovertemplate)
             if cubes is not None:
-                _rescale(self.slices, cubes.values)
+                self.slices.update_layout(coloraxis=Scale.of(cubes.values).color_axis())
 
     def _own_brain(self):
         """Whose brain to show, and its gray levels: a single person's, else the template's."""
@@ -211,13 +211,14 @@ class Panels:
         e = self.explorer
         coords = list(subject_coords(e.points))
         places = [*dict.fromkeys(e.networks.tolist()), *map(str, e.roi)]
+        tokens = {ALL_TOKENS: None} | {str(token): token for token in e.tokens}
         controls = {
-            "token": _typed_in("token", [ALL_TOKENS, *map(str, e.tokens)], 160),
+            "token": _typed_in("token", list(tokens), 160),
             "parcel": _typed_in("parcel", places, 300),
             "subject": _typed_in("subject", list(e.subjects), 300),
             "color": widgets.Dropdown(description="color", options=["attention", *coords]),
             "map": widgets.Dropdown(description="map of", options=e.on_roi + e.on_cubes),
-            "reset": widgets.Button(description="Reset"),
+            "reset": widgets.Button(description="Reset", layout={"width": "100px"}),
             "first": widgets.Button(description="Set group A"),
             "second": widgets.Button(description="Set group B"),
             "code": widgets.Button(description="Show code"),
@@ -229,7 +230,7 @@ class Panels:
             controls["map"].layout.display = "none"
         controls["color"].observe(self.color_people, "value")
         acts = {
-            "token": lambda v: e.select_token(_number(v)),
+            "token": lambda v: e.select_token(tokens.get(v, v or None)),
             "parcel": lambda v: e.select_parcel(v or None),
             "subject": lambda v: e.select_subjects([v] if v else None),
             "map": e.select_map,
@@ -305,15 +306,6 @@ def _keep_state(figure):
     figure._trait_values |= {"_widget_data": figure._data, "_widget_layout": figure._layout}
 
 
-def _rescale(figure, values):
-    """Send new limits, and a new color map only where it is another."""
-    scale, axis = Scale.of(values), figure.layout.coloraxis
-    axis.cmin, axis.cmax = scale.limits
-    colors = plotly_colors(scale.cmap)
-    if axis.colorscale[0][1] != colors[0][1]:
-        axis.colorscale = colors
-
-
 def _band(token):
     """A band around a token of the strip."""
     ends = {"x0": token - 0.5, "x1": token + 0.5, "y0": 0, "y1": 1, "yref": "paper"}
@@ -326,12 +318,3 @@ def _typed_in(name, options, width):
     box = widgets.Combobox(description=name, options=options, style=style, layout=layout)
     box.continuous_update = False
     return box
-
-
-def _number(text):
-    """A token's number as typed, or None for all of them."""
-    if text in ("", ALL_TOKENS):
-        return None
-    if not text.lstrip("-").isdigit():
-        raise InputError(f"Expected a token's number, found '{text}'", "Type one, or choose")
-    return int(text)

@@ -44,12 +44,6 @@ def token_table(latents: xr.Dataset, subjects=None, *, of: str = "roi") -> xr.Da
     return xr.Dataset({"preference": preference, "share": share}).isel(token=order).compute()
 
 
-def _shares(table):
-    """Name, color and shares (token) of each modality."""
-    shares = table.share.transpose("modality", "token").values.astype(np.float32)
-    return zip(table.modality.values.tolist(), CATEGORIES, shares, strict=False)
-
-
 def _token_figure(table, title):
     figure = make_subplots(1, 2, column_widths=[0.72, 0.28], horizontal_spacing=0.2)
     tokens = [str(t) for t in table.token.values]
@@ -59,7 +53,8 @@ def _token_figure(table, title):
     cells = go.Heatmap(x=table.network.values, y=tokens, z=z, zmin=0, zmax=2, colorbar=bar)
     cells.hovertemplate = "token %{y}, %{x}<br>%{z:.3g} times even<extra></extra>"
     figure.add_trace(cells.update(colorscale=plotly_colors("RdBu_r")), 1, 1)
-    for name, color, share in _shares(table):
+    for name, color in zip(table.modality.values.tolist(), CATEGORIES, strict=False):
+        share = table.share.sel(modality=name).values.astype(np.float32)
         bars = go.Bar(x=share, y=tokens, name=escape(name), orientation="h", marker_color=color)
         bars.hovertemplate = "token %{y}<br>%{x:.3g}<extra>" + escape(name) + "</extra>"
         figure.add_trace(bars, 1, 2)
@@ -83,7 +78,8 @@ def _static_tokens(table, title):
     left.set_xticks(range(table.sizes["network"]), table.network.values, rotation=45, ha="right")
     left.set(ylabel=f"token, sorted by share of {table.modality.values[0]}", yticks=[])
     start = np.zeros(table.sizes["token"])
-    for name, color, share in _shares(table):
+    for name, color in zip(table.modality.values.tolist(), CATEGORIES, strict=False):
+        share = table.share.sel(modality=name).values
         right.barh(np.arange(len(share)), share, 1, start, color=color, label=name)
         start = start + share
     right.set(xlabel="share of attention", xlim=(0, 1))

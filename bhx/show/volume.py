@@ -156,9 +156,8 @@ def _static_volume(gray, cubes, at, scale):
         cut = plane_of(gray, plane, stop)
         axis.pcolormesh(cut[across], cut[up], cut, cmap="gray", vmin=0, vmax=255)
         if cubes is not None:
-            cut, (low, high) = plane_of(cubes, plane, stop), scale.limits
-            style = {"cmap": scale.cmap, "vmin": low, "vmax": high, "alpha": 0.45}
-            axis.pcolormesh(cut[across], cut[up], cut, **style)
+            cut, norm = plane_of(cubes, plane, stop), plt.Normalize(*scale.limits)
+            axis.pcolormesh(cut[across], cut[up], cut, cmap=scale.cmap, norm=norm, alpha=0.45)
         axis.set(title=f"{through} = {stop:g} mm", xlabel=f"{across} [mm]", ylabel=f"{up} [mm]")
         axis.set_aspect("equal")
     if cubes is not None:

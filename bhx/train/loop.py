@@ -103,6 +103,7 @@ class Run:
             if self.folder and self.processes.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 log.write_text("")
+        self.objective.train()
         if self.plan.compile:
             compile_blocks(self.objective)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bhx.encode.inputs import Sequences, encode, sequences
+from bhx.encode.inputs import Sequences, encode_readings, sequences
 from bhx.modalities.bold import BOLD, jepa_masks
 from bhx.modalities.t1 import ANATOMY, cube_mask
 from bhx.model.dynamics import jepa_loss
@@ -225,12 +225,14 @@ class LabelObjective(Objective):
         raw = self.outputs(samples)
         if look:
             return [one[None] for one in raw]
-        truth = torch.as_tensor([self.truth[s.row] for s in samples], device=raw.device)
+        truth = [self.truth[s.row].item() for s in samples]
         if self.units is None:
+            truth = torch.tensor(truth, device=raw.device)
             smooth = self.plan.smoothing if self.training else 0.0
             return {"loss": F.cross_entropy(raw, truth, reduction="none", label_smoothing=smooth)}
         middle, deviation = self.units
-        return {"loss": (raw[:, 0] - ((truth - middle) / deviation).to(raw)) ** 2}
+        truth = raw.new_tensor([(one - middle) / deviation for one in truth])
+        return {"loss": (raw[:, 0] - truth) ** 2}
 
     def outputs(self, samples):
         """(subject, class) before softmax, or one number in training deviations."""
@@ -259,7 +261,7 @@ def read_sequences(networks, samples, device) -> Sequences:
     no gradient reaches encoders that are frozen."""
     if samples[0].tokens is None:
         readings = [s.reading for s in samples]
-        read = sequences(networks.config, readings, encode(networks, readings, device))
+        read = sequences(networks.config, readings, encode_readings(networks, readings, device))
         subjects, owner, share = read.subjects, read.owner, read.share
     else:
         subjects = [one for s in samples for one in s.tokens.subjects]
