@@ -79,11 +79,11 @@ def test_site_with_one_row_and_constant_features_pass(published):
 @pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
 def test_combat_leaves_no_feature_that_is_the_site(size, published):
     site, covariates = published["site"], published["covariates"]
-    told = size * np.hstack([site == 1, site, site == 2])
-    out = ComBat(2).fit_transform(np.hstack([told, published["x"], covariates, site]))
-    np.testing.assert_allclose(out[:, :3] - told.mean(0), 0, atol=1e-9 * size)
-    alone = ComBat().fit_transform(np.hstack([told, site]))
-    np.testing.assert_allclose(alone - told.mean(0), 0, atol=1e-9 * size)
+    coded = size * np.hstack([site == 1, site, site == 2])
+    out = ComBat(2).fit_transform(np.hstack([coded, published["x"], covariates, site]))
+    np.testing.assert_allclose(out[:, :3] - coded.mean(0), 0, atol=1e-9 * size)
+    alone = ComBat().fit_transform(np.hstack([coded, site]))
+    np.testing.assert_allclose(alone - coded.mean(0), 0, atol=1e-9 * size)
 
 
 @pytest.mark.parametrize("absent", [0, 1, 2])

@@ -15,13 +15,17 @@ from bhx.evaluate.features import (
     cube_means,
     fuse,
     nothing,
+    parts_of,
     plain_controls,
     raw_signal,
+    signal_spread,
 )
 from bhx.evaluate.probe import probe
 from bhx.evaluate.scores import compare
+from bhx.modalities.base import Modality
 from bhx.modalities.t1 import T1_SHAPE
-from bhx.schema import check
+from bhx.modalities.table import MODALITIES
+from bhx.schema import check, plain_labels
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,8 @@ def test_silent_parcels_and_subjects_without_bold_are_missing_not_zero(cohort):
 
 
 def test_controls_refuse_what_they_cannot_read(cohort, both):
-    with pytest.raises(InputError, match="Expected kind to be correlation, partial, tangent"):
+    kinds = "correlation, partial, tangent, flattened"
+    with pytest.raises(InputError, match=f"Expected kind to be {kinds}, found 'coherence'"):
         connectome(cohort, "coherence")
     with pytest.raises(InputError, match="Expected a cohort with 'bold', found t1"):
         connectome(both.drop_vars("bold"))
@@ -124,6 +129,30 @@ def test_tangent_connectome_is_fitted_in_the_fold(cohort):
     assert features.sizes["feature"] == 8 * 9 // 2
     scores = probe(features, "age")
     assert scores.score.sel(metric="r").mean() > 0.6
+
+
+def test_flattened_connectome_is_a_power_of_the_correlation_matrix(cohort):
+    features = connectome(cohort, "flattened")
+    assert features.sizes["feature"] == 8 * 7 // 2
+    value, vector = np.linalg.eigh(np.corrcoef(cohort.bold.values[4]))
+    wanted = vector @ np.diag(np.maximum(value, 1e-4) ** 0.35) @ vector.T
+    np.testing.assert_allclose(features.features[4], wanted[np.triu_indices(8, 1)], atol=1e-6)
+    short = cohort.isel(time=slice(5))  # fewer volumes than parcels: eigenvalues of zero
+    assert np.isfinite(connectome(short, "flattened").features).all()
+    assert probe(features, "age").score.sel(metric="r").mean() > 0.6
+
+
+def test_signal_spread_is_mean_and_log_deviation_of_each_parcel(cohort):
+    bold = cohort.bold.values.copy()
+    bold[0], bold[1, 4], bold[2, :, 40:] = np.nan, 7.0, np.nan
+    features = signal_spread(make_cohort(bold=bold).chunk(subject=7))
+    assert features.features.chunks is not None
+    check(features, "features")
+    values = features.features.values
+    assert np.isnan(values[0]).all()
+    assert np.flatnonzero(np.isnan(values[1])).tolist() == [4, 12]
+    np.testing.assert_allclose(values[2, :8], bold[2, :, :40].mean(1), atol=1e-6)
+    np.testing.assert_allclose(values[2, 8:], np.log(bold[2, :, :40].std(1)), atol=1e-5)
 
 
 def test_cube_means_are_block_statistics_of_the_scaled_volume(both):
@@ -165,12 +194,43 @@ def test_plain_controls_leave_the_target_out(both):
     found = plain_controls(both, "age")
     names = [f.attrs["name"] for f in found]
     assert names[:3] == ["mean or majority", "confounds", "T1 cubes"]
-    assert names[-3:-1] == ["raw signal (MLP)", "T1 cubes (PCA)"]
+    assert names[6:] == [
+        "connectome, flattened",
+        "mean and log SD",
+        "raw signal (MLP)",
+        "T1 cubes (PCA)",
+        "T1 cubes + connectome",
+    ]
     assert found[1].attrs["columns"] == "site, n_volumes"
-    assert names[-1] == "T1 cubes + connectome"
     assert nothing(both).sizes["feature"] == 0
     only_t1 = [f.attrs["name"] for f in plain_controls(both.drop_vars("bold"), "age")]
     assert only_t1 == ["mean or majority", "confounds", "T1 cubes", "T1 cubes (PCA)"]
+
+
+def test_z_scored_scans_have_no_spread_to_read(both):
+    flat = (both.bold - both.bold.mean("time")) / both.bold.std("time")
+    scored = both.assign(bold=flat.astype("float32").transpose(*both.bold.dims))
+    assert "mean and log SD" not in [f.attrs["name"] for f in plain_controls(scored, "age")]
+
+
+class Thickness(Modality):
+    """Measures of each parcel."""
+
+    name = "thickness"
+
+
+def test_another_modality_is_its_own_control(both, monkeypatch):
+    monkeypatch.setitem(MODALITIES, "thickness", Thickness())
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(12, 8, 3)).astype(np.float32)
+    more = both.assign(thickness=(("subject", "roi", "measure"), values))
+    more = more.assign_coords(has_thickness=("subject", np.arange(12) != 4))
+    found = {f.attrs["name"]: f for f in plain_controls(more, "age")}
+    control = found["thickness"]
+    assert control.sizes["feature"] == 24
+    assert np.isnan(control.features[4]).all()
+    np.testing.assert_array_equal(control.features[5], values[5].ravel())
+    assert np.isfinite(probe(control, "age", folds=3).score.sel(metric="mae")).all()
 
 
 def test_compare_puts_every_plain_control_into_one_table(both):
@@ -206,6 +266,28 @@ def test_a_subject_that_lacks_one_fused_part_is_missing_whole(both, lazy):
     assert np.isfinite(fuse(cubes, partly).features[3]).sum() == joined.sizes["feature"] - 5
     turned = fuse(cubes, function.isel(subject=slice(None, None, -1)).drop_vars("age"))
     xr.testing.assert_identical(turned.sel(subject=joined.subject).features, joined.features)
+
+
+@pytest.mark.filterwarnings("ignore:.*Zarr V3 specification")
+def test_parts_survive_a_store_and_a_selection_within_them(cohort, tmp_path):
+    tangent, whole = connectome(cohort, "tangent"), connectome(cohort)
+    joined = fuse(fuse(tangent, whole), whole.assign_attrs(name="again"))
+    joined.to_zarr(tmp_path / "joined.zarr", consolidated=False)
+    stored = xr.open_zarr(tmp_path / "joined.zarr", consolidated=False)
+    assert np.unique(stored.part, return_counts=True)[1].tolist() == [36, 28, 28]
+    kinds = [steps for _, steps in parts_of(plain_labels(stored))]
+    assert [type(step[0]) if step else None for step in kinds] == [Tangent, None, None]
+    np.testing.assert_array_equal(probe(stored, "age").score, probe(joined, "age").score)
+    fewer = joined.isel(feature=np.r_[:36, 40:60])  # of what needs no fitting in the fold
+    assert np.isfinite(probe(fewer, "age").score).all()
+
+
+def test_missing_words_are_missing_and_no_word_of_their_own(cohort):
+    sex = np.array(["F", "M", "n/a"])[np.arange(90) // 2 % 3]
+    features = confound_features(cohort.assign_coords(sex=("subject", sex)), ["sex"])
+    assert features.sizes["feature"] == 1
+    np.testing.assert_array_equal(np.isnan(features.features[:, 0]), sex == "n/a")
+    np.testing.assert_array_equal(features.features[sex == "M", 0], 1)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 from small_cohorts import make_cohort, noise
 
+from bhx.data.splits import split
 from bhx.errors import InputError
 from bhx.evaluate import estimators as estimators_file
 from bhx.evaluate import folds as folds_file
@@ -339,7 +340,7 @@ def test_constant_features_are_refused_and_some_constant_ones_ignored(features):
     np.testing.assert_allclose(probe(partly, "age").score, probe(without, "age").score, atol=1e-6)
 
 
-def test_small_sites_are_held_out_together_and_said_so(features):
+def test_small_sites_are_held_out_together_with_a_note(features):
     site = features.site.values.astype("U10")
     site[:2], site[2:4] = "tiny", "small"
     scores = probe(features.assign_coords(site=("subject", site)), "age", groups="site")
@@ -397,7 +398,7 @@ def test_groups_are_balanced_over_strata(features):
     assert "balanced over nothing" in one.attrs["notes"]
 
 
-def test_strata_of_numbers_are_fifths_and_rare_ones_are_said(features):
+def test_strata_of_numbers_are_fifths_and_rare_ones_are_noted(features):
     late = np.random.default_rng(0).permutation(np.repeat(np.arange(45.0), 2))
     some = features.assign_coords(
         late=("subject", late), word=("subject", [f"w{i}" for i in range(90)])
@@ -419,7 +420,7 @@ def test_folds_one_by_one_are_not_repeated(features, options):
     assert "the same in every repeat" in thrice.attrs["notes"]
 
 
-def test_folds_that_measure_no_correlation_are_said(features):
+def test_folds_that_measure_no_correlation_are_noted(features):
     pairs = probe(features.isel(subject=slice(10)), "age", folds=5)
     assert pairs.attrs["notes"].count("its r is no measure") == 5
     flat = features.assign_coords(
@@ -428,7 +429,7 @@ def test_folds_that_measure_no_correlation_are_said(features):
     assert "fold A tests 1 distinct" in probe(flat, "age", groups="site").attrs["notes"]
 
 
-def test_more_folds_than_groups_is_one_fold_a_group_and_said_so(features):
+def test_more_folds_than_groups_is_one_fold_a_group_with_a_note(features):
     scores = probe(features, "age", groups="site", folds=8)
     assert list(np.sort(scores.fold.values)) == ["A", "B", "C"]
     assert "3 folds that hold out whole values of site" in scores.attrs["notes"]
@@ -461,6 +462,101 @@ def test_a_site_of_one_class_gets_no_auroc_and_a_note(features):
     assert np.isfinite(scores.score.sel(metric="accuracy")).all()
     assert "fold A tests 'older' only" in scores.attrs["notes"]
     assert np.isfinite(compare(scores).score.drop("positive_f1", level="metric")).all()
+
+
+# ---------------------------------------------------- splits that were made before
+
+
+@pytest.fixture(scope="module")
+def parts(features):
+    """Three cuts of the participants into train, validation and test."""
+    return split(make_cohort(), stratify="site", repeats=3, seed=1)
+
+
+def test_a_split_says_who_trains_and_who_is_tested(features, parts):
+    scores = probe([features, noise(features)], "age", split=parts)
+    tested = np.isfinite(scores.output[0, :, :, 0].values)
+    np.testing.assert_array_equal(tested, parts.values == "test")
+    assert scores.attrs["test_share"] == pytest.approx(1 / 3, abs=0.05)
+    assert json.loads(scores.attrs["split"])["seed"] == 1
+    assert np.isfinite(compare(scores).score).all()
+    assert "3 splits that were made before" in report_file.methods(scores)
+
+
+def test_a_split_that_leaves_sites_out_is_the_folds_over_sites(features):
+    by_site = probe(features, "age", split=split(make_cohort(), leave_out="site"))
+    folds = probe(features, "age", groups="site")
+    assert set(by_site.fold.values) == {"A", "B", "C"}
+    turned = folds.sel(fold=by_site.fold)
+    tested = [np.isfinite(s.output.values[0, :, :, 0]) for s in (by_site, turned)]
+    np.testing.assert_array_equal(*tested)
+
+
+def test_a_split_chooses_the_penalty_on_its_validation_part(features, parts):
+    """What the validation rows are called changes their predictions' use, and no one else's."""
+    task = make_task(features, "age", split=parts)
+    for (train, test, validation), part in zip(task.folds(), parts.values, strict=True):
+        fit, stop = task.stopping_split(train, validation)
+        np.testing.assert_array_equal(fit, np.flatnonzero(part == "train"))
+        np.testing.assert_array_equal(stop, np.flatnonzero(part == "validation"))
+        np.testing.assert_array_equal(test, np.flatnonzero(part == "test"))
+
+
+def test_subjects_that_a_split_does_not_know_are_left_out(features, parts):
+    scores = probe(features, "age", split=parts.isel(subject=slice(None, 80)))
+    assert scores.attrs["n"] == 80
+    assert len(json.loads(scores.attrs["excluded"])["not in the split"]) == 10
+
+
+def bad_splits(parts):
+    torn = parts.copy(deep=True)
+    torn[1, 0], torn[1, 1] = "train", "test"
+    return [
+        ({"split": parts[0]}, r"Expected split as a DataArray \(repeat, subject\), found"),
+        ({"split": parts.values}, r"Expected split as a DataArray .*, found ndarray"),
+        ({"split": parts, "groups": "site"}, "Expected split alone, found groups, stratify"),
+        ({"split": parts, "protocol": "paper"}, "Expected protocol 'paper' alone, found split too"),
+        ({"split": torn}, "Expected one part for all rows of a participant, .*sub-000 in repeat 1"),
+        (
+            {"split": parts.where(parts != "test", "held")},
+            "Expected subjects to train on and to test in repeat 0, found .* and 0",
+        ),
+    ]
+
+
+def test_splits_that_do_not_fit_are_refused(features, parts):
+    for options, message in bad_splits(parts):
+        with pytest.raises(InputError, match=message):
+            probe(features, "age", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": "site"}, {"protocol": "paper"}])
+def test_who_says_when_to_stop_shares_no_participant_with_anyone(features, options):
+    task = make_task(features, "group", **options)
+    for train, test, validation in task.folds():
+        fit, stop = task.stopping_split(train, validation)
+        assert set(fit) | set(stop) == set(train) | set(validation)
+        people = [np.unique(task.rows.people[rows]) for rows in (fit, stop, test)]
+        assert np.unique(np.concatenate(people), return_counts=True)[1].max() == 1
+        assert 0.1 < len(stop) / len(fit) < 0.4
+
+
+def test_a_task_needs_labels_alone_and_scores_what_it_is_given(features):
+    """What a network predicts stands beside a probe in the same folds."""
+    task = make_task(make_cohort(), "group", seed=3)
+    output, decision = task.empty()
+    for i, (train, test, _) in enumerate(task.folds()):
+        output[i, test] = np.bincount(task.truth[train]) / len(train)
+        decision[i, test] = task.decide(output[i, test], task.truth[train])
+    ours = task.scores("guess", output, decision, estimator="by hand")
+    check(ours, "scores")
+    guess = probe(nothing(features), "group", seed=3)
+    np.testing.assert_allclose(ours.score, guess.score)
+    np.testing.assert_allclose(ours.output, guess.output)
+    np.testing.assert_array_equal(ours.truth, guess.truth)
+    assert ours.attrs["estimator"] == "by hand"
+    table = compare(ours, probe(features, "group", seed=3))
+    assert np.isfinite(table.loc[("guess", "auroc"), "p"])
 
 
 # ----------------------------------------------------------------- compare
@@ -586,7 +682,7 @@ def test_intervals_end_where_their_metric_does(features, options, least, most):
 @pytest.mark.parametrize(
     ("classes", "chance"), [((2,), 1 / 2), ((3,), 1 / 3), ((2, 3), None), ((1, 3), 1 / 3)]
 )
-def test_chance_is_told_where_all_models_share_it(features, classes, chance):
+def test_chance_stands_where_all_models_share_it(features, classes, chance):
     """Of one class are numbers, which have no balanced accuracy."""
     third = np.array(list("abc"))[np.arange(90) // 2 % 3]
     many = features.assign_coords(third=("subject", third))
@@ -674,9 +770,9 @@ def test_what_the_confounds_explain_wholly_predicts_nothing(features):
         iq=("subject", features.age.values + 5 * rng.normal(size=90)),
         word=("subject", [f"{v:.6f}" for v in rng.normal(size=90)]),
     )
-    told = confound_features(some, ["iq", "site"])
-    assert probe(told, "age").score.sel(metric="r").mean() > 0.8
-    gone = probe(told, "age", confounds=["site", "iq"])
+    words = confound_features(some, ["iq", "site"])
+    assert probe(words, "age").score.sel(metric="r").mean() > 0.8
+    gone = probe(words, "age", confounds=["site", "iq"])
     np.testing.assert_array_equal(gone.score.sel(metric="r"), 0)
     flat = probe(confound_features(some, ["site"]), "iq", harmonize="site")
     np.testing.assert_array_equal(flat.score.sel(metric="r"), 0)
@@ -897,7 +993,7 @@ def test_features_may_bring_a_network_or_keep_their_leading_axes(features):
     scores = probe([network, some], "same")
     auroc = scores.score.sel(metric="auroc").mean("fold")
     assert auroc[0] > 0.9 > 0.7 > auroc[1]
-    assert "MLPClassifier" in scores.attrs["notes"]
+    assert "MLPClassifier" in scores["estimator"].values[0]
     assert probe(network, "size").score.sel(metric="r").mean() > 0.8
     leading = estimators_file.Rotation(keep=3).fit(features.features.values)
     np.testing.assert_allclose(

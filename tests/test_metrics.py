@@ -1,5 +1,7 @@
 """Metrics equal scikit-learn's under any weights; resampling draws whole participants."""
 
+import tracemalloc
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -90,6 +92,33 @@ def test_numbers_that_differ_by_rounding_only_are_constant(level):
     assert (metrics_file.measure_numbers(y, jitter, weights)["r"] == 0).all()
     for constant in (jitter, np.full(40, level)):
         assert np.isnan(metrics_file.measure_numbers(constant, y, weights)["r"]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(4, 60), decimals=st.integers(0, 3))
+def test_areas_equal_scikit_learn_for_any_ties_and_weights(seed, n, decimals):
+    """Weights of zero, whole weights and fractions, many rows of them at once."""
+    rng = np.random.default_rng(seed)
+    truth, score = np.arange(n) % 2 == 0, np.round(rng.random(n), decimals)
+    weights = rng.random((5, n)) * rng.integers(0, 3, (5, n))
+    weights[:, :2] += 0.1
+    auroc, auprc = metrics_file.areas_under_curves(truth, score, weights)
+    for b, w in enumerate(weights):
+        wanted = oracle.roc_auc_score(truth, score, sample_weight=w)
+        assert auroc[b] == pytest.approx(wanted, abs=1e-9)
+        wanted = oracle.average_precision_score(truth, score, sample_weight=w)
+        assert auprc[b] == pytest.approx(wanted, abs=1e-9)
+
+
+def test_areas_of_many_subjects_take_memory_in_proportion():
+    """A table of positives by negatives would be 800 MB."""
+    rng = np.random.default_rng(0)
+    truth, score, weights = rng.random(20_000) < 0.5, rng.random(20_000), np.ones((10, 20_000))
+    tracemalloc.start()
+    metrics_file.areas_under_curves(truth, score, weights)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 12 * weights.nbytes
 
 
 def test_undefined_scores_are_nan_not_a_number_that_looks_fine():

@@ -47,6 +47,18 @@ def test_scores_within_sites_are_those_of_the_sites_rows(ages):
         within(ages, "scanner")
 
 
+def test_subjects_without_a_label_are_in_no_stratum(ages):
+    """Neither those of a missing number nor those of a missing word, whatever it is written as."""
+    half, site = np.arange(90) // 2 % 2 * 1.0, ages.site.values.astype("U3")
+    half[:6], site[:6] = np.nan, "n/a"
+    some = ages.assign_coords(half=("subject", half), site=("subject", site))
+    for by, values in (("half", [0, 1]), ("site", ["A", "B", "C"])):
+        table = within(some, by).loc["connectome"]
+        assert list(table.index) == values
+        assert table.n.sum() == 84
+    assert explained_by(some, ["site"]).loc["connectome", "n"] == 84
+
+
 def test_confounds_explain_a_prediction_made_of_them_and_nothing_of_another(features, ages):
     with_age = ages.assign_coords(years=("subject", ages.truth.values))
     own = explained_by(with_age, ["years"])
@@ -97,7 +109,7 @@ def test_page_is_self_contained_and_says_who_was_left_out(features, tmp_path):
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]{0,200}(?:src|href)=", page)
     assert "90 rows given" in page
     assert "1 out: no connectome" in page
-    assert "89 rows of 45 participants judged" in page
+    assert "89 rows of 45 participants tested" in page
     for sentence in ("Linear effects of n_volumes", "balanced over site", "Within each site"):
         assert sentence in page
     markdown = (tmp_path / "scores.md").read_text()
@@ -152,7 +164,7 @@ def test_page_counts_those_that_no_split_tested(split, tmp_path):
     page = report(scores, path=tmp_path / "page.html").read_text()
     n = int(np.isfinite(scores.output.values).any((0, 1, 3)).sum())
     assert f"{90 - n} out: tested in no split" in page
-    assert f"{n} rows of {n // 2} participants judged" in page
+    assert f"{n} rows of {n // 2} participants tested" in page
 
 
 def test_markdown_keeps_its_columns_whatever_the_names():
@@ -220,7 +232,7 @@ ALONE, KIN = ["participant"], {"family": ("subject", np.arange(90) // 4)}
 
 
 @pytest.mark.parametrize(
-    ("options", "lacks", "adds", "said", "unsaid"),
+    ("options", "lacks", "adds", "claimed", "absent"),
     [
         (PAPER, [], {}, "stratified by age and site;", "label"),
         (PAPER, ["site"], {}, "stratified by age;", "site"),
@@ -232,11 +244,11 @@ ALONE, KIN = ["participant"], {"family": ("subject", np.arange(90) // 4)}
         ({"groups": "site"}, ALONE, {}, "held out whole values of site.", "participant"),
     ],
 )
-def test_methods_claim_only_what_was_done(features, options, lacks, adds, said, unsaid):
+def test_methods_claim_only_what_was_done(features, options, lacks, adds, claimed, absent):
     given = features.drop_vars(lacks).assign_coords(adds)
     text = report_file.methods(probe(given, "age", **options))
-    assert said in text
-    assert unsaid not in text
+    assert claimed in text
+    assert absent not in text
 
 
 def test_methods_say_what_read_which_features(features):
@@ -304,8 +316,8 @@ def test_another_machines_versions_compare_equal_and_its_rows_do_not():
             text = re.sub(rules[name]["regex"], rules[name]["replace"], text)
         return text
 
-    said = clean(report_file.made_with(make_cohort(), a_model("ab" * 32)))
-    versions, rows, weights = said.splitlines()
+    text = clean(report_file.made_with(make_cohort(), a_model("ab" * 32)))
+    versions, rows, weights = text.splitlines()
     assert not re.search(r"\d", versions)
     assert weights == "weights tiny: made here HASH"
     assert re.search(" rows [0-9a-f]{12}$", rows)

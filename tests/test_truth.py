@@ -108,8 +108,8 @@ def extents(cohort):
     spread = []
     for axis in "xy":
         along = mass.sum([other for other in "xyz" if other != axis])
-        centre = (along * cohort[axis]).sum(axis)
-        spread.append(np.sqrt((along * (cohort[axis] - centre) ** 2).sum(axis)).values)
+        center = (along * cohort[axis]).sum(axis)
+        spread.append(np.sqrt((along * (cohort[axis] - center) ** 2).sum(axis)).values)
     return np.stack(spread, 1)
 
 

@@ -54,12 +54,12 @@ def main():
 def atlas_arrays(scale, labels, twin, modes, sphere) -> dict:
     connectome = read_table(f"matrices/main_group/schaefer_{scale}_mean_connectivity_matrix.csv")
     connectome = connectome.astype(np.float16)  # as shipped, so the gradients can be repeated
-    centre = parcel_means(sphere, labels, scale)
+    center = parcel_means(sphere, labels, scale)
     return {
         "harmonics": parcel_means(modes, labels, scale).astype(np.float32),
         "gradients": gradients(connectome, N_GRADIENTS).astype(np.float32),
         "connectome": connectome[np.triu_indices(scale, 1)],
-        "sphere": (centre / np.linalg.norm(centre, axis=1, keepdims=True)).astype(np.float32),
+        "sphere": (center / np.linalg.norm(center, axis=1, keepdims=True)).astype(np.float32),
         "labels_fslr32k": labels,
         "labels_fsaverage5": labels[twin],
     }
@@ -118,7 +118,7 @@ def middle_surface(hemi) -> np.ndarray:
 
 
 def smoothed(values, faces) -> np.ndarray:
-    """Averaged over each vertex and its neighbours, SMOOTHING times."""
+    """Averaged over each vertex and its neighbors, SMOOTHING times."""
     near = adjacency(faces, len(values)) + sparse.eye_array(len(values))
     near = sparse.diags_array(1 / near.sum(axis=1)) @ near
     for _ in range(SMOOTHING):

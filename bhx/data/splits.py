@@ -132,12 +132,10 @@ def _kept(path, made_by):
     """A kept split, when it was made from these subjects with these options."""
     kept = json.loads(Path(path).read_text(encoding="utf8"))
     for name, value in made_by.items():
-        if kept["made_by"].get(name) != value:
-            raise InputError(
-                f"Expected the split in {path} to be made with {name}={value}, found "
-                f"{kept['made_by'].get(name)}",
-                "Give the same subjects and options, or another path for a new split",
-            )
+        found = kept["made_by"].get(name)
+        if found != value:
+            fact = f"Expected the split in {path} to be made with {name}={value}, found {found}"
+            raise InputError(fact, "Give the same subjects and options, or another path")
     return dict(zip(kept["repeat"], map(np.array, kept["part"]), strict=True))
 
 

@@ -139,9 +139,8 @@ def extend_store(new: xr.Dataset, path) -> None:
     surplus = {*new.coords, *new.data_vars} - {*group.array_keys()}
     if surplus:
         fact = f"Expected new subjects with the labels of {path}, found also "
-        raise InputError(
-            fact + listed(sorted(surplus)), "Prepare all subjects together into a new store"
-        )
+        fact += listed(sorted(surplus))
+        raise InputError(fact, "Prepare all subjects together into a new store")
     for dim in {*new.dims} - {"subject", "time"}:
         if dim in new.coords and group[dim][:].tolist() != new[dim].values.tolist():
             fact = f"Expected the labels of {path} on '{dim}', found others in the new subjects"

@@ -308,6 +308,13 @@ def name_of(features: xr.Dataset) -> str:
     return str(features.attrs.get("name", "features"))
 
 
+def provenance_of(features) -> dict:
+    """What made these features, as scores keep it."""
+    keep = ("model", "weights", "weights_sha256")
+    keep += ("config", "scaling", "atlas", "versions", "source")
+    return {k: str(features.attrs[k]) for k in keep if k in features.attrs}
+
+
 def encoded(labels: xr.Dataset, names) -> np.ndarray:
     """Numbers as they are and words as one column a word but the first, (subject, column); NaN
     where a label is missing."""

@@ -8,17 +8,72 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from numbers import Real
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
-from bhx.errors import InputError, listed
+from bhx.errors import InputError, check_choice, listed
+from bhx.evaluate.options import check_count, check_name
 
 FEWEST = 5  # groups with fewer subjects are held out together
 RESPLITS = {"paper": 3, "brainmarks": 100}  # protocol -> splits
+
+
+@dataclass(frozen=True)
+class Design:
+    """How folds are asked for: options of `bhx.probe`, checked once."""
+
+    groups: str | None = None
+    stratify: str | None = None
+    protocol: str | None = None
+    split: xr.DataArray | None = None
+    folds: int = 5
+    repeats: int = 1
+    train_share: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        check_name("groups", self.groups)
+        check_name("stratify", self.stratify)
+        check_count("folds", self.folds, 1, 5)
+        check_count("repeats", self.repeats, 1, 3)
+        check_count("seed", self.seed, 0, 0)
+        if not isinstance(self.train_share, Real) or not 0 < self.train_share <= 1:
+            fact = f"Expected train_share above 0 and at most 1, found {self.train_share!r}"
+            raise InputError(fact, "Give a share such as 0.5, or leave it out to train on everyone")
+        if self.protocol is not None:
+            check_choice("protocol", self.protocol, list(RESPLITS))
+        array = isinstance(self.split, xr.DataArray)
+        dims = self.split.dims if array else type(self.split).__name__
+        if self.split is not None and not (array and {*dims} == {"repeat", "subject"}):
+            fact = f"Expected split as a DataArray (repeat, subject), found {dims}"
+            raise InputError(fact, "Make it with bhx.split")
+        made = [f"protocol '{self.protocol}'"] if self.protocol else []
+        made += ["split"] if self.split is not None else []
+        more = [self.groups, self.stratify, self.folds, self.repeats] != [None, None, 5, 1]
+        if len(made) + more > 1 and made:
+            beside = "groups, stratify, folds or repeats" if more else made[1]
+            fact = f"Expected {made[0]} alone, found {beside} too"
+            raise InputError(fact, "It says who is tested: leave the others out, or it")
+
+    def splits(self, rows, kind: str, truth, names) -> Splits:
+        """The parts of these rows in each fold."""
+        if self.protocol == "brainmarks" and kind != "label":
+            fact = f"Expected labels for protocol 'brainmarks', found task '{kind}'"
+            raise InputError(fact, "Bin the numbers, and give task='label'")
+        make = make_resplits if self.protocol else make_folds
+        splits = make(rows, truth, names, self) if self.split is None else read_split(rows, self)
+        labels = np.zeros(len(truth)) if names is None else truth
+        splits.keep_share(self.train_share, self.seed, rows.people, labels)
+        check_folds(truth, names, splits)
+        if "participant" not in rows.labels.coords:
+            splits.notes.append("no participant is named: every row is taken for one of its own")
+        return splits
 
 
 @dataclass
@@ -61,7 +116,7 @@ class Splits:
         pairs = (tested @ tested.T) * (trained @ trained.T)
         return float((across * across.T).sum() / pairs.sum())
 
-    def thin(self, share: float, seed: int, people, labels) -> None:
+    def keep_share(self, share: float, seed: int, people, labels) -> None:
         """Keep a share of those who train and validate in each fold, of every label alike."""
         rng = np.random.default_rng(seed)
         for part in ("train", "validation"):
@@ -73,9 +128,10 @@ class Splits:
                     fold[rows[np.isin(people[rows], left_out)]] = ""
 
 
-def make_folds(rows, truth, names, *, groups, stratify, folds, repeats, seed) -> Splits:
+def make_folds(rows, truth, names, design: Design) -> Splits:
     """Participants and families never split, groups whole, strata balanced."""
-    splits = Splits(tied_units(rows))
+    splits, groups, stratify = Splits(tied_units(rows)), design.groups, design.stratify
+    folds, repeats = design.folds, design.repeats
     if groups:
         values = rows.labels[groups].values.astype(str)
         splits.units, merged = _held_out_groups(values, splits.units, folds, groups)
@@ -97,33 +153,33 @@ def make_folds(rows, truth, names, *, groups, stratify, folds, repeats, seed) ->
     strata = _strata(rows, truth, names, stratify, folds, splits.notes)
     for repeat in range(repeats):
         kind = GroupKFold if groups and (one or not stratify) else StratifiedGroupKFold
-        splitter = kind(folds, shuffle=True, random_state=seed + repeat)
+        splitter = kind(folds, shuffle=True, random_state=design.seed + repeat)
         for train, test in splitter.split(units, strata, units):
             name = units[test][0] if groups and one else len(splits.names)
             splits.add(name, train=train, test=test)
     return splits
 
 
-def make_resplits(rows, truth, names, *, protocol, seed) -> Splits:
+def make_resplits(rows, truth, names, design: Design) -> Splits:
     """One fifth tested, one fifth held for choosing; three seeds (paper) or a hundred."""
     splits = Splits(tied_units(rows))
     if (found := len(np.unique(splits.units))) < 5:
-        fact = f"Expected 5 participants for '{protocol}', found {found}"
+        fact = f"Expected 5 participants for '{design.protocol}', found {found}"
         raise InputError(fact, "Give more participants, or leave protocol out")
-    paper = protocol == "paper"
+    paper = design.protocol == "paper"
     site = "site" if paper and "site" in rows.labels.coords else None
     strata = _strata(rows, truth, names, site, 5, splits.notes)
-    for repeat in range(RESPLITS[protocol]):
-        splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed + repeat)
+    for repeat in range(RESPLITS[design.protocol]):
+        splitter = StratifiedGroupKFold(5, shuffle=True, random_state=design.seed + repeat)
         (train, test), (_, hold), *_ = splitter.split(splits.units, strata, splits.units)
         splits.add(repeat, train=train, **({"validation": hold} if paper else {}), test=test)
     return splits
 
 
-def read_split(rows, split) -> Splits:
+def read_split(rows, design: Design) -> Splits:
     """The parts of a DataArray of `bhx.split`, of the subjects that enter, one fold a repeat."""
     splits = Splits(tied_units(rows), notes=["folds are those of the split that was given"])
-    parts = split.sel(subject=rows.labels.subject.values).transpose("repeat", "subject")
+    parts = design.split.sel(subject=rows.labels.subject.values).transpose("repeat", "subject")
     for name, part in zip(parts.repeat.values, parts.values.astype(str), strict=True):
         both = pd.Series(part).groupby(splits.units).nunique()
         if (both > 1).any():

@@ -26,7 +26,7 @@ from bhx.data.splits import permute_within
 from bhx.errors import InputError, check_choice, listed
 from bhx.evaluate.confounds import ComBat, ConfoundRegression
 from bhx.evaluate.estimators import ESTIMATORS, OrdinalLogistic, Rotation
-from bhx.evaluate.features import encoded, name_of, parts_of
+from bhx.evaluate.features import encoded, name_of, parts_of, provenance_of
 from bhx.evaluate.options import check_count, check_name, check_names
 from bhx.evaluate.rows import check_leak
 from bhx.evaluate.task import Task, make_task
@@ -104,8 +104,9 @@ def probe(
     Scores Dataset: `score (model, metric, fold)`, `prediction (model, subject)` (mean over the
     folds that tested the subject), `output (model, fold, subject, class)` and
     `decision (model, fold, subject)`, `truth (subject)`, and `null (model, permutation)` of the
-    first metric. attrs: target, task, n, excluded (JSON: reason -> subject ids), notes (JSON list
-    of fallbacks that were taken and of folds that say too little), and every option.
+    first metric; the coordinate `estimator (model)` says what read the features. attrs: target,
+    task, n, excluded (JSON: reason -> subject ids), notes (JSON list of fallbacks that were taken
+    and of folds that say too little), and every option.
 
     Notes
     -----
@@ -122,33 +123,29 @@ def probe(
         fact = f"Expected harmonize beside preserve, found preserve={preserve!r} alone"
         raise InputError(fact, "It says what ComBat keeps: name harmonize, or leave it out")
     used = [name for name in (harmonize, *confounds, *preserve) if name]
-    options = {"groups": groups, "stratify": stratify, "task": task, "classes": classes}
-    options |= {"positive": positive, "protocol": protocol, "split": split, "folds": folds}
-    options |= {"repeats": repeats, "train_share": train_share, "seed": seed}
-    task = make_task(many, target, **options, needed=used)
+    design = {"groups": groups, "stratify": stratify, "protocol": protocol, "split": split}
+    design |= {"folds": folds, "repeats": repeats, "train_share": train_share, "seed": seed}
+    labels = {"task": task, "classes": classes, "positive": positive}
+    task = make_task(many, target, **labels, needed=used, **design)
     check_leak(task.rows.labels, used, target, task.truth, task.names)
     _check_estimator(estimator, task.kind)
     beside = Beside.of(task.rows.labels, confounds, harmonize, preserve)
     if harmonize and groups == harmonize:
         task.notes.append(f"ComBat has not seen the {harmonize} it tests: features left as are")
-    scores = [_probe_one(one, task, estimator, beside, permutations) for one in task.rows.features]
+    given = [_estimator_of(one, task, estimator) for one in task.rows.features]
+    pairs = zip(task.rows.features, given, strict=True)
+    scores = [_probe_one(one, task, own, beside, permutations) for one, own in pairs]
     out = xr.concat(scores, "model", data_vars="minimal", coords="minimal", compat="override")
-    return out.assign_attrs(
+    read_by = [_described(own, task) for own in given]
+    return out.assign_coords(estimator=("model", read_by)).assign_attrs(
         confounds=json.dumps(list(confounds)),
         harmonize=harmonize or "",
         preserve=json.dumps(list(preserve)),
-        estimator=NAMES[task.kind] if estimator is None else repr(estimator),
+        estimator=_described(estimator, task),
         notes=json.dumps(task.notes),
         features=json.dumps({name_of(one): provenance_of(one) for one in many}),
         versions=json.dumps({"bhx": __version__, "scikit-learn": sklearn.__version__}),
     )
-
-
-def provenance_of(features) -> dict:
-    """What made these features, as scores keep it."""
-    keep = ("model", "weights", "weights_sha256")
-    keep += ("config", "scaling", "atlas", "versions", "source")
-    return {k: str(features.attrs[k]) for k in keep if k in features.attrs}
 
 
 def _check_estimator(estimator, kind):
@@ -261,24 +258,34 @@ def _probe_one(features, task, estimator, beside, permutations):
     if x.shape[1] and not (np.nanstd(x, 0) > 0).any():
         fact = f"Expected features that vary over subjects, found constants in {name_of(features)}"
         raise InputError(fact, "Were they pooled over subjects by mistake")
-    if own := features.attrs.get("estimator"):
-        check_choice("attrs['estimator'] of features", own, list(ESTIMATORS))
-        estimator = ESTIMATORS[own](task.kind, task.seed)
-        task.notes.append(f"{name_of(features)}: {estimator!r}")
+    width = x.shape[1]
     steps = preparation(features, beside, estimator is None or "components" in features.attrs)
-    if x.shape[1] == 0:
-        number = task.kind == "number"
-        estimator = DummyRegressor() if number else DummyClassifier(strategy="prior")
-        folds = _prepared(x, None, task, False)
-    else:
-        nested = estimator is None and task.protocol != "brainmarks"
-        folds = _prepared(np.hstack([x, beside.columns]), steps, task, nested)
+    nested = estimator is None and task.design.protocol != "brainmarks"
+    x = np.hstack([x, beside.columns]) if width else x
+    folds = _prepared(x, steps if width else None, task, nested)
     folds = list(folds) if permutations else folds
     out = task.scores(name_of(features), *_predict(folds, task, task.truth, estimator))
     if permutations:
         null = _null(folds, task, estimator, permutations)
         out["null"] = (("model", "permutation"), null[None])
     return out
+
+
+def _estimator_of(features, task, given):
+    """What reads these features; None is a penalized regression, chosen in the fold."""
+    if features.sizes["feature"] == 0:
+        return DummyRegressor() if task.kind == "number" else DummyClassifier(strategy="prior")
+    if own := features.attrs.get("estimator"):
+        check_choice("attrs['estimator'] of features", own, list(ESTIMATORS))
+        return ESTIMATORS[own](task.kind, task.design.seed)
+    return given
+
+
+def _described(estimator, task):
+    """An estimator for the methods of a report."""
+    if isinstance(estimator, DummyRegressor | DummyClassifier):
+        return "the mean or the frequencies of the training part"
+    return NAMES[task.kind] if estimator is None else " ".join(repr(estimator).split())
 
 
 def _predict(folds, task, truth, estimator):
@@ -295,8 +302,8 @@ def fit_fold(fold: Fold, task: Task, truth, estimator=None):
     """The estimator fitted to a fold's training rows: that given, or one of chosen penalty."""
     if estimator is not None:
         return clone(estimator).fit(fold.x, truth[fold.train])
-    if task.protocol == "brainmarks":
-        cuts = resplit_people(task.splits.units[fold.train], truth[fold.train], task.seed)
+    if task.design.protocol == "brainmarks":
+        cuts = resplit_people(task.splits.units[fold.train], truth[fold.train], task.design.seed)
         scoring = {"scoring": "balanced_accuracy", "use_legacy_attributes": False}
         model = LogisticRegressionCV(Cs=10, l1_ratios=(0,), max_iter=1000, cv=cuts, **scoring)
         return model.fit(fold.x, truth[fold.train])
@@ -362,7 +369,7 @@ def _null(folds, task, estimator, permutations):
     An exchange that leaves a training part without some label is drawn again: that of the truth
     has them all, too.
     """
-    rng, rows = np.random.default_rng(task.seed), task.rows
+    rng, rows = np.random.default_rng(task.design.seed), task.rows
     labels = 0 if task.names is None else len(task.names)
     out = []
     for drawn in range(1, 100 * permutations + 1):

@@ -15,16 +15,17 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from bhx.data.page import page
 from bhx.data.splits import cohort_hash
 from bhx.errors import InputError, listed
 from bhx.evaluate import metrics
-from bhx.evaluate.features import CONFOUNDS, GUESS, encoded
+from bhx.evaluate.features import CONFOUNDS, encoded
 from bhx.evaluate.scores import compare
 from bhx.evaluate.task import codes_of, participants_of, plan_of
-from bhx.schema import subject_coords
+from bhx.schema import is_missing, subject_coords
 from bhx.settings import PACKAGE, __version__
 
-BLUE, GREY = "#0072B2", "#7f7f7f"
+BLUE, GRAY = "#0072B2", "#7f7f7f"
 NAMED = ("torch", "xarray", "dask", "zarr", "numpy", "scipy", "scikit-learn", "plotly")
 
 
@@ -79,7 +80,7 @@ def _page(scores, table):
         "Made by": _list([*made_with(*scores).splitlines(), *map(_made_by, scores)]),
     }
     body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items() if content)
-    return PAGE.format(title=escape(f"Scores: {first.attrs['target']}"), body=body)
+    return page(f"Scores: {first.attrs['target']}", body)
 
 
 def made_with(*objects) -> str:
@@ -93,7 +94,7 @@ def made_with(*objects) -> str:
     -------
     Text: one line of versions, then each thing once. Hashes are the first twelve digits of
     SHA-256: of the weights' file, and of the ids of the rows in their order. Weights that are not
-    shipped with bhx are said to be made here: another machine's may differ in their last digits.
+    shipped with bhx are called "made here": another machine's may differ in their last digits.
     """
     versions = [f"Python {platform.python_version()}", f"bhx {__version__}"]
     versions += [f"{name} {version(name)}" for name in NAMED]
@@ -114,37 +115,27 @@ def _weights_of(one):
     for made in (m for m in found if "weights_sha256" in m):
         digest = made["weights_sha256"]
         kind = "shipped" if digest in names else "made here"
-        told = f"{kind} {digest[:12]}" if digest else made.get("weights", "random")
-        lines.append(f"weights {names.get(digest, made.get('model', 'model'))}: {told}")
+        origin = f"{kind} {digest[:12]}" if digest else made.get("weights", "random")
+        lines.append(f"weights {names.get(digest, made.get('model', 'model'))}: {origin}")
     return lines
 
 
 def _data_of(one):
     attrs = getattr(one, "attrs", {})
-    told_of = str(attrs.get("cohort", ""))  # latents carry their cohort's attributes
-    data = json.loads(told_of) if told_of.startswith("{") else attrs
+    cohort = str(attrs.get("cohort", ""))  # latents carry their cohort's attributes
+    data = json.loads(cohort) if cohort.startswith("{") else attrs
     name = attrs.get("target") or attrs.get("method") or f"{data.get('source') or ''} cohort"
     seed = attrs.get("seed", data.get("seed", ""))
-    told = [f"seed {seed}"] if seed != "" else []
+    facts = [f"seed {seed}"] if seed != "" else []
     if {"subject", "participant"} <= {*getattr(one, "coords", ())}:
-        told.append(f"{one.sizes['subject']} rows {cohort_hash(one)[:12]}")
-    return [f"{name.strip()}: {', '.join(told)}"] if told else []
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
-table{{border-collapse:collapse;margin:1rem 0;font-size:14px}}th,td{{padding:.2rem .7rem;
-text-align:right;border-bottom:1px solid #ddd}}th{{font-weight:600}}
-.flow{{display:flex;gap:.6rem;align-items:center;flex-wrap:wrap;margin:.6rem 0}}
-.flow div{{border:1px solid #777;border-radius:4px;padding:.4rem .8rem}}
-.flow div.out{{border-style:dashed;color:#555}}</style>
-<h1>{title}</h1>{body}</html>"""
+        facts.append(f"{one.sizes['subject']} rows {cohort_hash(one)[:12]}")
+    return [f"{name.strip()}: {', '.join(facts)}"] if facts else []
 
 
 def methods(scores: xr.Dataset) -> str:
     """The methods paragraph of a probe, in full sentences."""
     a = scores.attrs
-    confounds, preserve = json.loads(a["confounds"]), json.loads(a["preserve"])
+    confounds, preserve = (json.loads(a.get(k, "[]")) for k in ("confounds", "preserve"))
     kinds = {"number": "the number", "label": "the label", "ordinal": "the ordered label"}
     named = "participant" in scores.coords
     people, site = "participants" if named else "rows", "site" in scores.coords
@@ -152,6 +143,8 @@ def methods(scores: xr.Dataset) -> str:
     splits = f"{n} folds that held out whole values of {a['groups']}"
     if a["protocol"] == "paper":
         splits = f"three splits of 6:2:2 stratified by {a['target']}{' and site' if site else ''}"
+    elif a["split"]:
+        splits = f"{n} splits that were made before"
     elif a["protocol"]:
         splits = f"{n} stratified resplits with one fifth tested"
     elif a["groups"] == "participant":
@@ -165,7 +158,7 @@ def methods(scores: xr.Dataset) -> str:
         text.append(
             "Missing features were filled with, and all features scaled by, training means."
         )
-    if a["harmonize"]:
+    if a.get("harmonize"):
         kept = f", keeping the effect of {listed(preserve)}" if preserve else ""
         text.append(f"ComBat, fitted in the training part, removed {a['harmonize']}{kept}.")
     if confounds:
@@ -190,13 +183,10 @@ def methods(scores: xr.Dataset) -> str:
 
 def _read_by(scores):
     """Which features were read by which estimator, in words."""
-    by, notes = {}, json.loads(scores.attrs["notes"])
-    for model in scores.model.values.astype(str):
-        own = [n.removeprefix(f"{model}: ") for n in notes if n.startswith(f"{model}: ")]
-        how = own[0] if own else scores.attrs["estimator"]
-        if model == GUESS:
-            how = "the mean or the frequencies of the training part"
-        by.setdefault(" ".join(how.split()), []).append(model)
+    by, estimators = {}, scores.attrs["estimator"]
+    estimators = scores.coords.get("estimator", np.full(scores.sizes["model"], estimators))
+    for model, how in zip(scores.model.values, np.asarray(estimators), strict=True):
+        by.setdefault(str(how), []).append(model)
     return ", ".join(f"from {listed(models, 20)} by {how}" for how, models in by.items())
 
 
@@ -213,8 +203,8 @@ def _cell(value):
 
 
 def _flow(scores):
-    """Boxes from all rows to those judged, with what was left out on the way."""
-    excluded, kept = json.loads(scores.attrs["excluded"]), judged(scores)
+    """Boxes from all rows to those tested, with what was left out on the way."""
+    excluded, kept = json.loads(scores.attrs["excluded"]), tested(scores)
     untested = np.setdiff1d(scores.subject, kept.subject)
     if len(untested):
         excluded["tested in no split"] = untested
@@ -223,7 +213,7 @@ def _flow(scores):
         boxes.append(f'<div class="out" title="{escape(listed(ids, 50))}">')
         boxes[-1] += f"{len(ids)} out: {escape(reason)}</div>"
     n, people = kept.sizes["subject"], len(np.unique(participants_of(kept)))
-    boxes.append(f"<div><b>{n} rows of {people} participants judged</b></div>")
+    boxes.append(f"<div><b>{n} rows of {people} participants tested</b></div>")
     return '<div class="flow">' + "<span>→</span>".join(boxes) + "</div>"
 
 
@@ -254,8 +244,8 @@ def _explained(scores):
         table = _html(explained_by(scores, names))
     except InputError as error:
         table = f"<p>{escape(str(error))}</p>"
-    told = f"Linear share of each prediction that {listed(names, 20)} explain together."
-    return f"<p>{escape(told)}</p>{table}"
+    title = f"Linear share of each prediction that {listed(names, 20)} explain together."
+    return f"<p>{escape(title)}</p>{table}"
 
 
 # ---------------------------------------------------------------- figures
@@ -280,7 +270,7 @@ def plot_scores(table: pd.DataFrame, metric: str | None = None):
     )
     figure = go.Figure(dots)
     if metric in table.attrs["chance"]:
-        line = {"dash": "dot", "color": GREY, "width": 1.5}
+        line = {"dash": "dot", "color": GRAY, "width": 1.5}
         figure.add_vline(table.attrs["chance"][metric], line=line, opacity=1)
     figure.update_xaxes(title=f"{metric.replace('_', ' ')} (mean over folds, 95 % interval)")
     figure.update_yaxes(autorange="reversed", automargin=True)
@@ -291,7 +281,7 @@ def plot_scores(table: pd.DataFrame, metric: str | None = None):
 def plot_calibration(*scores: xr.Dataset, bins: int = 10):
     """Predicted probability of the positive label against how often it is true."""
     figure = _diagonal([0, 1])
-    for s in map(judged, scores):
+    for s in map(tested, scores):
         truth = s.truth.values.astype(str) == s.attrs["positive"]
         for output in pooled_output(s):
             found = metrics.calibration(truth, output.values, bins)
@@ -304,9 +294,9 @@ def plot_calibration(*scores: xr.Dataset, bins: int = 10):
 
 def plot_predictions(*scores: xr.Dataset):
     """Predicted against true numbers, one dot a subject."""
-    truth = judged(scores[0]).truth.values
+    truth = tested(scores[0]).truth.values
     figure = _diagonal([truth.min(), truth.max()])
-    for s in map(judged, scores):
+    for s in map(tested, scores):
         for output in pooled_output(s):
             dots = {"size": 6, "opacity": 0.6}
             name = str(output.model.item())
@@ -319,14 +309,14 @@ def plot_predictions(*scores: xr.Dataset):
 def _diagonal(ends):
     import plotly.graph_objects as go
 
-    line = {"dash": "dot", "color": GREY}
+    line = {"dash": "dot", "color": GRAY}
     return go.Figure().add_scatter(x=ends, y=ends, mode="lines", line=line, name="perfect")
 
 
 # ---------------------------------------------------------------- tables
 
 
-def judged(scores: xr.Dataset) -> xr.Dataset:
+def tested(scores: xr.Dataset) -> xr.Dataset:
     """The same scores of the subjects that some fold tested; protocols leave some untested."""
     return scores.isel(subject=np.isfinite(scores.output.values).any((0, 1, 3)))
 
@@ -347,13 +337,14 @@ def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
     if by not in known:
         fact = f"Expected '{by}' as a coordinate on subject, found {listed(known, 20)}"
         raise InputError(fact, "Assign it to the features before the probe")
-    scores = judged(scores)
-    plan, truth, rows = plan_of(scores), codes_of(scores), []
+    scores = tested(scores)
+    strata, rows = scores[by].values, []
+    plan, truth = plan_of(scores), codes_of(scores)
     for i, model in enumerate(scores.model.values):
         output = np.nanmean(scores.output.values[i], 0)
         decision = metrics.majority(scores.decision.values[i], scores.sizes["class"])
-        for value in np.unique(scores[by].values):
-            t = np.flatnonzero(scores[by].values == value)
+        for value in np.unique(strata[~is_missing(strata)]):
+            t = np.flatnonzero(strata == value)
             measured = plan.measure(truth[t], output[t], decision[t])
             row = {"model": str(model), by: value, "n": len(t)}
             rows.append(row | {k: v[0] for k, v in measured.items()})
@@ -375,7 +366,7 @@ def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:
     both. Subjects without one of the confounds do not enter (`n`).
     """
     confounds = [confounds] if isinstance(confounds, str) else list(confounds)
-    scores = judged(scores)
+    scores = tested(scores)
     missing = [n for n in confounds if n not in subject_coords(scores)]
     if missing:
         fact = f"Expected coordinates on subject, found no {listed(missing)}"

@@ -140,7 +140,7 @@ def as_words(labels) -> np.ndarray:
 
 
 def truth_of(values, target: str, task: str | None, classes):
-    """The target as floats (names None), or as codes of sorted names."""
+    """(kind, names, truth): numbers (names None), or codes of sorted names."""
     numeric, asked = values.dtype.kind in "iuf", task
     if task is None:
         few = np.issubdtype(values.dtype, np.integer) and len(np.unique(values)) <= 10
@@ -148,16 +148,16 @@ def truth_of(values, target: str, task: str | None, classes):
     check_choice("task", task, TASKS)
     if task == "number":
         _check_numbers(values, target, numeric)
-        return values.astype(float), None
+        return task, None, values.astype(float)
     if asked is None and classes is None and not numeric:
         _check_words(values, target)
     found, codes = np.unique(values if numeric else values.astype(str), return_inverse=True)
     found = as_words(found)
     _check_labels(found, target, task, numeric, classes)
     if classes is None:
-        return codes, found
+        return task, found, codes
     names = as_words(classes)
-    return np.array([list(names).index(n) for n in found])[codes], names
+    return task, names, np.array([list(names).index(n) for n in found])[codes]
 
 
 def _check_words(values, target):

@@ -1,6 +1,6 @@
 """A value per parcel or vertex on the cortex.
 
-This room turns labelled arrays into plotly figures, or with `static=True` into matplotlib ones
+This room turns labeled arrays into plotly figures, or with `static=True` into matplotlib ones
 for papers. No statistics are computed, nothing is stored, and no figure listens to a click.
 
 Left is left: brains are seen from the top with the nose up, slices in neurological convention.
