@@ -87,15 +87,15 @@ def synthetic_cohort(
     """
     effects = _check_effects(effects)
     _check_sizes(n, seed, atlas, missing, repeats)
-    scaled = [_scaled(site, effects["site"]) for site in _check_sites(sites, minutes, tr)]
-    people = (_participant(i, seed, scaled, effects, missing, repeats) for i in range(n))
+    sites = [_scaled(site, effects["site"]) for site in _check_sites(sites, minutes, tr)]
+    people = (_participant(i, seed, sites, effects, missing, repeats) for i in range(n))
     rows = [row for sessions in people for row in sessions]
     labels = load_atlas(atlas)
-    n_time = max(site.n_volumes for site in scaled)
+    n_time = max(site.n_volumes for site in sites)
     shape = tuple(len(axis) for axis in t1_grid(voxel_mm).values())
     bold = _lazily(simulate_bold, rows, (labels.sizes["roi"], n_time), atlas=atlas, effects=effects)
     t1 = _lazily(simulate_t1, rows, shape, voxel_mm=voxel_mm, effects=effects)
-    truth = json.dumps(_truth(scaled, effects))
+    truth = json.dumps(_truth(sites, effects))
     attrs = {"atlas": atlas, "source": "synthetic", **ABOUT, "seed": seed, "truth": truth}
     data = {BOLD.name: bold, ANATOMY.name: t1}
     return build_cohort(data, _labels(rows), parcel_labels(labels), attrs)
@@ -104,8 +104,8 @@ def synthetic_cohort(
 def _scaled(site: Site, factor: float) -> Site:
     """A site whose noise, gain and bias differ from the neutral ones by `factor` as much."""
     noise = float(np.clip(Site.noise + factor * (site.noise - Site.noise), 0, 0.95))
-    x, y, z = (factor * slope for slope in site.bias)
-    return replace(site, noise=noise, gain=site.gain**factor, bias=(x, y, z))
+    bias = tuple(factor * slope for slope in site.bias)
+    return replace(site, noise=noise, gain=site.gain**factor, bias=bias)
 
 
 def _participant(number, seed, sites, effects, missing, repeats) -> list[Session]:
@@ -140,7 +140,7 @@ def _participant(number, seed, sites, effects, missing, repeats) -> list[Session
     return [replace(first, session=1 + k, age=first.age + k) for k in range(first.n_sessions)]
 
 
-def _labels(rows) -> dict[str, list | np.ndarray]:
+def _labels(rows) -> dict[str, np.ndarray]:
     """Coordinates on subject."""
     participant = [f"sub-{row.number + 1:04d}" for row in rows]
     ids = [
@@ -148,7 +148,7 @@ def _labels(rows) -> dict[str, list | np.ndarray]:
         for name, row in zip(participant, rows, strict=True)
     ]
     has_run = np.array([row.has_run for row in rows])
-    out: dict[str, list | np.ndarray] = {"subject": ids, "participant": participant}
+    out = {"subject": ids, "participant": participant}
     out["session"] = [str(row.session) for row in rows]
     out["site"] = [row.site.name for row in rows]
     out["tr"] = np.where(has_run, [row.site.tr for row in rows], np.nan)
@@ -170,7 +170,7 @@ def _lazily(compute, rows, shape, **options) -> da.Array:
     return da.stack(values)
 
 
-def _truth(scaled, effects):
+def _truth(sites, effects):
     """What was planted, for `attrs["truth"]`."""
     out = {name: {"factor": effects[name], **SIZES[name]} for name in EFFECTS}
     out["site"] |= {site.name: asdict(site) for site in sites}
