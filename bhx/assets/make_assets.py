@@ -134,7 +134,8 @@ def agreement(labels) -> float:
 
 
 def sample_arrays(labels) -> dict:
-    runs = [nibabel.load(brainspace_file(f"preprocessing/{SCAN}.fsa5.{h}h.mgz")) for h in "lr"]
+    paths = [brainspace_file(f"preprocessing/{SCAN}.fsa5.{h}h.mgz") for h in "lr"]
+    runs = [nibabel.MGHImage.from_filename(path) for path in paths]
     halves = [np.asarray(run.dataobj).reshape(len(labels) // 2, -1) for run in runs]
     vertices = np.concatenate(halves)  # (vertex, time); vertices without data are all 0
     bold = parcel_means(vertices, np.where(vertices.any(axis=1), labels, 0), 400)

@@ -107,7 +107,7 @@ def match_names(names, atlas: xr.Dataset | str) -> list[str]:
             f", found {len(given)} names; {'; '.join(wrong)}",
             "Name the ROIs as bhx.load_atlas(name).roi does, or choose the atlas they come from",
         )
-    return found
+    return [known[name] for name in given]
 
 
 def aliases(atlas: xr.Dataset) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,7 +64,8 @@ def create_store(dataset: xr.Dataset, path, *, half=(), sharded: bool = True) ->
     """
     from zarr.codecs import BloscCodec
 
-    encoding, empty = {}, {}
+    encoding: dict[Hashable, dict] = {}
+    empty = {}
     for name, v in dataset.data_vars.items():
         dtype = v.dtype if v.dtype.kind != "f" else "float16" if name in half else "float32"
         chunk = (1, *(max(n, 1) for n in v.shape[1:]))

@@ -140,7 +140,10 @@ def fine_tune(
         folder = Path(temporary if out is None else out)
         tuning = _Tuning(chosen, tokens, model, plan, folder, keeps=out is not None)
         bar = tqdm(chosen.folds(), "fine-tune", len(chosen.splits.names), disable=not progress)
-        found = [tuning.fold(i, *parts, resume) for i, parts in enumerate(bar)]
+        found = [
+            tuning.fold(i, train, test, validation, resume)
+            for i, (train, test, validation) in enumerate(bar)
+        ]
         return tuning.scores(found)
 
 

@@ -101,7 +101,7 @@ def on_vertices(values, atlas: xr.Dataset | None = None) -> xr.DataArray:
         raise InputError(fact, "Select or average the other dims first")
     atlas, per_parcel = _in_order(values, atlas) if by_roi else (atlas or load_atlas(), None)
     parcel = pd.Index(atlas.label.values).get_indexer(atlas.labels_fsaverage5.values)  # or -1
-    per_vertex = np.append(per_parcel, np.nan)[parcel] if by_roi else np.asarray(values)
+    per_vertex = np.asarray(values) if per_parcel is None else np.append(per_parcel, np.nan)[parcel]
     coords = {
         "parcel": (VERTEX, np.append(atlas.roi.values, "")[parcel]),
         "network": (VERTEX, np.append(atlas.network.values, "")[parcel]),

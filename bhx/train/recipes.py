@@ -102,7 +102,7 @@ class Recipe(Settings):
 def recipe(stage: str, preset: str = "base", **changes) -> Recipe:
     """The published settings of a stage, or those of a smaller preset, with changes by name."""
     smaller = _SMALLER.get(preset, {}).get(stage, {})
-    return Recipe(stage=stage, **{**_PUBLISHED.get(stage, {}), **smaller, **changes})
+    return Recipe(**{"stage": stage, **_PUBLISHED.get(stage, {}), **smaller, **changes})
 
 
 _PUBLISHED = {  # rates of both at the batch of 512: base rate x batch / 256
