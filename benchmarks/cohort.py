@@ -114,10 +114,10 @@ def one_size(folder, n):
     """Write, open, select from and read a store of n subjects of 400 parcels x 120 volumes."""
     import dask.array as da
 
-    from bhx.data.atlas import load_atlas
+    from bhx.data.atlas import load_atlas, parcel_labels
     from bhx.data.cohort import open_cohort
     from bhx.data.store import save_cohort
-    from bhx.schema import ROI_COORDS, build_cohort
+    from bhx.schema import build_cohort
 
     atlas, ids = load_atlas("schaefer400"), [f"sub-{i:05d}" for i in range(n)]
     subject = {
@@ -129,7 +129,7 @@ def one_size(folder, n):
         "has_bold": np.ones(n, bool),
         "has_t1": np.zeros(n, bool),
     }
-    roi = {"roi": atlas.roi.values, **{name: atlas[name].values for name in ROI_COORDS}}
+    roi = parcel_labels(atlas)
     shape = (n, 400, 120)
     bold = da.random.default_rng(0).standard_normal(shape, dtype="float32", chunks=(1, 400, 120))
     cohort = build_cohort(

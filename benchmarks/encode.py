@@ -19,7 +19,9 @@ import time
 import numpy as np
 import torch
 
-from bhx.encode.inputs import encode_parts, read_subject, sequences
+from bhx.encode.inputs import Reading, encode_readings, read_subject, sequences
+from bhx.modalities.bold import BOLD
+from bhx.modalities.t1 import ANATOMY
 from bhx.model.config import PRESETS, Harmonix
 
 TR, VOLUMES = 2.0, 150
@@ -49,31 +51,30 @@ def _subject(config):
     random = np.random.default_rng(0)
     bold = random.standard_normal((config.dynamics.parcels, VOLUMES)).astype(np.float32)
     t1 = random.random(config.structure.shape).astype(np.float32)
-    return read_subject(bold, TR, t1, config)
+    values = {BOLD.variable: bold, ANATOMY.variable: t1}
+    return read_subject(values, {"tr": TR, "n_volumes": VOLUMES}, config)
 
 
 def _padded(config):
     """The same T1 and a scan filled up to all patches that the positions know."""
     c, reading = config.dynamics, _subject(config)
     full = torch.zeros(c.parcels, c.max_patches, c.kernel)
-    full[:, : reading.windows[0].shape[1]] = reading.windows[0]
-    reading.windows = [full]
-    reading.tokens = [torch.arange(c.parcels * c.max_patches)]
+    (window,) = reading.windows[BOLD.name]
+    full[:, : window.shape[1]] = window
+    reading.windows[BOLD.name] = [full]
+    reading.there[BOLD.name] = [torch.arange(c.parcels * c.max_patches)]
     return reading
 
 
 @torch.no_grad()
 def _times(networks, reading, device):
     """Seconds of each part."""
-    bold = type(reading)(reading.windows, reading.tokens)
-    t1 = type(reading)([], [], reading.t1, reading.cubes)
-    marks = [_now(device)]
-    dynamics, _ = encode_parts(networks, [bold], device)
-    marks.append(_now(device))
-    _, structure = encode_parts(networks, [t1], device)
-    marks.append(_now(device))
-    tokens, rows, _ = sequences(networks.config, [reading], dynamics, structure)
-    networks.harmonizer(tokens, rows)
+    marks, tokens = [_now(device)], {}
+    for name in (BOLD.name, ANATOMY.name):
+        alone = Reading({name: reading.windows[name]}, {name: reading.there[name]})
+        tokens |= encode_readings(networks, [alone], device)[0]
+        marks.append(_now(device))
+    networks.harmonizer(sequences(networks.config, [reading], [tokens]).subjects)
     marks.append(_now(device))
     return dict(zip(PARTS, np.diff(marks).tolist(), strict=True))
 
@@ -97,8 +98,8 @@ def _matmul_rate(device, n=2048, repeats=9):
 
 def _flop(config, reading):
     """Multiply-adds x 2 of the three encoders on this reading."""
-    dynamics = sum(len(k) for k in reading.tokens)
-    structure = len(reading.cubes) + 1
+    dynamics = len(reading.there[BOLD.name][0])
+    structure = len(reading.there[ANATOMY.name][0]) + 1
     hub = dynamics + structure + config.harmonizer.hubs
     out = {}
     for name, n, part in zip(

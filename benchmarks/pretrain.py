@@ -15,11 +15,9 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -32,12 +30,16 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bhx.encode.inputs import Reading, autocast
-from bhx.encode.model import Model, random_model
+from bhx.encode.model import random_model
+from bhx.modalities.bold import BOLD
+from bhx.modalities.t1 import ANATOMY
 from bhx.model.config import PRESETS
-from bhx.model.dynamics import jepa_masks
-from bhx.train.dataset import NEEDS, Feed, Sample, cube_mask
-from bhx.train.loop import _Run
+from bhx.train.dataset import Sample
+from bhx.train.loop import Run
+from bhx.train.objectives import OBJECTIVES
 from bhx.train.recipes import STAGES, recipe
+
+WARM_UP, LEAST, MOST = 2, 3, 200  # steps that are not timed, and bounds of those that are
 
 
 def main():
@@ -110,19 +112,16 @@ def full_batch(stage, preset, config, patches):
 
 
 def measure(model, args, stage, batch, patches, compiled):
-    """One row: steps of the real loop, timed after two that warm up."""
+    """One row: steps of the library's loop, timed after two that warm up."""
     row = {"stage": stage, "preset": args.preset, "batch": batch, "compiled": compiled}
     row |= {"patches": patches if stage != "structure" else 0}
-    folder = Path(tempfile.mkdtemp())
     try:
-        run = start(model, args, folder, stage, batch, patches, compiled)
+        run = prepared(model, args, stage, batch, patches, compiled)
         forget_peak(args.device)
         began = time.perf_counter()
-        for step in range(2):
-            run.advance(step)
-        wait(args.device)
-        row["warmup_s"] = time.perf_counter() - began
-        seconds = timed(run, args)
+        run.go()
+        row["warmup_s"] = run.ended[WARM_UP] - began
+        seconds = np.diff(run.ended[WARM_UP:]).tolist()
         row |= {"step_s": statistics.median(seconds), "steps": len(seconds)}
         row["gib"] = peak_memory(args.device)
         row |= work(run, args)
@@ -131,73 +130,69 @@ def measure(model, args, stage, batch, patches, compiled):
         row["tflops"] = row["tflop_per_scan"] * row["scans_per_s"]
     except Exception as error:  # out of memory, no compiler: the other rows still count
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return row
 
 
-def start(model, args, folder, stage, batch, patches, compiled):
-    """A run of the library's loop whose feed is in memory."""
+def prepared(model, args, stage, batch, patches, compiled):
+    """A run of the library's loop whose samples are in memory."""
     plan = recipe(
-        stage, args.preset, steps=10_000, batch=batch, precision=args.precision, compile=compiled,
-        evaluate_every=10**9, checkpoint_every=10**9,
+        stage, args.preset, steps=MOST + 100, batch=batch, precision=args.precision,
+        compile=compiled, evaluate_every=10**9, checkpoint_every=10**9, drop_modality=0.0,
     )  # fmt: skip
-    feed = Memory(model.config, plan, patches)
-    if torch.device(args.device).type == "cuda":  # as the loader's own thread would
-        feed.samples = [sample.pin_memory() for sample in feed.samples]
-    copy = Model(deepcopy(model.networks).requires_grad_(True), args.device)
-    run = _Run(feed, copy, folder / stage, ["held out"])
-    run.begin(False)
-    return run
+    networks = deepcopy(model.networks).requires_grad_(True)
+    objective = OBJECTIVES[stage](networks, plan).to(model.device)
+    samples = Memory(model.config, plan, objective, patches)
+    if model.device.type == "cuda":  # as the loader's own thread would
+        samples.samples = [sample.pin_memory() for sample in samples.samples]
+    everyone = np.arange(batch)
+    return Timed(objective, samples, plan, None, everyone, everyone, {}, seconds=args.seconds)
 
 
-class Memory(Feed):
-    """A feed of a few samples made in memory, each read again and again."""
+class Timed(Run):
+    """The library's loop, ended after `seconds` of measured steps; `ended` holds when each one
+    was, after the start."""
 
-    def __init__(self, config, plan, patches, distinct: int = 8):
-        self.config, self.plan, self.cache = config, plan, None
-        ids = [f"s{i}" for i in range(plan.batch)] + ["held out"]
-        labels = {"subject": ("subject", ids), "participant": ("subject", ids)}
-        self.labels = xr.Dataset(coords=labels)
-        self.need = {m: np.ones(len(ids), bool) for m in NEEDS[plan.stage]}
-        self.usable = np.arange(len(ids))
-        random = np.random.default_rng(0)
-        self.samples = [self._made(patches, random) for _ in range(min(distinct, plan.batch))]
+    def __init__(self, *args, seconds: float, **options):
+        super().__init__(*args, **options)
+        self.seconds, self.ended, self.enough = seconds, [], False
 
-    def _made(self, patches, random):
-        reading, hidden, masks = Reading([], []), None, ([], [])
-        if "bold" in self.need:
-            d = self.config.dynamics
-            shape = (d.parcels, patches, d.kernel)
-            reading.windows = [torch.from_numpy(random.standard_normal(shape, np.float32))]
-            reading.tokens = [torch.arange(d.parcels * patches)]
-            masks = [[torch.from_numpy(m)] for m in jepa_masks(d.parcels, patches, random)]
-        if "t1" in self.need:
-            s = self.config.structure
-            reading.t1 = torch.from_numpy(random.standard_normal(s.shape, np.float32))
-            reading.cubes = torch.arange(s.tokens)
-            hidden = cube_mask(s.tokens, self.plan.hidden, random)
-        return Sample("", reading, hidden, *masks)
+    @property
+    def stopped(self):
+        """Asked by the loop before and after every step."""
+        if self.step == len(self.ended):
+            wait(self.device)
+            self.ended.append(time.perf_counter())
+            done = self.step - WARM_UP
+            over = done >= LEAST and self.ended[-1] - self.ended[WARM_UP] > self.seconds
+            self.enough = bool(self.processes.most(int(over or done >= MOST)))
+        return self.enough
+
+
+class Memory(torch.utils.data.Dataset):
+    """A few samples made in memory, each read again and again, in place of those of a cohort."""
+
+    def __init__(self, config, plan, objective, patches, distinct: int = 8):
+        names = objective.names or tuple(config.modalities)
+        ids = [f"s{i}" for i in range(plan.batch)]
+        self.labels = xr.Dataset(coords={"subject": ids})
+        self.has = {name: np.ones(len(ids), bool) for name in names}
+        d, s = config.dynamics, config.structure
+        shapes = {BOLD.name: (d.parcels, patches, d.kernel), ANATOMY.name: (s.tokens, s.cube**3)}
+        random, self.samples = np.random.default_rng(0), []
+        for _ in range(min(distinct, plan.batch)):
+            reading = Reading()
+            for name in names:
+                reading.add(name, [random.standard_normal(shapes[name], np.float32)])
+            self.samples.append(Sample(0, "", reading))
+            objective.hide(self.samples[-1], config, plan, random)
 
     def __getitem__(self, key):
         return self.samples[key[1] % len(self.samples)]
 
 
-def timed(run, args):
-    """Seconds of each step, for about args.seconds."""
-    seconds, step, end = [], 2, time.perf_counter() + args.seconds
-    while len(seconds) < 3 or (time.perf_counter() < end and len(seconds) < 200):
-        began = time.perf_counter()
-        run.advance(step)
-        wait(args.device)
-        seconds.append(time.perf_counter() - began)
-        step += 1
-    return seconds
-
-
 def work(run, args):
     """Tokens of a step, and TFLOP of one scan: counted in a forward pass that is not compiled."""
-    samples = [sample.to(run.device) for sample in run.feed.samples]
+    samples = [sample.to(run.device) for sample in run.samples.samples]
     for module in run.objective.modules():  # back to eager
         for name in ("before", "after"):
             module.__dict__.pop(name, None)
@@ -214,9 +209,9 @@ def still(objective, sample):
     """The part of a forward pass that is not trained."""
     if hasattr(objective, "teacher"):
         with torch.no_grad():
-            objective.teacher([sample.reading.windows[0]])
-    elif hasattr(objective, "encode"):
-        objective.encode([sample])
+            objective.teacher([sample.reading.windows[BOLD.name][0]])
+    elif hasattr(objective, "read"):
+        objective.read([sample])
 
 
 def flops(function, run, args):

@@ -13,7 +13,7 @@ import torch
 
 import bhx
 from bhx.encode.model import random_model
-from bhx.model.layers import initialise
+from bhx.model.layers import initialize
 
 
 def main():
@@ -32,7 +32,7 @@ def start_as_usual(encoder):
     """The start of the MAE paper, and tokens as wide as their input."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        initialise(encoder.blocks)
+        initialize(encoder.blocks)
         encoder.patch_embed.proj.weight *= 2
 
 

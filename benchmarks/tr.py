@@ -33,7 +33,7 @@ from bhx.data.synthetic import SITES
 from bhx.encode.model import random_model
 from bhx.evaluate.probe import preparation
 from bhx.latents.similarity import fingerprint
-from bhx.model import dynamics as harmonix_f
+from bhx.modalities import bold as prior
 from bhx.model.config import PRESETS
 
 FACTORS = (1, 2, 3, 4)
@@ -173,7 +173,7 @@ def inputs(seed, people=24):
     return pd.DataFrame(rows).pivot(index=["noise", "way"], columns="TR x").round(3)
 
 
-SLOW = (harmonix_f.SLOW_SHARE, harmonix_f.SLOW_SECONDS, harmonix_f.SLOW_POWER)
+SLOW = (prior.SLOW_SHARE, prior.SLOW_SECONDS, prior.SLOW_POWER)
 
 
 def of_site_a(people, seed, noise, tr):
@@ -200,18 +200,18 @@ def fitted_autocovariance(cohort):
 
 def patches_of(cohort, step, slow):
     """Patches (subject, roi, patch, sample) of z-scored scans, carried to `step` [s] if finer."""
-    harmonix_f.SLOW_SHARE, harmonix_f.SLOW_SECONDS, harmonix_f.SLOW_POWER = slow
-    harmonix_f.wiener.cache_clear()
+    prior.SLOW_SHARE, prior.SLOW_SECONDS, prior.SLOW_POWER = slow
+    prior.wiener.cache_clear()
     samples, out = round(PATCH / step), []
     for scan, n, tr in zip(cohort.bold, cohort.n_volumes, cohort.tr, strict=True):
         x = scan.values[:, : int(n)].astype(float)
         x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
         count = int(int(n) * float(tr) / (samples * step) + 1e-6)
         if step == GRID:
-            index, weights = harmonix_f.wiener(float(tr), x.shape[1], count * samples)
-            x = (x[:, index.numpy()] * weights.numpy()).sum(-1)
+            index, weights = prior.wiener(float(tr), x.shape[1], count * samples)
+            x = (x[:, index] * weights).sum(-1)
         out.append(x[:, : count * samples].reshape(len(x), count, samples))
-    harmonix_f.SLOW_SHARE, harmonix_f.SLOW_SECONDS, harmonix_f.SLOW_POWER = SLOW
+    prior.SLOW_SHARE, prior.SLOW_SECONDS, prior.SLOW_POWER = SLOW
     return np.stack([p[:, : min(q.shape[1] for q in out)] for p in out])
 
 

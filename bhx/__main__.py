@@ -7,7 +7,6 @@ is read, before a heavy package is imported. No computation may be here.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -156,21 +155,21 @@ def _embed(commands):
     add("cohort", type=_cohort, help="catalogue entry, such as synthetic; or a store or folder")
     add("out", type=_output, help="store to write, or to continue")
     add("--model", type=_weights, default="workshop", help="shipped name, folder or release:FOLDER")
-    also = f"what to store beside the hub tokens: {listed(KEEP)}"
-    add("--keep", nargs="+", choices=KEEP, metavar="WHAT", help=also)
+    text = f"what to store beside the hub tokens: {listed(KEEP)}"
+    add("--keep", nargs="+", choices=KEEP, metavar="WHAT", help=text)
     add("--reparcellate", action="store_true", help="average to the parcels that the model reads")
     add("--device", type=_device, help="cpu, cuda, cuda:N or mps; a GPU where there is one")
 
 
 def _run_embed(cohort, out, model, keep=(), reparcellate=False, device=None):
-    cohort, wanted = bhx.open_cohort(cohort), _atlas_of(model)
+    cohort, network = bhx.open_cohort(cohort), bhx.load_model(model, device=device)
+    wanted = network.config.atlas
     found = cohort.attrs.get("atlas", wanted) if "roi" in cohort.dims else wanted
     if found != wanted:
         if not reparcellate:
             fact = f"Expected parcels of {wanted}, which the model '{model}' reads, found {found}"
             raise InputError(fact, f"Add --reparcellate to average them to parcels of {wanted}")
         cohort = bhx.reparcellate(cohort, wanted)
-    network = bhx.load_model(model, device=device)
     print(bhx.embed(cohort, network, store=out, keep=keep))
 
 
@@ -331,22 +330,6 @@ def catalogue_names() -> list[str]:
 def shipped_weights() -> list[str]:
     """Names of the weights that come with bhx."""
     return sorted(path.parent.name for path in PACKAGE.glob("weights/*/config.json"))
-
-
-def _atlas_of(model):
-    """The atlas whose parcels a model reads, from the description beside its weights."""
-    if model.startswith("release:"):
-        return "schaefer400"
-    shipped = model in shipped_weights()
-    folder = PACKAGE / "weights" / model if shipped else Path(model).expanduser()
-    try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return about["config"]["atlas"]
-    except (OSError, ValueError, KeyError):
-        fact = f"Expected a description of weights in '{folder / 'config.json'}', found none"
-        raise InputError(
-            fact, f"Name {listed(shipped_weights())} or a folder of pretrain"
-        ) from None
 
 
 if __name__ == "__main__":

@@ -11,22 +11,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from bhx.data.atlas import reparcellate
-from bhx.data.cohort import open_cohort
-from bhx.data.store import save_cohort
-from bhx.encode.embed import embed
-from bhx.encode.model import load_model
-from bhx.errors import InputError
-from bhx.evaluate.features import connectome
-from bhx.evaluate.probe import probe
-from bhx.evaluate.scores import compare
-from bhx.latents.maps import region_map
-from bhx.latents.pool import pool, project
+import bhx
 from bhx.modalities.t1 import ANATOMY
-from bhx.show.people import plot_latents
-from bhx.show.surface import plot_surface
-from bhx.show.tokens import plot_tokens
-from bhx.show.volume import plot_volume
 
 TARGETS = ("age", "sex", "diagnosis", "fusion")
 
@@ -44,22 +30,22 @@ def run_demo(out="demo", *, subjects: int | None = None, model: str = "workshop"
     """
     out = _fresh(Path(out))
     with _step("load the model"):
-        network = load_model(model)
+        network = bhx.load_model(model)
     with _step("embed the real scan and the MNI152 T1"):
-        sample = reparcellate(open_cohort("sample"), network.config.atlas)
-        sample = embed(sample, network, store=out / "sample.zarr", keep=("attention",)).load()
+        sample = bhx.reparcellate(bhx.open_cohort("sample"), network.config.atlas)
+        sample = bhx.embed(sample, network, store=out / "sample.zarr", keep=("attention",)).load()
     with _step("simulate the synthetic cohort"):
-        cohort = open_cohort("synthetic").isel(subject=slice(subjects))
-        cohort = open_cohort(save_cohort(cohort, out / "cohort.zarr"))
+        cohort = bhx.open_cohort("synthetic").isel(subject=slice(subjects))
+        cohort = bhx.open_cohort(bhx.save_cohort(cohort, out / "cohort.zarr"))
     with _step("embed the cohort"):
-        latents = embed(cohort, network, store=out / "latents.zarr", keep=("attention",)).load()
+        latents = bhx.embed(cohort, network, store=out / "latents.zarr", keep=("attention",)).load()
     with _step("score, with the control beside the claim"):
         table = score_table(latents, cohort)
         table.to_csv(out / "scores.csv")
     with _step("draw the page"):
         body = _body(table, _figures(sample, latents, cohort), latents)
         page = out / "index.html"
-        page.write_text(_page("bhx: a scan in, labelled tokens out", body), encoding="utf-8")
+        page.write_text(_page("bhx: a scan in, labeled tokens out", body), encoding="utf-8")
     print(main_scores(table).to_string())
     print(f"\nlatents   {out / 'latents.zarr'}, {out / 'sample.zarr'}")
     print(f"scores    {out / 'scores.csv'}")
@@ -69,9 +55,9 @@ def run_demo(out="demo", *, subjects: int | None = None, model: str = "workshop"
 
 def score_table(latents, cohort):
     """Scores of the pooled hub tokens and of the plain connectome, on the same folds."""
-    ours, control = pool(latents), connectome(cohort).compute()
-    scores = [probe([ours, control], target, stratify="site") for target in TARGETS]
-    return compare(*scores, control=control.attrs["name"])
+    ours, control = bhx.pool(latents), bhx.connectome(cohort).compute()
+    scores = [bhx.probe([ours, control], target, stratify="site") for target in TARGETS]
+    return bhx.compare(*scores, control=control.attrs["name"])
 
 
 def main_scores(table):
@@ -82,13 +68,13 @@ def main_scores(table):
 def _figures(sample, latents, cohort):
     """Title and figure, in the order of the page."""
     first = cohort[ANATOMY.variable].sel(subject=str(latents.subject.values[0]))
-    cubes = region_map(latents, of=ANATOMY.name)
-    people = plot_latents(project(pool(latents)), color="age")
+    cubes = bhx.region_map(latents, of=ANATOMY.name)
+    people = bhx.plot_latents(bhx.project(bhx.pool(latents)), color="age")
     return {
-        "The real scan: parcels its hub tokens read": plot_surface(region_map(sample)),
+        "The real scan: parcels its hub tokens read": bhx.plot_surface(bhx.region_map(sample)),
         "The synthetic cohort: subjects in the latent space": people,
-        "Its hub tokens: which network, which modality": plot_tokens(latents),
-        "Its T1 cubes that hub tokens read, on the first subject": plot_volume(
+        "Its hub tokens: which network, which modality": bhx.plot_tokens(latents),
+        "Its T1 cubes that hub tokens read, on the first subject": bhx.plot_volume(
             first, overlay=cubes
         ),
     }
@@ -128,7 +114,7 @@ def _fresh(out):
     if out.exists() and any(out.iterdir()):
         if not (out / ".bhx-demo").exists():
             fact = f"Expected an empty folder or one of an earlier demo, found files in '{out}'"
-            raise InputError(fact, "Choose another with --out")
+            raise bhx.InputError(fact, "Choose another with --out")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / ".bhx-demo").touch()

@@ -4,9 +4,9 @@ import numpy as np
 from small_files import ATLAS, parcel_series
 
 from bhx.data.anatomy import read_template_t1
-from bhx.data.atlas import load_atlas
+from bhx.data.atlas import load_atlas, parcel_labels
 from bhx.modalities.t1 import block_mean, t1_grid
-from bhx.schema import ROI_COORDS, build_cohort
+from bhx.schema import build_cohort
 
 
 def cohort_of(bold, t1, roi, atlas="test", **labels):
@@ -71,8 +71,7 @@ def brains_of(n=6, t1=(), seed=0):
     if t1:
         brains = np.full((n, 40, 48, 40), np.nan, "float32")
         brains[list(t1)] = 500 * block_mean(read_template_t1(), 4)
-    parcels = load_atlas(ATLAS)
-    roi = {name: parcels[name].values for name in ("roi", *ROI_COORDS)}
+    roi = parcel_labels(load_atlas(ATLAS))
     ids = [f"sub-{seed + i:02d}" for i in range(n)]
     sites = [f"site {i % 2}" for i in range(n)]
     return cohort_of(bold, brains, roi, ATLAS, subject=ids, site=sites, age=20.0 + np.arange(n))

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from small_cohorts import brains_of
 
 from bhx.assets.make_assets import adjacency, gradients, harmonics_of_both, parcel_means
-from bhx.data.atlas import load_atlas, load_mesh, load_sample, load_sulc, match_names
+from bhx.data.atlas import load_atlas, load_mesh, load_sample, load_sulc, match_names, reparcellate
 from bhx.errors import InputError
 
 DATA = Path(__file__).parent / "data"
@@ -299,3 +300,16 @@ def test_sulcal_depth_is_positive_in_sulci():
         smooth = np.linalg.norm(inflated - inflated.mean(0), axis=1)
         out_of_shape = outward - np.polyval(np.polyfit(smooth, outward, 1), smooth)
         assert np.corrcoef(load_sulc(hemi), out_of_shape)[0, 1] < -0.3
+
+
+def test_whatever_has_parcels_is_reparcellated():
+    """Measures of parcels as series are: means of the parcels that share their vertices."""
+    cohort = brains_of(2)
+    thickness = xr.DataArray(np.full((2, 100, 3), 2.5), dims=("subject", "roi", "measure"))
+    cohort = cohort.assign(thickness=thickness)
+    finer = reparcellate(cohort, "schaefer200")
+    assert finer.bold.dims == ("subject", "roi", "time")
+    assert finer.thickness.dims == ("subject", "roi", "measure")
+    np.testing.assert_allclose(finer.thickness, 2.5, rtol=1e-6)
+    assert finer.roi.values.tolist() == load_atlas("schaefer200").roi.values.tolist()
+    assert finer.attrs["parcellated_from"] == "schaefer100"

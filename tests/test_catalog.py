@@ -1,4 +1,4 @@
-"""The catalogue: every entry valid, every hostile one refused, every cohort found or explained."""
+"""The catalog: every entry valid, every hostile one refused, every cohort found or explained."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def entry(folder, **changes):
 def test_own_entries_by_argument_and_environment(tmp_path, monkeypatch):
     entry(tmp_path, title="Our clinic")
     assert catalog_file.load_entry("mine", tmp_path).title == "Our clinic"
-    with pytest.raises(InputError, match="found 'mine'. The catalogue has"):
+    with pytest.raises(InputError, match="found 'mine'. The catalog has"):
         catalog_file.load_entry("mine")
     monkeypatch.setenv("BHX_CATALOG", str(tmp_path))
     assert catalog_file.load_entry("mine").title == "Our clinic"
@@ -84,7 +84,7 @@ BAD_ENTRIES = {
         {"files": {"eeg": "{participant}/a.edf"}},
         "a column of files to be bold.*'eeg'",
     ),
-    "unknown field": ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+    "unknown field": ({"color": "red"}, "color: Extra inputs are not permitted"),
     "unknown access": ({"access": "stolen"}, "access: Input should be 'open'"),
     "unknown layout": ({"layout": "zip"}, "layout: Input should be"),
     "text as TR": ({"sites": {"a": "fast"}}, "sites.a: Input should be a valid number"),
@@ -117,9 +117,9 @@ def test_bad_entries_are_refused(case, tmp_path):
     [
         ("!!python/object/apply:os.system ['touch hacked']", "plain YAML .* without tags"),
         ("name: [", "plain YAML"),
-        ("- a list", "valid catalogue entry"),
-        ("", "valid catalogue entry"),
-        ("name: other", "valid catalogue entry"),
+        ("- a list", "valid catalog entry"),
+        ("", "valid catalog entry"),
+        ("name: other", "valid catalog entry"),
     ],
 )
 def test_bad_yaml_is_refused_and_never_run(text, message, tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_an_entry_must_be_named_as_its_file(tmp_path):
 
 
 def test_a_missing_folder_of_entries_is_said(tmp_path):
-    with pytest.raises(InputError, match="a folder of catalogue entries, found none"):
+    with pytest.raises(InputError, match="a folder of catalog entries, found none"):
         catalog_file.catalog_files(tmp_path / "nowhere")
 
 

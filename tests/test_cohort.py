@@ -167,7 +167,7 @@ def test_bad_cohorts_are_refused_before_anything_is_written(case, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere", "found 'nowhere'. The catalogue has"), ("no/such.zarr", "found nothing")],
+    [("nowhere", "found 'nowhere'. The catalog has"), ("no/such.zarr", "found nothing")],
 )
 def test_unknown_cohorts_are_named(name, message):
     with pytest.raises(InputError, match=message):

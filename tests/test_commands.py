@@ -19,7 +19,7 @@ import bhx
 from bhx import __main__ as commands
 from bhx.__main__ import main
 from bhx.data.catalog import catalog_files
-from bhx.encode.embed import KEEP
+from bhx.modalities.table import MODALITIES
 from bhx.model.config import PRESETS
 from bhx.train.recipes import STAGES
 
@@ -144,7 +144,8 @@ def test_help_names_choices_and_defaults(capsys):
 
 
 def test_choices_are_those_of_the_library():
-    assert set(KEEP) == set(commands.KEEP)
+    tokens = [modality.tokens for modality in MODALITIES.values()]
+    assert {*tokens, "attention"} == set(commands.KEEP)
     assert tuple(STAGES) == commands.STAGES
     assert set(PRESETS) == set(commands.PRESETS)
     assert list(catalog_files()) == commands.catalogue_names()

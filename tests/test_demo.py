@@ -43,6 +43,7 @@ def test_the_page_stands_alone(made):
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?(https?:)?//", page)
     assert page.count("Plotly.newPlot(") >= 4
     assert "not findings" in page
+    assert page.count('"modebar":{"remove":"sendChartToCloud"}') >= 4  # nothing is uploaded
 
 
 def test_made_anew_over_an_old_one_but_never_over_other_files(made, tmp_path):

@@ -26,7 +26,17 @@ ROOMS = {
     "./": ("schema",),  # what the table of modalities allows
     "data": (
         *("files", "atlas", "geometry", "derivatives", "catalog", "page", "quality"),
-        *("quality_page", "bold", "anatomy", "store", "prepare", "synthetic", "cohort", "splits"),
+        *(
+            "quality_page",
+            "bold",
+            "anatomy",
+            "store",
+            "prepare",
+            "brains",
+            "synthetic",
+            "cohort",
+            "splits",
+        ),
     ),
     "model": ("layers", "structure", "dynamics", "harmonizer", "config", "released", "checkpoints"),
     "encode": ("inputs", "model", "embed"),
@@ -50,7 +60,7 @@ AT_MOST = {"file": 400, "function": 60}  # lines of code
 # What still breaks a rule below. These lists only get shorter: nothing is added, and what has been
 # mended is deleted (the tests ask for it).
 STILL_NAME_A_MODALITY = ("data.derivatives", "show.hidden")
-STILL_LONG_FILES = ("data.synthetic",)
+STILL_LONG_FILES = ()
 STILL_LONG_FUNCTIONS = ()
 
 SOURCES = [p for room in ROOMS for p in (PACKAGE / room).glob("*.py")]

@@ -83,7 +83,7 @@ def lines(source) -> int:
     return sum(bool(line.strip()) for line in source.splitlines())
 
 
-def told(cell) -> str:
+def printed(cell) -> str:
     """What a code cell printed or showed as text."""
     found = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.outputs]
     return "".join(map("".join, found))
@@ -184,7 +184,7 @@ def test_each_exercise_has_a_check_and_a_folded_solution(name):
     assert (solutions, "".join(notebook.text).count("</details>")) == (len(found), len(found))
     for _, check, _ in found:
         assert re.search(r'(?s)\bprint\("right" if .+ else "not yet"\)$', check.source)
-        assert told(check) == "not yet\n", "unanswered, a check must say 'not yet'"
+        assert printed(check) == "not yet\n", "unanswered, a check must say 'not yet'"
 
 
 @every_notebook
@@ -228,10 +228,10 @@ def test_outputs_belong_to_the_code_and_the_weights(name):
         json.loads(path.read_text())["sha256"][:12]
         for path in checkpoints_file.SHIPPED.glob("*/config.json")
     }
-    said = told(notebook.code[-1])
-    assert re.match(rf"Python 3\.\d+.*, bhx {bhx.__version__}, torch 2\.", said)
-    assert set(re.findall(r": shipped ([0-9a-f]{12})", said)) <= shipped
-    assert len(said.splitlines()) > 1, "made_with was given nothing that it knows"
+    text = printed(notebook.code[-1])
+    assert re.match(rf"Python 3\.\d+.*, bhx {bhx.__version__}, torch 2\.", text)
+    assert set(re.findall(r": shipped ([0-9a-f]{12})", text)) <= shipped
+    assert len(text.splitlines()) > 1, "made_with was given nothing that it knows"
 
 
 @every_notebook
@@ -289,8 +289,8 @@ def references(name) -> dict:
 
 @every_notebook
 def test_checked_figures_are_the_references(name):
-    said = "".join(told(cell) for cell in read(name).code)
-    checked = re.findall(r"(?m)^figure (\S+): ok \(", said)
+    text = "".join(printed(cell) for cell in read(name).code)
+    checked = re.findall(r"(?m)^figure (\S+): ok \(", text)
     assert sorted(checked) == sorted(references(name))
     assert checked
 
@@ -360,8 +360,8 @@ def test_solutions_are_right(name, copy):
     notebook = read(name)
     solved = {id(answer): code for answer, _, code in exercises(notebook)}
     code = [solved.get(id(cell), cell.source) for cell in notebook.code]
-    said = "".join(told(cell) for cell in run(code, copy).cells)
-    assert re.findall(r"(?m)^(right|not yet)$", said) == ["right"] * len(solved)
+    text = "".join(printed(cell) for cell in run(code, copy).cells)
+    assert re.findall(r"(?m)^(right|not yet)$", text) == ["right"] * len(solved)
 
 
 OTHER_WEIGHTS = """import bhx.model.checkpoints
@@ -391,12 +391,12 @@ def test_a_changed_weight_is_noticed_in_the_first_figure(change, copy, tmp_path)
     weights = altered_weights(tmp_path / "weights", change)
     cells = [OTHER_WEIGHTS.format(str(weights)), *code[: last + 1]]
     if not change:
-        assert "figure 00/hub_on_surface: ok" in told(run(cells, copy).cells[-1])
+        assert "figure 00/hub_on_surface: ok" in printed(run(cells, copy).cells[-1])
         return
     with pytest.raises(CellExecutionError) as failed:
         run(cells, copy)
-    said = failed.value.evalue
-    assert re.match(r"figure 00/hub_on_surface: \d .+/\w+ differs by up to \S+, allowed", said)
+    message = failed.value.evalue
+    assert re.match(r"figure 00/hub_on_surface: \d .+/\w+ differs by up to \S+, allowed", message)
 
 
 def test_another_folder_and_more_threads_change_nothing(copy, monkeypatch):

@@ -1,16 +1,22 @@
-"""Laws of the trivial predictors that a pretrained model stands beside."""
+"""Laws of the simple predictors that a pretrained model stands beside."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from bhx.train.yardsticks import _axes_of_people, _from_visible, held_out_errors
 from tiny_runs import QUICK, TINY, tiny_cohort
 
 from bhx.encode.model import random_model
 from bhx.errors import InputError
-from bhx.model.dynamics import jepa_masks
+from bhx.modalities.bold import jepa_masks
 from bhx.train.log import read_log
-from bhx.train.loop import pretrain
+from bhx.train.pretrain import pretrain
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import predictors
+    from predictors import held_out_errors
 
 HELD_OUT = ["s09", "s10", "s11"]
 
@@ -90,7 +96,7 @@ def test_people_alike_but_for_one_trait_are_one_axis():
     random = np.random.default_rng(0)
     trait, pattern = random.standard_normal(8), random.standard_normal((5, 4))
     people = torch.tensor(trait[:, None, None] * pattern)
-    axes = _axes_of_people(people - people.mean(0))
+    axes = predictors._axes_of_people(people - people.mean(0))
     assert axes.shape == (1, 20)
     new = torch.tensor(2.5 * pattern).flatten()
     assert torch.allclose(axes.T @ (axes @ new), new)
@@ -98,7 +104,7 @@ def test_people_alike_but_for_one_trait_are_one_axis():
 
 def test_axes_are_orthonormal_and_fewer_than_people():
     people = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    axes = _axes_of_people(people - people.mean(0))
+    axes = predictors._axes_of_people(people - people.mean(0))
     assert len(axes) == 5
     assert torch.allclose(axes @ axes.T, torch.eye(5, dtype=torch.float64), atol=1e-9)
 
@@ -109,7 +115,7 @@ def test_last_value_and_mean_patch_are_read_off_the_visible(seed):
     parcels, patches = 7, 9
     target = torch.tensor(random.standard_normal((parcels, patches, 3)))
     keep, hide = (torch.tensor(x) for x in jepa_masks(parcels, patches, random))
-    last, mean = _from_visible(target, keep, hide)
+    last, mean = predictors._from_visible(target, keep, hide)
     seen = np.zeros((parcels, patches), bool)
     seen.flat[keep.numpy()] = True
     for at, one, other in zip(hide.tolist(), last, mean, strict=True):

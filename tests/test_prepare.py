@@ -162,7 +162,9 @@ def test_broken_subjects_are_left_out_and_named(derivatives, tmp_path):
 
 def test_nothing_usable_is_an_error_and_leaves_no_store(derivatives, tmp_path):
     rows = find_scans(derivatives).assign(bold=str(tmp_path / "nowhere.tsv"), t1="")
-    with pytest.raises(InputError, match="usable subject, found none among 6; the first: Expected"):
+    with pytest.raises(
+        InputError, match="a usable subject, found none among 6; the first: Expected"
+    ):
         prepare_file.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
     assert not (tmp_path / "c.zarr").exists()
 

@@ -57,10 +57,7 @@ def test_prescribed_packages_are_there(environment):
 
 
 def test_extras():
-    assert set(EXTRAS) == {
-        *("notebooks", "test", "book"),
-        *("assets", "umap", "interpret", "brainmarks"),
-    }
+    assert set(EXTRAS) == {*("notebooks", "test", "book"), *("assets", "umap", "brainmarks")}
 
 
 def test_version_is_said_once():
@@ -133,19 +130,19 @@ def test_wheel_works_in_another_folder(part, site, tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    home, said = done.stdout.strip().split("\n", 1)
+    home, printed = done.stdout.strip().split("\n", 1)
     assert Path(home).is_relative_to(site)
     if part == "catalogue":
-        assert Path(said) == site / "bhx" / "data_catalog"
+        assert Path(printed) == site / "bhx" / "data_catalog"
 
 
 def test_doctor_names_everything(capsys):
     assert main(["doctor"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     wanted = [bhx.__version__, "CPU cores", "GiB", "JupyterLab", "missing\n  nothing: ready"]
     wanted += [str(path) for path in bhx.folders().values()]
     wanted += list(bounds([*PROJECT["dependencies"], *EXTRAS["umap"]]) | {"torch": ""})
-    assert [w for w in wanted if w not in said and w != "pytorch"] == []
+    assert [w for w in wanted if w not in printed and w != "pytorch"] == []
 
 
 def test_doctor_without_any_package():
@@ -166,9 +163,9 @@ def test_doctor_sees_an_old_version(monkeypatch, capsys):
     old = {"torch": "2.0.1", "umap-learn": "0.1"}
     monkeypatch.setattr(doctor.metadata, "version", lambda name: old.get(name) or real(name))
     assert main(["doctor"]) == 1
-    said = capsys.readouterr().out
-    assert re.search(r"CORE: torch needs \S*>=2\.13", said)
-    assert re.search(r"umap: umap-learn needs .*\[umap\]", said)
+    printed = capsys.readouterr().out
+    assert re.search(r"CORE: torch needs \S*>=2\.13", printed)
+    assert re.search(r"umap: umap-learn needs .*\[umap\]", printed)
 
 
 def test_doctor_forgives_a_missing_extra(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from bhx.data import brains as brains_file
 from bhx.data import synthetic as synthetic_file
 from bhx.data.atlas import load_atlas
 from bhx.data.synthetic import EFFECTS, SIZES, Site, synthetic_cohort
@@ -132,8 +133,8 @@ def test_nothing_is_computed_before_it_is_read(monkeypatch):
     def computed_too_early(*_, **__):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(synthetic_file, "_bold", computed_too_early)
-    monkeypatch.setattr(synthetic_file, "_t1", computed_too_early)
+    monkeypatch.setattr(synthetic_file, "simulate_bold", computed_too_early)
+    monkeypatch.setattr(synthetic_file, "simulate_t1", computed_too_early)
     cohort = synthetic_cohort(3)
     with pytest.raises(AssertionError, match="computed"):
         cohort.bold[0].compute()
@@ -233,7 +234,7 @@ def test_cortex_is_lost_with_age():
     with_age, without = (
         computed(30, "t1", effects=each, sites=["A"]) for each in (only(age=1), False)
     )
-    template = synthetic_file._template(4.0)
+    template = brains_file._template(4.0)
     grey = float(template["cortex"].sum() / template["image"].sum())
     signal = with_age.t1.sum(("x", "y", "z")) / without.t1.sum(("x", "y", "z"))
     loss = -np.polyfit(with_age.age / 10, signal, 1)[0]
@@ -263,12 +264,12 @@ def test_men_have_larger_heads(clean, none):
 
 def test_couplings_change_by_exactly_what_was_planted():
     """Ratios of ratios of the model's coupling: the common normalisation falls out."""
-    brain = synthetic_file._group_brain("schaefer100")
+    brain = brains_file._group_brain("schaefer100")
     row = synthetic_file._participant(
         1, 0, (synthetic_file.SITES["A"],), dict.fromkeys(EFFECTS, 1.0), 0, 0
     )[0]
     on, off = (
-        synthetic_file._coupling(row, brain, dict.fromkeys(EFFECTS, size)) for size in (1.0, 0.0)
+        brains_file._coupling(row, brain, dict.fromkeys(EFFECTS, size)) for size in (1.0, 0.0)
     )
     change = np.log(np.divide(on, off, where=off > 0, out=np.ones_like(on)))
     network = load_atlas("schaefer100").network.values

@@ -122,7 +122,7 @@ def test_settings_out_of_range_are_refused_by_name(setting, value):
 def test_unknown_settings_and_stages_are_refused():
     with pytest.raises(InputError, match="found learning_rate"):
         recipe("dynamics", learning_rate=1e-3)
-    with pytest.raises(InputError, match="structure, dynamics, harmonizer"):
+    with pytest.raises(InputError, match="'structure', 'dynamics', 'harmonizer'"):
         recipe("fusion")
 
 

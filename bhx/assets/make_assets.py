@@ -54,12 +54,12 @@ def main():
 def atlas_arrays(scale, labels, twin, modes, sphere) -> dict:
     connectome = read_table(f"matrices/main_group/schaefer_{scale}_mean_connectivity_matrix.csv")
     connectome = connectome.astype(np.float16)  # as shipped, so the gradients can be repeated
-    centre = parcel_means(sphere, labels, scale)
+    center = parcel_means(sphere, labels, scale)
     return {
         "harmonics": parcel_means(modes, labels, scale).astype(np.float32),
         "gradients": gradients(connectome, N_GRADIENTS).astype(np.float32),
         "connectome": connectome[np.triu_indices(scale, 1)],
-        "sphere": (centre / np.linalg.norm(centre, axis=1, keepdims=True)).astype(np.float32),
+        "sphere": (center / np.linalg.norm(center, axis=1, keepdims=True)).astype(np.float32),
         "labels_fslr32k": labels,
         "labels_fsaverage5": labels[twin],
     }
@@ -118,7 +118,7 @@ def middle_surface(hemi) -> np.ndarray:
 
 
 def smoothed(values, faces) -> np.ndarray:
-    """Averaged over each vertex and its neighbours, SMOOTHING times."""
+    """Averaged over each vertex and its neighbors, SMOOTHING times."""
     near = adjacency(faces, len(values)) + sparse.eye_array(len(values))
     near = sparse.diags_array(1 / near.sum(axis=1)) @ near
     for _ in range(SMOOTHING):
@@ -134,7 +134,8 @@ def agreement(labels) -> float:
 
 
 def sample_arrays(labels) -> dict:
-    runs = [nibabel.load(brainspace_file(f"preprocessing/{SCAN}.fsa5.{h}h.mgz")) for h in "lr"]
+    paths = [brainspace_file(f"preprocessing/{SCAN}.fsa5.{h}h.mgz") for h in "lr"]
+    runs = [nibabel.MGHImage.from_filename(path) for path in paths]
     halves = [np.asarray(run.dataobj).reshape(len(labels) // 2, -1) for run in runs]
     vertices = np.concatenate(halves)  # (vertex, time); vertices without data are all 0
     bold = parcel_means(vertices, np.where(vertices.any(axis=1), labels, 0), 400)

@@ -107,7 +107,7 @@ def match_names(names, atlas: xr.Dataset | str) -> list[str]:
             f", found {len(given)} names; {'; '.join(wrong)}",
             "Name the ROIs as bhx.load_atlas(name).roi does, or choose the atlas they come from",
         )
-    return found
+    return [known[name] for name in given]
 
 
 def aliases(atlas: xr.Dataset) -> dict[str, str]:
@@ -123,6 +123,11 @@ def aliases(atlas: xr.Dataset) -> dict[str, str]:
 def centroids(parcels) -> np.ndarray:
     """Where parcels lie, (roi, 3) [mm, MNI152], from the labels of an atlas or cohort."""
     return np.stack([parcels[f"mni_{axis}"].values for axis in "xyz"], 1)
+
+
+def parcel_labels(atlas) -> dict[str, np.ndarray]:
+    """Labels of parcels by name, as `bhx.schema.build_cohort` takes them."""
+    return {name: atlas[name].values for name in ("roi", *ROI_COORDS)}
 
 
 def reparcellate(cohort: xr.Dataset, atlas: str) -> xr.Dataset:
@@ -143,11 +148,11 @@ def reparcellate(cohort: xr.Dataset, atlas: str) -> xr.Dataset:
     for name, v in cohort.data_vars.items():
         if "roi" not in v.dims:
             continue
-        old = v.drop_vars([c for c in v.coords if "roi" in v[c].dims])
-        measured = xr.dot(old.notnull().astype("float32"), share, dim="roi")
-        mean = xr.dot(old.fillna(0), share, dim="roi") / measured.where(measured >= 0.5)
+        bare = v.drop_vars([c for c in v.coords if "roi" in v[c].dims])
+        measured = xr.dot(bare.notnull().astype("float32"), share, dim="roi")
+        mean = xr.dot(bare.fillna(0), share, dim="roi") / measured.where(measured >= 0.5)
         out[name] = mean.rename(roi_new="roi").transpose(*v.dims).astype("float32")
-    coords = {c: ("roi", new[c].values) for c in ("roi", *ROI_COORDS)}
+    coords = {name: ("roi", values) for name, values in parcel_labels(new).items()}
     attrs = {"atlas": atlas, "parcellated_from": cohort.attrs["atlas"]}
     return cohort.drop_dims("roi").assign(out).assign_coords(coords).assign_attrs(attrs)
 

@@ -17,7 +17,7 @@ from scipy import ndimage
 from scipy.sparse import csr_array
 
 from bhx.data.atlas import aliases, centroids, load_atlas, match_names
-from bhx.data.files import check_affine, check_file, check_space, reader_of, reading
+from bhx.data.files import attempt, check_affine, check_file, check_space, reader_of, reading
 from bhx.data.quality import check_bold_quality
 from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD, check_tr
@@ -220,9 +220,7 @@ def _take_parcels(names, values, atlas, order, path):
     if names is None or all(re.fullmatch(numbered, name) for name in names):
         if order is None:
             fact = f"Expected parcel names in {path.name}, found none"
-            raise InputError(
-                fact, "Give the order of its columns: order='7networks' or '17networks'"
-            )
+            raise InputError(fact, "Give the order of its columns, such as order='7networks'")
         names = load_atlas(atlas.attrs["atlas"], order).roi.values
         names = _names_by_label(atlas) if order == "7networks" else names
         if len(names) != len(values):
@@ -267,18 +265,14 @@ def fetch_labels(atlas: str) -> Path:
     from nilearn.datasets import fetch_atlas_schaefer_2018
 
     n = int(re.sub(r"\D", "", atlas))
-    try:
+    help = "Give an image with labels=, or use CIFTI, surfaces or tables, which need none"
+    with attempt("to fetch Schaefer's label image", help):
         fetched = fetch_atlas_schaefer_2018(n, 7, 2, data_dir=folders()["cache"], verbose=0)
-    except Exception as error:
-        raise InputError(
-            f"Expected to fetch Schaefer's label image, found {type(error).__name__}: {error}",
-            "Give an image with labels=, or use CIFTI, surfaces or tables, which need none",
-        ) from error
     return Path(fetched.maps)
 
 
 def _labels_on(image, atlas, labels, path):
-    """The label of each voxel of an image (nearest neighbour), and the parcels' names."""
+    """The label of each voxel of an image (nearest neighbor), and the parcels' names."""
     from nilearn.image import resample_to_img
 
     if labels is None:
@@ -304,7 +298,7 @@ def _labels_on(image, atlas, labels, path):
 
 
 def _check_label_image(numbers, affine, parcels, file):
-    """The numbers must be the atlas's: each parcel's centre lies near its published one."""
+    """The numbers must be the atlas's: each parcel's center lies near its published one."""
     n = parcels.sizes["roi"]
     if numbers.max() > n:
         fact = f"Expected labels 1 to {n} in {file.name}, found {numbers.max():.0f}"
@@ -315,11 +309,9 @@ def _check_label_image(numbers, affine, parcels, file):
     distance = np.linalg.norm(nib.affines.apply_affine(affine, middle) - published, axis=1)
     far = np.median(distance)
     if far > 10:
-        raise InputError(
-            f"Expected labels of {file.name} where {parcels.attrs['atlas']} has them, found them "
-            f"{far:.0f} mm away (median)",
-            "Give labels in MNI152 space numbered in the 7-network order",
-        )
+        fact = f"Expected labels of {file.name} where {parcels.attrs['atlas']} has them, found "
+        help = "Give labels in MNI152 space numbered in the 7-network order"
+        raise InputError(f"{fact}them {far:.0f} mm away (median)", help)
 
 
 # --- repetition time, motion, denoising -----------------------------------------------------------
@@ -341,7 +333,7 @@ def read_tr(path, header_tr: float | None = None, given: float | None = None) ->
         if abs(value - tr) > 1e-3 * max(abs(tr), 1e-3):
             fact = f"Expected one repetition time for {path.name}, found {tr:g} s in {first} and "
             fact += f"{value:g} s in {place}"
-            raise InputError(fact, "Correct the one that is wrong: the sidecar or the call")
+            raise InputError(fact, "Correct the wrong one")
     check_tr(tr, [path.name])
     return tr
 

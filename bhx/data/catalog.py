@@ -1,4 +1,4 @@
-"""Where cohorts come from: the catalogue's entries and their terms, and the files in a folder.
+"""Where cohorts come from: the catalog's entries and their terms, and the files in a folder.
 
 No scan is read here; what is fetched is fetched by nilearn.
 """
@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bhx.data.derivatives import find_scans, join_phenotypes
-from bhx.data.files import file_columns
+from bhx.data.files import attempt, file_columns
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.table import modality
 from bhx.settings import PACKAGE
@@ -71,7 +71,7 @@ class Fetch(Strict):
 
 
 class Entry(Strict):
-    """One cohort of the catalogue."""
+    """One cohort of the catalog."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     title: str
@@ -101,7 +101,7 @@ class Entry(Strict):
 
 
 def catalog_table(catalog: str | Path | None = None) -> pd.DataFrame:
-    """Every entry of the catalogue, validated, as the table of data_catalog/README.md."""
+    """Every entry of the catalog, validated, as the table of data_catalog/README.md."""
     how = {"nilearn": "fetched", "derivatives": "by hand", "files": "by hand"}
     rows = [
         {
@@ -119,7 +119,7 @@ def catalog_table(catalog: str | Path | None = None) -> pd.DataFrame:
 
 
 def load_entry(name: str, catalog: str | Path | None = None) -> Entry:
-    """The catalogue entry of one cohort.
+    """The catalog entry of one cohort.
 
     Parameters
     ----------
@@ -133,8 +133,8 @@ def load_entry(name: str, catalog: str | Path | None = None) -> Entry:
     """
     files = catalog_files(catalog)
     if name not in files:
-        fact = f"Expected a cohort of the catalogue or the path of a store, found '{name}'"
-        raise InputError(fact, f"The catalogue has {listed(sorted(files), 30)}")
+        fact = f"Expected a cohort of the catalog or the path of a store, found '{name}'"
+        raise InputError(fact, f"The catalog has {listed(sorted(files), 30)}")
     return read_entry(files[name])
 
 
@@ -142,32 +142,30 @@ def catalog_files(catalog: str | Path | None = None) -> dict[str, Path]:
     """Every entry's file by its name; entries of the user's own folder come first."""
     own = catalog or os.environ.get(USER_FOLDER)
     if own and not Path(own).is_dir():
-        fact = f"Expected a folder of catalogue entries, found none at {own}"
+        fact = f"Expected a folder of catalog entries, found none at {own}"
         raise InputError(fact, f"Create it, or name another with catalog= or {USER_FOLDER}")
     folders = [shipped_folder(), *([Path(own)] if own else [])]
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def shipped_folder() -> Path:
-    """The catalogue that travels with bhx: inside an installed wheel, else beside the package."""
+    """The catalog that travels with bhx: inside an installed wheel, else beside the package."""
     inside = PACKAGE / "data_catalog"
     return inside if inside.is_dir() else PACKAGE.parent / "data_catalog"
 
 
 def read_entry(file: Path) -> Entry:
     """Read and validate one entry."""
+    help = "Use mappings, lists, text and numbers only, without tags"
+    with attempt(f"plain YAML in {file}", help):
+        content = yaml.safe_load(Path(file).read_text(encoding="utf8"))
     try:
-        entry = Entry.model_validate(yaml.safe_load(Path(file).read_text(encoding="utf8")))
-    except yaml.YAMLError as error:
-        raise InputError(
-            f"Expected plain YAML in {file}, found {str(error).splitlines()[0]}",
-            "Use mappings, lists, text and numbers only, without tags",
-        ) from error
+        entry = Entry.model_validate(content)
     except ValidationError as error:
         found = error.errors()[0]
         where = ".".join(map(str, found["loc"])) or "the entry"
-        fact = f"Expected a valid catalogue entry in {file}, found {where}: {found['msg']}"
-        raise InputError(fact, "See data_catalog/README.md for the fields") from error
+        fact = f"Expected a valid catalog entry in {file}, found {where}: {found['msg']}"
+        raise InputError(fact, "Write that field as data_catalog/README.md says") from error
     if entry.name != Path(file).stem:
         fact = f"Expected the entry '{Path(file).stem}' in {file}, found the name '{entry.name}'"
         raise InputError(fact, "Give the file the entry's name")
@@ -175,7 +173,7 @@ def read_entry(file: Path) -> Entry:
 
 
 def entry_rows(entry: Entry, data_folder: Path) -> pd.DataFrame:
-    """The scans of a catalogue entry as rows for `prepare`: fetched, or found where they belong.
+    """The scans of a catalog entry as rows for `prepare`: fetched, or found where they belong.
 
     Raises
     ------
@@ -196,13 +194,9 @@ def _fetched(entry, data_folder):
     from nilearn import datasets
 
     how = entry.fetch
-    try:
+    help = f"Try again with a network connection, or download it by hand from {entry.homepage}"
+    with attempt(f"to fetch {entry.title}", help):
         found = getattr(datasets, how.function)(data_dir=data_folder, **how.options)
-    except Exception as error:
-        raise InputError(
-            f"Expected to fetch {entry.title}, found {type(error).__name__}: {error}",
-            f"Try again with a network connection, or download it by hand from {entry.homepage}",
-        ) from error
     rows = pd.DataFrame(found["phenotypic"]).reset_index(drop=True)
     named = pd.DataFrame({"subject": rows[how.id].astype(str)})
     named["participant"] = named["subject"]
@@ -232,10 +226,8 @@ def _by_pattern(entry, folder):
             found.setdefault(who, {}).setdefault(column, str(file))
     rows = [{"subject": who, "participant": who, **files} for who, files in sorted(found.items())]
     if not rows:
-        raise InputError(
-            f"Expected files such as {next(iter(entry.files.values()))} in {folder}, found none",
-            " ".join(entry.steps),
-        )
+        fact = f"Expected files such as {next(iter(entry.files.values()))} in {folder}, found none"
+        raise InputError(fact, " ".join(entry.steps))
     table = folder / "participants.tsv"
     rows = pd.DataFrame(rows).fillna("")
     return join_phenotypes(rows, table) if table.is_file() else rows

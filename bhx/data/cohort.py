@@ -1,4 +1,4 @@
-"""A cohort: opened from the catalogue or a store, saved, cut into scans and splits.
+"""A cohort: opened from the catalog or a store, saved, cut into scans and splits.
 
 Data stay lazy (Dask) until somebody computes them; labels are in memory.
 """
@@ -14,14 +14,14 @@ import numpy as np
 import xarray as xr
 
 from bhx.data.anatomy import read_template_t1
-from bhx.data.atlas import load_atlas, load_sample
+from bhx.data.atlas import load_atlas, load_sample, parcel_labels
 from bhx.data.catalog import catalog_files, entry_rows, load_entry
 from bhx.data.prepare import prepare
 from bhx.data.store import open_store
 from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD
 from bhx.modalities.t1 import ANATOMY, T1_SHAPE, coarsen_t1
-from bhx.schema import ROI_COORDS, build_cohort, check
+from bhx.schema import build_cohort, check
 from bhx.settings import folders
 
 
@@ -30,9 +30,9 @@ def open_cohort(name_or_path, *, catalog=None, voxel_mm=None) -> xr.Dataset:
 
     Parameters
     ----------
-    name_or_path : name of a catalogue entry ("synthetic", "abide1", ...), path of a zarr store, or
+    name_or_path : name of a catalog entry ("synthetic", "abide1", ...), path of a zarr store, or
         a folder of derivatives, which is prepared into bhx's cache folder first (see `prepare`)
-    catalog : folder with catalogue entries of your own
+    catalog : folder with catalog entries of your own
     voxel_mm : average the T1 to voxels of this size [mm]; as stored by default
 
     Returns
@@ -84,7 +84,7 @@ def scan(cohort: xr.Dataset, subject) -> xr.DataArray:
 
 
 def _open_entry(entry):
-    """A cohort of the catalogue: made, or fetched or found and then prepared."""
+    """A cohort of the catalog: made, or fetched or found and then prepared."""
     from bhx.data.synthetic import synthetic_cohort
 
     if entry.layout == "synthetic":
@@ -98,7 +98,7 @@ def _open_entry(entry):
 
 def _prepared(name, source, **options):
     """A folder or table, prepared into the cache folder."""
-    place = str(Path(source).resolve()) if isinstance(source, Path) else "catalogue"
+    place = str(Path(source).resolve()) if isinstance(source, Path) else "catalog"
     key = hashlib.sha256(place.encode()).hexdigest()[:8]
     return prepare(source, folders()["cache"] / f"{name}-{key}.zarr", **options)
 
@@ -125,6 +125,6 @@ def _open_sample(entry):
     return build_cohort(
         {BOLD.name: bold, ANATOMY.name: t1},
         subject,
-        {name: atlas[name].values for name in ("roi", *ROI_COORDS)},
+        parcel_labels(atlas),
         {"atlas": "schaefer400", **about, "preprocessing": real.attrs["preprocessing"]},
     )

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from bhx.data.atlas import load_atlas
+from bhx.data.files import attempt
 from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD
 from bhx.modalities.t1 import ANATOMY
@@ -62,11 +63,9 @@ def find_scans(folder, *, task: str = "rest", phenotypes=None) -> pd.DataFrame:
     rows = rows.fillna("").sort_values(RUN).reset_index(drop=True)
     if rows.empty:
         tasks = sorted({*files.task[files.kind == RUN_FILE]})
-        raise InputError(
-            f"Expected BOLD of task-{task} or T1 in MNI152 space below {folder}, found tasks: "
-            f"{listed(tasks) or 'none'}",
-            "Name another task, or run the pipeline with --output-spaces MNI152NLin6Asym",
-        )
+        fact = f"Expected BOLD of task-{task} or T1 in MNI152 space below {folder}, found tasks: "
+        help = "Name another task, or run the pipeline with --output-spaces MNI152NLin6Asym"
+        raise InputError(fact + (listed(tasks) or "none"), help)
     runs = rows[RUN].to_dict("records")
     rows.insert(0, "subject", ["/".join(f"{k}-{v}" for k, v in run.items() if v) for run in runs])
     rows["sub"] = "sub-" + rows["sub"]
@@ -97,10 +96,9 @@ def join_phenotypes(scans: pd.DataFrame, phenotypes) -> pd.DataFrame:
     people = phenotypes.assign(participant_id=phenotypes["participant_id"].astype(str).str.strip())
     bare = people["participant_id"].str.removeprefix("sub-")
     if bare.duplicated().any():
-        raise InputError(
-            f"Expected one line a participant, found several for {listed(bare[bare.duplicated()])}",
-            "Keep one line, and give what changes between sessions in a table of scans",
-        )
+        twice = listed(bare[bare.duplicated()])
+        fact = f"Expected one line a participant, found several for {twice}"
+        raise InputError(fact, "Keep one, and give what differs between scans in a table of scans")
     taken = {*scans.columns, *reserved()} & {*people.columns}
     if taken:
         fact = f"Expected columns that bhx does not use itself, found {listed(sorted(taken))}"
@@ -108,24 +106,19 @@ def join_phenotypes(scans: pd.DataFrame, phenotypes) -> pd.DataFrame:
     people = people.drop(columns="participant_id").set_index(bare)
     key = scans["participant"].str.removeprefix("sub-")
     if not key.isin(people.index).any():
-        raise InputError(
-            f"Expected phenotypes of these participants, found ids like {listed(people.index, 3)} "
-            f"for participants like {listed(key, 3)}",
-            "Write the ids in both as the folders do, with or without sub-",
-        )
-    joined = people.reindex(key)
-    return pd.concat([scans, joined.set_index(scans.index)], axis=1)
+        found = f"ids like {listed(people.index, 3)} for participants like {listed(key, 3)}"
+        fact = f"Expected phenotypes of these participants, found {found}"
+        raise InputError(fact, "Write the ids in both as the folders do, with or without sub-")
+    return pd.concat([scans, people.reindex(key).set_index(scans.index)], axis=1)
 
 
 def read_participants(path) -> pd.DataFrame:
     """A table of participants; "n/a" and empty cells are missing."""
     options = {"dtype": {"participant_id": str}, "na_values": ["n/a", "N/A"]}
     separator = "," if ".csv" in Path(path).name else "\t"
-    try:
+    help = "Write it as UTF-8 text with one line of column names"
+    with attempt(f"a table of participants in {path}", help):
         return pd.read_csv(path, sep=separator, encoding="utf-8-sig", **options)
-    except Exception as error:
-        fact = f"Expected a table of participants in {path}, found {type(error).__name__}: {error}"
-        raise InputError(fact, "Write it as UTF-8 text with one line of column names") from error
 
 
 def _described(file):

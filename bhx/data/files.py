@@ -72,46 +72,45 @@ def check_affine(image, path) -> None:
     """Refuse an image whose voxel axes are not the world's, or whose two affines disagree."""
     affine, name = image.affine, Path(path).name
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        raise InputError(
-            f"Expected an invertible affine in {name}, found {affine[:3]}",
-            "Write the image again with the affine of the file it was made from",
-        )
+        fact = f"Expected an invertible affine in {name}, found {affine[:3]}"
+        raise InputError(fact, "Write it again with the affine of the file it was made from")
     steps = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     if (np.abs(steps).max(0) < 0.999).any():
         angle = np.degrees(np.arccos(np.abs(steps).max(0).min()))
-        raise InputError(
-            f"Expected axes along the world's in {name}, found them oblique by {angle:.0f} degrees",
-            "Images in MNI152 space are never oblique: resample it to MNI152",
-        )
+        found = f"them oblique by {angle:.0f} degrees"
+        fact = f"Expected axes along the world's in {name}, found {found}"
+        raise InputError(fact, "Resample it to MNI152 space, in which images are never oblique")
     if not hasattr(image.header, "get_qform"):
         return
     (q, q_code), (s, s_code) = image.get_qform(coded=True), image.get_sform(coded=True)
     if q_code and s_code and np.abs(q - s).max() > 1:
-        fact = f"Expected one orientation in {name}, found a qform and an sform that differ by "
-        fact += f"{np.abs(q - s).max():.0f} mm"
-        raise InputError(fact, "One of them may flip left and right: keep the right one in both")
+        found = f"a qform and an sform that differ by {np.abs(q - s).max():.0f} mm"
+        fact = f"Expected one orientation in {name}, found {found}"
+        raise InputError(fact, "Keep the right one in both: the other may flip left and right")
 
 
 def check_space(path):
     """Refuse a file whose name says a space other than MNI152."""
     space = re.search(r"space-([a-zA-Z0-9]+)", Path(path).name)
     if space and not space[1].startswith(("MNI", "mni")):
-        raise InputError(
-            f"Expected an image in MNI152 space, found space-{space[1]} in {Path(path).name}",
-            "Take the one of --output-spaces MNI152NLin6Asym (fMRIPrep, sMRIPrep)",
-        )
+        fact = f"Expected an image in MNI152 space, found space-{space[1]} in {Path(path).name}"
+        raise InputError(fact, "Take that of fMRIPrep's --output-spaces MNI152NLin6Asym")
 
 
 @contextmanager
-def reading(path, what):
-    """Whatever goes wrong while a file is read is said with the file's name."""
+def attempt(what: str, help: str):
+    """Report whatever goes wrong inside as InputError: "Expected `what`, found ..."."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        kind, found = type(error).__name__, (str(error).splitlines() or ["no reason"])[0][:200]
-        raise InputError(
-            f"Expected to read {what} from {Path(path).name}, found {kind}: {found}",
-            "The file may be damaged or of another kind: copy or convert it again",
-        ) from error
+        reason = (str(error).splitlines() or ["no reason"])[0][:200]
+        fact = f"Expected {what}, found {type(error).__name__}: {reason}"
+        raise InputError(fact, help) from error
+
+
+def reading(path, what: str):
+    """Report whatever goes wrong while `what` is read from a file, with the file's name."""
+    help = "Copy or convert the file again: it may be damaged or of another kind"
+    return attempt(f"to read {what} from {Path(path).name}", help)

@@ -57,7 +57,7 @@ def spins(sphere, hemi, n: int, seed: int) -> np.ndarray:
 
     Parameters
     ----------
-    sphere : array (roi, 3), the parcels' centres on the spherical surface (`atlas.sphere`)
+    sphere : array (roi, 3), the parcels' centers on the spherical surface (`atlas.sphere`)
     hemi : array (roi,) of "L" or "R"
     n : number of rotations
     seed : the same seed gives the same spins; each uses every parcel once
@@ -102,7 +102,7 @@ def _checked_mesh(coords, faces, mask):
         raise InputError(f"{fact}{faces.shape}", "Pass the mesh as coords, faces")
     if len(bad := np.flatnonzero(~np.isfinite(coords).all(1))):
         fact = f"Expected finite coordinates, found NaN or infinity at vertex {listed(bad)}"
-        raise InputError(fact, "Repair the mesh or read the file again")
+        raise InputError(fact, "Give coordinates to every vertex, or read the file again")
     n, whole = len(coords), np.issubdtype(faces.dtype, np.integer) and faces.size > 0
     if not whole or faces.min() < 0 or faces.max() >= n:
         found = f"{faces.min()} to {faces.max()}" if faces.size else "no triangle"

@@ -18,11 +18,11 @@ import xarray as xr
 import zarr
 
 import bhx.data.anatomy  # noqa: F401 - registers its reader
-from bhx.data.atlas import load_atlas
+from bhx.data.atlas import load_atlas, parcel_labels
 from bhx.data.bold import fetch_labels, is_volume
 from bhx.data.catalog import catalog_files, entry_rows, load_entry
 from bhx.data.derivatives import find_scans
-from bhx.data.files import READERS, file_columns, readable
+from bhx.data.files import READERS, attempt, file_columns, readable
 from bhx.data.store import (
     count_written,
     create_store,
@@ -37,7 +37,7 @@ from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD
 from bhx.modalities.t1 import ANATOMY
 from bhx.modalities.table import MODALITIES
-from bhx.schema import ROI_COORDS, build_cohort, dims_of
+from bhx.schema import build_cohort, dims_of
 from bhx.settings import folders
 
 DENOISING = {"strategy": "simple"}
@@ -89,13 +89,8 @@ def read_scan(
         data.append(values.rename(modality.variable))
         facts |= more
         warnings += odd
-    try:
+    with attempt("the same labels on a dim of all files of a row", "Give them the same parcels"):
         merged = xr.merge(data, compat="override", join="exact", combine_attrs="drop")
-    except ValueError as error:
-        fact = "Expected the same labels on the dims of all files of a row, found "
-        raise InputError(
-            fact + str(error).splitlines()[0], "Give the files the same parcels"
-        ) from error
     return merged.assign_attrs(facts), warnings
 
 
@@ -124,7 +119,7 @@ def prepare(
 
     Parameters
     ----------
-    source : folder (see `bhx.find_scans`); catalogue entry, whose own options go before these;
+    source : folder (see `bhx.find_scans`); catalog entry, whose own options go before these;
         or a DataFrame with `subject`, `participant` and the paths `bold`, `confounds`, `t1`,
         `t1_mask` and those of other modalities (each optional), `tr` [s], and any labels
     out : path of the zarr store, new or made with the same options
@@ -160,11 +155,9 @@ def prepare(
         parts = {row["subject"]: _part(folder, row, made_by) for row in rows}
         refused = _stage(rows, parts, made_by, workers, client)
         if not have and len(refused) == len(rows):
-            raise InputError(
-                f"Expected at least one usable subject, found none among {len(rows)}; the first: "
-                f"{next(iter(refused.values()))}",
-                "Correct what this reason names, and prepare again",
-            )
+            first = next(iter(refused.values()))
+            fact = f"Expected a usable subject, found none among {len(rows)}; the first: {first}"
+            raise InputError(fact, "Correct what this reason names, and prepare again")
         parts = {subject: part for subject, part in parts.items() if subject not in refused}
         about = {"source": "table", "preprocessing": json.dumps(made_by), **(attrs or {})}
         if parts:
@@ -293,8 +286,8 @@ def _labels_of(parts, attrs):
         rows.append(about["labels"])
         for dim, names in about["dims"].items():
             if dims.setdefault(dim, names) != names:
-                fact = f"Expected the same labels on '{dim}' in every scan, found others in "
-                fact += about["labels"]["subject"]
+                one = about["labels"]["subject"]
+                fact = f"Expected the same labels on '{dim}' in every scan, found others in {one}"
                 raise InputError(fact, "Prepare scans of different atlases into different stores")
         for name, shape in about["shapes"].items():
             shapes[name] = np.maximum(shapes.get(name, shape), shape).tolist()
@@ -314,8 +307,7 @@ def _labels_of(parts, attrs):
     atlas = json.loads(attrs["preprocessing"])["atlas"]
     roi = {"roi": dims.pop("roi")} if "roi" in dims else {}
     if roi and atlas:
-        parcels = load_atlas(atlas).sel(roi=roi["roi"])
-        roi |= {name: parcels[name].values for name in ROI_COORDS}
+        roi = parcel_labels(load_atlas(atlas).sel(roi=roi["roi"]))
     new = build_cohort(data, subject, roi, {"atlas": atlas or "", **attrs})
     return new.assign_coords(dims)
 

@@ -48,15 +48,13 @@ def check_bold_quality(
     without = lost | flat | sparse
     coverage = 1 - without.mean()
     if coverage < MIN_COVERAGE:
-        raise InputError(
-            f"Expected signal in at least {MIN_COVERAGE:.0%} of the parcels of {name}, found it "
-            f"in {coverage:.0%}; NaN: {lost.sum()}, constant: {flat.sum()}, hardly in the field of "
-            f"view: {sparse.sum()}",
-            "Look at the scan's field of view, its space and its mask; leave it out if they are so",
-        )
+        fact = f"Expected signal in at least {MIN_COVERAGE:.0%} of the parcels of {name}, found it "
+        fact += f"in {coverage:.0%}; NaN: {lost.sum()}, constant: {flat.sum()}, hardly in the "
+        fact += f"field of view: {sparse.sum()}"
+        raise InputError(fact, "Correct its space or mask, or leave this scan out")
     out = bold.copy(data=np.where(without[:, None], 0, values))
     if better := better_order(out):
-        fact = f"Expected parcels in the order of their names in {name}, found left and right "
+        fact = f"Expected parcels in the order their names say in {name}, found left and right "
         fact += f"partners that correlate far better in {better}"
         raise InputError(fact, "Correct the names, or give the order of a table without names")
     out = out.astype("float32")
@@ -115,7 +113,7 @@ def better_order(bold: xr.DataArray) -> str:
         rank = bold.label17.values - 1
         orders |= {"the 17-network order": rank, "the 7-network order": np.argsort(rank)}
     found = {name: homotopy(bold.copy(data=bold.values[rows])) for name, rows in orders.items()}
-    best = max(found, key=found.get)
+    best = max(found, key=lambda name: found[name])
     clear = found[best] > max(ORDER_HOMOTOPY, homotopy(bold) + ORDER_MARGIN)
     return best if clear else ""
 
@@ -142,12 +140,10 @@ def check_t1_quality(t1: np.ndarray, template: np.ndarray, name: str = "a T1") -
     turned = {"back to front": np.flip(t1, 1), "upside down": np.flip(t1, 2)}
     better = [how for how, volume in turned.items() if likeness(volume) > r]
     if r < MIN_TEMPLATE_R or brain < BRAIN_ML[0] or better:
-        raise InputError(
-            f"Expected {name} in MNI152 space, found a correlation of {r:.2f} with the template "
-            f"(at least {MIN_TEMPLATE_R}) and {brain:.0f} ml of brain"
-            + "".join(f"; {how} it fits better" for how in better),
-            "Register it to MNI152 first, for instance with fMRIPrep or sMRIPrep",
-        )
+        fact = f"Expected {name} in MNI152 space, found a correlation of {r:.2f} with the template "
+        fact += f"(at least {MIN_TEMPLATE_R}) and {brain:.0f} ml of brain"
+        fact += "".join(f"; {how} it fits better" for how in better)
+        raise InputError(fact, "Register it to MNI152, for instance with fMRIPrep or sMRIPrep")
     covered = (inside & (template > 0)).sum() / (template > 0).sum()
     warnings = []
     if r < LOW_TEMPLATE_R:

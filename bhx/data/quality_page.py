@@ -37,7 +37,7 @@ def quality_page(cohort: xr.Dataset, path, *, pictures: int = 12) -> Path:
     table = _ranked(cohort)
     ranked = cohort.get_index("subject").get_indexer(table.index[:pictures])
     facts = {n: cohort.attrs.get(n, "") for n in ("source", "atlas", "preprocessing", "licence")}
-    has = (f"{who_has(cohort, name).sum()} with {name}" for name in cohort.data_vars)
+    has = (f"{who_has(cohort, name).sum()} with {name}" for name in map(str, cohort.data_vars))
     facts["rows"] = ", ".join([str(len(table)), *has])
     facts["participants"] = len(np.unique(cohort.participant))
     facts["with warnings"] = int((table["warnings"] != "").sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ def split(
     cohort: xr.Dataset,
     *,
     shares: dict[str, float] | None = None,
-    stratify: str | list[str] = (),
+    stratify: str | Sequence[str] = (),
     leave_out: str | None = None,
     repeats: int = 1,
     seed: int = 0,
@@ -98,7 +98,7 @@ def split(
         kept = {i: cut(people, shares, seed + i, strata) for i in range(repeats)}
     if path is not None:
         parts = {"repeat": [*kept], "part": [part.tolist() for part in kept.values()]}
-        parts |= {"subject": cohort.subject.values.tolist(), "made_by": made_by}
+        parts = {**parts, "subject": cohort.subject.values.tolist(), "made_by": made_by}
         Path(path).write_text(json.dumps(parts, indent=1, default=str), encoding="utf8")
     coords = {"repeat": [*kept], "subject": cohort.subject.values}
     return xr.DataArray(np.stack([*kept.values()]), coords, ("repeat", "subject"), "part", made_by)
@@ -132,12 +132,10 @@ def _kept(path, made_by):
     """A kept split, when it was made from these subjects with these options."""
     kept = json.loads(Path(path).read_text(encoding="utf8"))
     for name, value in made_by.items():
-        if kept["made_by"].get(name) != value:
-            raise InputError(
-                f"Expected the split in {path} to be made with {name}={value}, found "
-                f"{kept['made_by'].get(name)}",
-                "Give the same subjects and options, or another path for a new split",
-            )
+        found = kept["made_by"].get(name)
+        if found != value:
+            fact = f"Expected the split in {path} to be made with {name}={value}, found {found}"
+            raise InputError(fact, "Give the same subjects and options, or another path")
     return dict(zip(kept["repeat"], map(np.array, kept["part"]), strict=True))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,7 +64,8 @@ def create_store(dataset: xr.Dataset, path, *, half=(), sharded: bool = True) ->
     """
     from zarr.codecs import BloscCodec
 
-    encoding, empty = {}, {}
+    encoding: dict[Hashable, dict] = {}
+    empty = {}
     for name, v in dataset.data_vars.items():
         dtype = v.dtype if v.dtype.kind != "f" else "float16" if name in half else "float32"
         chunk = (1, *(max(n, 1) for n in v.shape[1:]))
@@ -138,9 +139,8 @@ def extend_store(new: xr.Dataset, path) -> None:
     surplus = {*new.coords, *new.data_vars} - {*group.array_keys()}
     if surplus:
         fact = f"Expected new subjects with the labels of {path}, found also "
-        raise InputError(
-            fact + listed(sorted(surplus)), "Prepare all subjects together into a new store"
-        )
+        fact += listed(sorted(surplus))
+        raise InputError(fact, "Prepare all subjects together into a new store")
     for dim in {*new.dims} - {"subject", "time"}:
         if dim in new.coords and group[dim][:].tolist() != new[dim].values.tolist():
             fact = f"Expected the labels of {path} on '{dim}', found others in the new subjects"

@@ -287,7 +287,8 @@ def _block(rows: xr.Dataset, options, like):
     for i, one in enumerate(done):
         for name, values in one.items():
             if name in out:
-                out[name][(i, *map(slice, values.shape))] = values
+                at: tuple = (i, *map(slice, values.shape))
+                out[name][at] = values
             if name == BOLD.tokens and "valid" in out:
                 there = np.isfinite(values[..., 0]).any(0)
                 out["valid"][i, : len(there)] = there

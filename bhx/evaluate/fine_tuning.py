@@ -12,7 +12,7 @@ import tempfile
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -31,35 +31,27 @@ from bhx.train.dataset import Samples
 from bhx.train.log import read_log
 from bhx.train.loop import Run, read_whole
 from bhx.train.objectives import LabelObjective, digest
-from bhx.train.recipes import Rate, Recipe, Share, Whole
+from bhx.train.recipes import Count, Decays, Part, Patience, Rates, Recipe
+
+_Factor = Annotated[float, Field(gt=0, le=1, description="a factor above 0 and at most 1")]
 
 
 class FineTuning(Recipe):
     """Settings of fine-tuning: the paper's, and our own where it gives none. Those that are not
     named here are as in `bhx.Recipe`; `steps` follow from `epochs`."""
 
-    stage: Literal["label"] = Field("label", description="'label'")
-    trains: Literal["all", "last block", "head only"] = Field(
-        "all", description="'all', 'last block' or 'head only'"
-    )
-    epochs: Whole = Field(50, description="a whole number of at least 1")
-    rate: tuple[Rate, Rate, Rate] = Field(
-        (0.0, 5e-4, 0.0), description="three learning rates of the head: first, highest, last"
-    )
-    layer_decay: float = Field(
-        0.65, gt=0, le=1, description="a factor above 0 and at most 1, from layer to layer below"
-    )
-    drop_path: float = Field(0.1, ge=0, lt=1, description="a share from 0 to below 1")
-    smoothing: float = Field(0.1, ge=0, lt=1, description="a share from 0 to below 1 (of labels)")
-    batch: Whole = Field(16, description="a whole number of at least 1 (subjects)")
-    decay: tuple[Rate, Rate] = Field((0.05, 0.05), description="two weight decays: first, last")
-    warmup: Share = Field(0.1, description="a share of the steps from 0 to 1")
-    patience: Whole | None = Field(
-        10, description="a whole number of epochs, at least 1, or None for no early stopping"
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="'float32' or 'bfloat16'"
-    )
+    stage: Literal["label"] = "label"
+    trains: Literal["all", "last block", "head only"] = "all"
+    epochs: Count = 50
+    rate: Rates = (0.0, 5e-4, 0.0)  # of the head
+    layer_decay: _Factor = 0.65  # of the rate, from each layer to the one below
+    drop_path: Part = 0.1
+    smoothing: Part = 0.1  # of labels
+    batch: Count = 16
+    decay: Decays = (0.05, 0.05)
+    warmup: Part = 0.1
+    patience: Patience = 10  # epochs without a lower inner loss
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def for_rows(self, rows: int, keeps: bool) -> FineTuning:
         """The settings of a fold with so many rows to train on: an epoch is one pass; a checkpoint
@@ -148,7 +140,10 @@ def fine_tune(
         folder = Path(temporary if out is None else out)
         tuning = _Tuning(chosen, tokens, model, plan, folder, keeps=out is not None)
         bar = tqdm(chosen.folds(), "fine-tune", len(chosen.splits.names), disable=not progress)
-        found = [tuning.fold(i, *parts, resume) for i, parts in enumerate(bar)]
+        found = [
+            tuning.fold(i, train, test, validation, resume)
+            for i, (train, test, validation) in enumerate(bar)
+        ]
         return tuning.scores(found)
 
 

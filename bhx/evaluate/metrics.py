@@ -20,8 +20,13 @@ NUMBER = ("r", "r2", "mae")
 LABEL = ("balanced_accuracy", "auroc", "auprc", "macro_f1", "accuracy", "positive_f1")
 ORDINAL = ("kappa", "rank_mae", *LABEL)
 DECIDED = ("kappa", "rank_mae", "balanced_accuracy", "macro_f1", "accuracy", "positive_f1")
-RANGE = {"r": (-1, 1), "r2": (-np.inf, 1), "kappa": (-1, 1), **dict.fromkeys(LABEL, (0, 1))}
-RANGE |= dict.fromkeys(("mae", "rank_mae"), (0, np.inf))
+RANGE: dict[str, tuple[float, float]] = {
+    "r": (-1, 1),
+    "r2": (-np.inf, 1),
+    "kappa": (-1, 1),
+    **dict.fromkeys(LABEL, (0, 1)),
+}
+RANGE |= dict.fromkeys(("mae", "rank_mae"), (0.0, np.inf))
 CHANCE = {"r": 0.0, "r2": 0.0, "auroc": 0.5, "kappa": 0.0}  # balanced accuracy: 1 / classes
 
 

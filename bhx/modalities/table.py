@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 from bhx.errors import check_choice
 from bhx.modalities.base import Modality
@@ -24,7 +24,7 @@ def modality(name: str) -> Modality:
     return MODALITIES[name]
 
 
-def by_variable(variables: Iterable[str]) -> dict[str, Modality]:
+def by_variable(variables: Iterable[Hashable]) -> dict[str, Modality]:
     """Variables of a cohort -> the first modality that reads each, in the table's order."""
     there = set(variables)
     return {m.variable: m for m in reversed(MODALITIES.values()) if m.variable in there}

@@ -47,12 +47,13 @@ class HarmonixConfig:
     def with_modality(self, name: str, places: int, numbers: int) -> HarmonixConfig:
         """The same model with a further modality: so many tokens, each of so many numbers."""
         h = self.harmonizer
-        more = {
-            "modalities": (*h.modalities, name),
-            "places": (*h.places, places),
-            "numbers": (*h.numbers, numbers),
-        }
-        return replace(self, harmonizer=replace(h, **more))
+        longer = replace(
+            h,
+            modalities=(*h.modalities, name),
+            places=(*h.places, places),
+            numbers=(*h.numbers, numbers),
+        )
+        return replace(self, harmonizer=longer)
 
     @classmethod
     def from_dict(cls, values: dict) -> HarmonixConfig:

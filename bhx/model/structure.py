@@ -31,7 +31,8 @@ class StructureConfig:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Cubes along x, y and z."""
-        return tuple(n // self.cube for n in self.shape)
+        x, y, z = (n // self.cube for n in self.shape)
+        return x, y, z
 
     @property
     def tokens(self) -> int:

@@ -60,7 +60,9 @@ class Explorer:
         self.networks = latents.network.values if self.on_roi else np.array([], str)
         self.modalities = latents.modality.values.tolist() if ATTENTION in latents else []
         everyone = np.ones(len(self.subjects), bool)
-        self._maps = {ATTENTION: (_loaded(latents, ATTENTION), everyone)} if self.modalities else {}
+        self._maps: dict[str | None, tuple] = {}
+        if self.modalities:
+            self._maps[ATTENTION] = _loaded(latents, ATTENTION), everyone
         for kind in map(modality, self.on_roi + self.on_cubes):
             has = who_has(latents, kind.variable)
             self._maps[kind.name] = _loaded(latents, kind.map_name), has

@@ -1,6 +1,6 @@
 """A value per parcel or vertex on the cortex.
 
-This room turns labelled arrays into plotly figures, or with `static=True` into matplotlib ones
+This room turns labeled arrays into plotly figures, or with `static=True` into matplotlib ones
 for papers. No statistics are computed, nothing is stored, and no figure listens to a click.
 
 Left is left: brains are seen from the top with the nose up, slices in neurological convention.
@@ -101,7 +101,7 @@ def on_vertices(values, atlas: xr.Dataset | None = None) -> xr.DataArray:
         raise InputError(fact, "Select or average the other dims first")
     atlas, per_parcel = _in_order(values, atlas) if by_roi else (atlas or load_atlas(), None)
     parcel = pd.Index(atlas.label.values).get_indexer(atlas.labels_fsaverage5.values)  # or -1
-    per_vertex = np.append(per_parcel, np.nan)[parcel] if by_roi else np.asarray(values)
+    per_vertex = np.asarray(values) if per_parcel is None else np.append(per_parcel, np.nan)[parcel]
     coords = {
         "parcel": (VERTEX, np.append(atlas.roi.values, "")[parcel]),
         "network": (VERTEX, np.append(atlas.network.values, "")[parcel]),

@@ -181,9 +181,7 @@ class Run:
         the whole batch."""
         counts, parts, found = self._counts(self.batch(self.step)), self._parts(samples), []
         rounds = self.processes.most(len(parts)) if self.plan.shard else len(parts)
-        for i in range(
-            rounds
-        ):  # split weights are gathered by all: who is done repeats for nothing
+        for i in range(rounds):  # all gather split weights: who is done repeats for nothing
             part, weight = parts[min(i, len(parts) - 1)], float(i < len(parts))
             here = [sample.to(self.device) for sample in part]
             with self.processes.exchange(self.parallel, self.plan.shard, i == rounds - 1):

@@ -289,8 +289,8 @@ def compile_blocks(objective) -> None:
     """Compile what each token goes through alone; attention keeps its own fused kernels."""
     for module in objective.modules():
         if isinstance(module, Block):
-            module.before = torch.compile(module.before, dynamic=True)
-            module.after = torch.compile(module.after, dynamic=True)
+            for part in ("before", "after"):
+                setattr(module, part, torch.compile(getattr(module, part), dynamic=True))
 
 
 def digest(*modules) -> str:

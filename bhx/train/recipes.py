@@ -14,9 +14,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bhx.errors import InputError, listed
 
 STAGES = ("structure", "dynamics", "harmonizer")
-Whole = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0, lt=math.inf)]
+
+
+Count = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
+Seed = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
+Share = Annotated[float, Field(ge=0, le=1, description="a share from 0 to 1")]
+Part = Annotated[float, Field(ge=0, lt=1, description="a share from 0 to below 1")]
+Inner = Annotated[float, Field(gt=0, lt=1, description="a share between 0 and 1")]
+Above = Annotated[float, Field(gt=0, lt=math.inf, description="a number above 0")]
+Rate = Annotated[float, Field(ge=0, lt=math.inf, description="a number of at least 0")]
+Rates = Annotated[
+    tuple[Rate, Rate, Rate], Field(description="three learning rates: first, highest, last")
+]
+Decays = Annotated[tuple[Rate, Rate], Field(description="two weight decays: first, last")]
+Shares = Annotated[tuple[Share, Share], Field(description="two shares from 0 to 1")]
+Factors = Annotated[
+    tuple[Count, ...], Field(min_length=1, description="whole factors such as (1, 2)")
+]
+Patience = Annotated[
+    Annotated[int, Field(ge=1)] | None, Field(description="a whole number of at least 1, or None")
+]
 
 
 class Settings(BaseModel):
@@ -29,22 +46,21 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _refusal(type(self), error.errors()[0]) from None
+            raise _refusal(type(self), error.errors()[0], values) from None
 
 
-def _refusal(kind, found):
+def _refusal(kind, found, values):
     """One sentence of what does not fit, with the bounds and the default beside it."""
     name = str(found["loc"][0])
-    if found["type"] == "extra_forbidden":
+    if name not in kind.model_fields:
         known = listed(sorted(kind.model_fields), 40)
         return InputError(f"Expected settings of {known}, found {name}", "Take one of these names")
-    if found["type"] == "missing" and len(found["loc"]) == 1:
-        return InputError(f"Expected {name}, found no value for it", f"Give {name}=")
     field = kind.model_fields[name]
-    inside = len(found["loc"]) > 1 and found["type"] != "missing"
+    wanted = field.description or found["msg"].removeprefix("Input should be ")
+    inside = found["input"] is not values.get(name)
     value = f"{found['input']!r} in it" if inside else repr(found["input"])
     default = "" if field.is_required() else f", such as the default {field.default!r}"
-    fact = f"Expected {name} as {field.description}, found {value}"
+    fact = f"Expected {name} as {wanted}, found {value}"
     return InputError(fact, f"Give {name}= within these bounds{default}")
 
 
@@ -56,49 +72,37 @@ class Recipe(Settings):
     random stretch of each scan. `shard` splits weights and optimizer over the processes (FSDP2).
     """
 
-    stage: Literal["structure", "dynamics", "harmonizer", "label"] = Field(
-        description=f"one of {listed(STAGES)}"
-    )
-    steps: Whole = Field(100_000, description="a whole number of at least 1")
-    batch: Whole = Field(512, description="a whole number of at least 1 (subjects)")
-    seed: int = Field(0, ge=0, description="a whole number of at least 0")
-    rate: tuple[Rate, Rate, Rate] = Field(
-        (5e-5, 1e-3, 1e-6), description="three learning rates: first, highest, last"
-    )
-    warmup: float = Field(40 / 300, ge=0, lt=1, description="a share of the steps, below 1")
-    decay: tuple[Rate, Rate] = Field((0.04, 0.4), description="two weight decays: first, last")
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="two shares from 0 to 1")
-    clip: float = Field(1.0, gt=0, lt=math.inf, description="a norm of the gradient above 0")
-    momentum: tuple[Share, Share] = Field(
-        (0.996, 1.0), description="two shares from 0 to 1: the teacher's first and last"
-    )
-    hidden: float = Field(0.75, gt=0, lt=1, description="a share of cubes between 0 and 1")
-    loss: Literal["paper", "release"] = Field("paper", description="'paper' or 'release'")
-    drop_modality: Share = Field(0.2, description="a share from 0 to 1")
-    decimate: tuple[Whole, ...] = Field(
-        (1, 2, 3, 4), min_length=1, description="whole factors such as (1, 2)"
-    )
-    slowest_tr: float = Field(3.0, gt=0, description="seconds above 0, after decimation")
-    antialias: bool = Field(False, description="True or False")
-    crop: bool = Field(True, description="True or False")
-    shortest: Whole = Field(4, description="a whole number of patches, at least 1")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="'float32' or 'bfloat16'"
-    )
-    compile: bool = Field(False, description="True or False")
-    shard: bool = Field(False, description="True or False")
-    tokens_at_once: Whole = Field(65536, description="a whole number of at least 1")
-    evaluate_every: Whole = Field(500, description="a whole number of steps, at least 1")
-    checkpoint_every: Whole = Field(500, description="a whole number of steps, at least 1")
-    patience: Whole | None = Field(
-        None, description="a whole number of evaluations, at least 1, or None"
-    )
+    stage: Literal["structure", "dynamics", "harmonizer", "label"]
+    steps: Count = 100_000
+    batch: Count = 512
+    seed: Seed = 0
+    rate: Rates = (5e-5, 1e-3, 1e-6)
+    warmup: Part = 40 / 300  # of the steps
+    decay: Decays = (0.04, 0.4)
+    betas: Shares = (0.9, 0.999)
+    clip: Above = 1.0  # norm of the gradient
+    momentum: Shares = (0.996, 1.0)  # of the teacher, first and last
+    hidden: Inner = 0.75  # of the cubes
+    loss: Literal["paper", "release"] = "paper"  # of the harmonizer
+    drop_modality: Share = 0.2  # of the cases
+    decimate: Factors = (1, 2, 3, 4)
+    slowest_tr: Above = 3.0  # s, after decimation
+    antialias: bool = False
+    crop: bool = True
+    shortest: Count = 4  # patches of a crop in time, where the scan has as many
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    compile: bool = False
+    shard: bool = False
+    tokens_at_once: Count = 65536
+    evaluate_every: Count = 500
+    checkpoint_every: Count = 500
+    patience: Patience = None  # evaluations without a lower loss; None: no early stopping
 
 
 def recipe(stage: str, preset: str = "base", **changes) -> Recipe:
     """The published settings of a stage, or those of a smaller preset, with changes by name."""
     smaller = _SMALLER.get(preset, {}).get(stage, {})
-    return Recipe(stage=stage, **{**_PUBLISHED.get(stage, {}), **smaller, **changes})
+    return Recipe(**{"stage": stage, **_PUBLISHED.get(stage, {}), **smaller, **changes})
 
 
 _PUBLISHED = {  # rates of both at the batch of 512: base rate x batch / 256
