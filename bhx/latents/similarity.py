@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from bhx.data.splits import permute_within
 from bhx.errors import InputError, listed
 from bhx.latents.pool import features_of, row_of, standardized
 from bhx.schema import check, is_missing
@@ -125,7 +126,9 @@ def contrast(
         fact = f"Expected at least two groups of two participants in '{groups}', found {found}"
         raise InputError(fact, "Choose another coordinate, or more subjects")
     rng = np.random.default_rng(seed)
-    draws = np.stack([codes] + [_shuffled(codes, blocks, rng) for _ in range(n_permutations)])
+    people = np.arange(len(codes))
+    orders = [permute_within(people, blocks, rng) for _ in range(n_permutations)]
+    draws = codes[np.stack([people, *orders])]
     f = np.stack([_pseudo_f(hub[:, t], draws) for t in range(hub.shape[1])], axis=1)
     p = (f >= f[0] * (1 - 1e-6)).sum(0) / (n_permutations + 1)
     mean = np.stack([hub[codes == i].mean(0) for i in range(len(names))])
@@ -157,7 +160,8 @@ def _people(latents, groups, within):
     first, rows = people.first(), people.indices
     values = np.asarray(hub.astype("float32"))
     means = np.stack([values[rows[name]].mean(0) for name in first.index])
-    return means, first[groups].to_numpy(), first[within].to_numpy() if within else None
+    blocks = first[within].to_numpy() if within else np.zeros(len(first))
+    return means, first[groups].to_numpy(), blocks
 
 
 def _pseudo_f(values, draws):
@@ -171,13 +175,3 @@ def _pseudo_f(values, draws):
         sums = (draws == group).astype(values.dtype) @ values  # (draw, feature)
         between = between + (sums**2).sum(1) / sizes[group]
     return between / (k - 1) / ((total - between) / (n - k))
-
-
-def _shuffled(codes, blocks, rng):
-    """Labels exchanged between people, only inside blocks where there are some."""
-    blocks = np.zeros(len(codes)) if blocks is None else blocks
-    out = codes.copy()
-    for block in np.unique(blocks):
-        inside = np.flatnonzero(blocks == block)
-        out[inside] = codes[rng.permutation(inside)]
-    return out
