@@ -67,6 +67,7 @@ def test_integrated_gradients_add_up_to_the_distance(brains):
     assert found.bold_part.sizes == {"roi": 100}
 
 
+@pytest.mark.filterwarnings("ignore:Parcels were aligned by name")
 def test_integrated_gradients_follow_parcel_names(brains):
     cohort, model = brains
     order = np.random.default_rng(0).permutation(100)

@@ -32,8 +32,14 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
     DataArray on the dims of that map, such as roi, (cx, cy, cz) or modality
     """
     values = each_token(latents, of=of, subjects=subjects)
-    values = values.isel(token=_tokens(latents, token)).mean("token", keep_attrs=True)
-    which = "all tokens" if token is None else f"token {listed(np.atleast_1d(token))}"
+    known = latents["token"].values
+    asked = np.atleast_1d(known if token is None else token)
+    unknown = np.setdiff1d(asked, known)
+    if len(unknown) or not len(asked):
+        fact = f"Expected tokens among {known[0]} to {known[-1]}, found {listed(unknown) or 'none'}"
+        raise InputError(fact, "See latents.token")
+    values = values.sel(token=asked).mean("token", keep_attrs=True)
+    which = "all tokens" if token is None else f"token {listed(asked)}"
     return values.assign_attrs(long_name=f"attention of {which}")
 
 
@@ -144,15 +150,3 @@ def map_controls(cohort: xr.Dataset, model, *, seed: int = 0) -> xr.Dataset:
 def _stack(arrays, dim):
     names = xr.Variable(dim, list(arrays))
     return xr.concat(list(arrays.values()), names, coords="minimal", compat="override")
-
-
-def _tokens(latents, token):
-    """Positions of the tokens asked for."""
-    labels = latents["token"].to_index()
-    asked = np.atleast_1d(labels if token is None else token)
-    at = labels.get_indexer(asked)
-    unknown = listed(asked[at < 0])
-    if unknown or not len(at):
-        fact = f"Expected tokens among {labels[0]} to {labels[-1]}, found {unknown or 'none'}"
-        raise InputError(fact, "See latents.token")
-    return at
