@@ -113,19 +113,19 @@ def live(cohort: xr.Dataset, subject: str):
 
     handles = {}
 
-    def show(name, figure, **how):
+    def show(name, figure, raw):
         if name in handles:
-            handles[name].update(figure, **how)
+            handles[name].update(figure, raw=raw)
         else:
-            handles[name] = display(figure, display_id=True, **how)
+            handles[name] = display(figure, raw=raw, display_id=True)
 
     def draw(log, model):
         # plotly displays itself past a handle, so its figure goes as the bundle it would send
         bundle = {"application/vnd.plotly.v1+json": json.loads(plot_log(log).to_json())}
-        show("log", bundle, raw=True)
+        show("log", bundle, True)
         if log.attrs["stage"] == "structure":
             back = hidden_cubes(cohort, model, subject).returned
             title = f"step {int(log.evaluation[-1])}"
-            show("brain", plot_volume(back, title=title, static=True))
+            show("brain", plot_volume(back, title=title, static=True), False)
 
     return draw
