@@ -9,7 +9,7 @@
 #       or `--find-links FOLDER` with a wheel of the CPU build. pip's own configuration serves too.
 
 PYTHON ?= python3
-EXTRAS ?= notebooks,test,umap
+EXTRAS ?= notebooks,test
 JOBS ?= 2
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH ?= torch==2.13.0

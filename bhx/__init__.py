@@ -31,7 +31,7 @@ PUBLIC = {
     "train.pretrain": ("pretrain",),
     "train.log": ("read_log", "plot_log"),
     "latents.pool": ("pool", "project"),
-    "latents.similarity": ("similarity", "neighbours", "fingerprint", "contrast"),
+    "latents.similarity": ("neighbours", "fingerprint", "contrast"),
     "latents.maps": ("region_map", "map_controls", "spin_test"),
     "latents.gradients": ("integrated_gradients",),
     "latents.lesions": ("lesion",),

@@ -38,7 +38,6 @@ from bhx.train.log import read_log as read_log
 from bhx.train.log import plot_log as plot_log
 from bhx.latents.pool import pool as pool
 from bhx.latents.pool import project as project
-from bhx.latents.similarity import similarity as similarity
 from bhx.latents.similarity import neighbours as neighbours
 from bhx.latents.similarity import fingerprint as fingerprint
 from bhx.latents.similarity import contrast as contrast

@@ -35,7 +35,7 @@ def test_a_changed_figure_names_trace_and_difference(folder):
         check_figure(drawn(0.1), "00/drawn", folder=folder)
     words = drawn()
     words.data[1].x = ["a", "c"]
-    with pytest.raises(AssertionError, match=r"1 bars/x\[1\] is 'c', expected 'b'"):
+    with pytest.raises(AssertionError, match=r"1 bars/x at 1 is c, expected b"):
         check_figure(words, "00/drawn", folder=folder)
 
 
@@ -94,6 +94,7 @@ def runs(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:The representation is collapsing")
 def test_a_perturbed_weight_is_noticed_in_a_log(runs, tmp_path, monkeypatch):
     as_it_is, larger = map(bhx.plot_log, runs)
+    assert "sendChartToCloud" in as_it_is.layout.modebar.remove  # nothing is uploaded
     monkeypatch.setenv("BHX_UPDATE_FIGURES", "1")
     check_figure(as_it_is, "06/log", folder=tmp_path)
     monkeypatch.delenv("BHX_UPDATE_FIGURES")

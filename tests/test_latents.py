@@ -1,7 +1,5 @@
 """Laws of the latent space: labels travel, nothing depends on the order of rows, nulls are null."""
 
-import sys
-
 import numpy as np
 import pytest
 import xarray as xr
@@ -84,14 +82,6 @@ def test_concatenate_is_token_major():
     data = toy()
     features = pool_file.pool(data, "concatenate").features
     np.testing.assert_array_equal(features[3, 5:10], data.hub[3, 1])
-
-
-def test_equal_weights_are_the_mean_and_one_weight_is_the_token():
-    data = toy()
-    equal = pool_file.pool(data, "weighted", weights=xr.ones_like(data.token))
-    xr.testing.assert_allclose(equal.features, pool_file.pool(data).features)
-    one = pool_file.pool(data, "weighted", weights=(data.token == 4).astype(float))
-    np.testing.assert_allclose(one.features, data.hub.sel(token=4), rtol=1e-6)
 
 
 def test_permuting_subjects_permutes_the_projection_and_nothing_else():
@@ -226,8 +216,6 @@ def bad_calls():
     yield "nobody", lambda: maps_file.region_map(data, 0, subjects=["sub-00"], of="t1"), "none"
     yield "of", lambda: maps_file.region_map(data, 0, of="pet"), "found 'pet'"
     yield "how", lambda: pool_file.pool(data, "median"), "found 'median'"
-    yield "weights", lambda: pool_file.pool(data, "weighted"), "weights"
-    yield "method", lambda: pool_file.project(data, method="tsne"), "found 'tsne'"
     yield "n", lambda: pool_file.project(data, n=6), "found n=6"
     yield "k", lambda: similarity_file.neighbours(data, k=24), "found k=24"
     yield "label", lambda: similarity_file.contrast(data, "handedness"), "'handedness'"
@@ -273,7 +261,7 @@ def intact(brains):
 def test_controls_of_an_untrained_model_are_itself(brains):
     """Random weights agree with themselves wholly, and every agreement is a correlation."""
     cohort, model = brains
-    found = maps_file.map_controls(cohort, model, subjects=cohort.subject.values[:2], seed=1)
+    found = maps_file.map_controls(cohort.isel(subject=[0, 1]), model, seed=1)
     np.testing.assert_allclose(found.agreement.sel(control="random weights"), 1, atol=1e-5)
     retest = found.agreement.sel(control="retest", token=4)
     halves = found["map"].sel(token=4, version=["first half", "second half"])
@@ -289,23 +277,18 @@ def _t1_share(cohort, model):
     return two.modality_share.sel(modality="t1").mean("subject").compute()
 
 
+def test_spin_test_of_noise_finds_nothing():
+    atlas, _ = spinning(0)
+    p = [maps_file.spin_test(spinning(i)[1], "network", atlas, n_spins=99).p for i in range(8)]
+    assert np.mean(p) > 0.3
+
+
 def spinning(seed):
     from bhx.data.atlas import load_atlas
 
     atlas = load_atlas("schaefer100")
     values = np.random.default_rng(seed).standard_normal(100)
     return atlas, xr.DataArray(values, {"roi": atlas.roi.values}, ["roi"])
-
-
-def test_spin_test_finds_a_map_in_itself_and_not_in_noise():
-    atlas, noise = spinning(0)
-    same = maps_file.spin_test(noise, noise, atlas, n_spins=99)
-    assert float(same.statistic) == pytest.approx(1)
-    assert float(same.p) == 0.01
-    p = [
-        float(maps_file.spin_test(noise, spinning(i)[1], atlas, n_spins=99).p) for i in range(1, 9)
-    ]
-    assert np.mean(p) > 0.2
 
 
 def test_spin_test_of_networks_is_the_difference_of_means():
@@ -316,17 +299,3 @@ def test_spin_test_of_networks_is_the_difference_of_means():
     outside = raised.values[atlas.network.values != "Vis"].mean()
     assert float(found.statistic.sel(network="Vis")) == pytest.approx(inside - outside)
     assert float(found.p.sel(network="Vis")) < 0.05
-
-
-def test_umap_repeats_itself():
-    data = toy(n=30)
-    first, again = (pool_file.project(data, method="umap", seed=3) for _ in range(2))
-    xr.testing.assert_identical(first, again)
-    assert first.dims == ("subject", "component")
-    assert "explained" not in first.coords
-
-
-def test_umap_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(InputError, match="umap-learn"):
-        pool_file.project(toy(), method="umap")

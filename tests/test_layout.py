@@ -59,7 +59,7 @@ AT_MOST = {"file": 400, "function": 60}  # lines of code
 
 # What still breaks a rule below. These lists only get shorter: nothing is added, and what has been
 # mended is deleted (the tests ask for it).
-STILL_NAME_A_MODALITY = ("data.derivatives", "show.hidden")
+STILL_NAME_A_MODALITY = ("data.derivatives",)
 STILL_LONG_FILES = ()
 STILL_LONG_FUNCTIONS = ()
 

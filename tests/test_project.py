@@ -57,7 +57,7 @@ def test_prescribed_packages_are_there(environment):
 
 
 def test_extras():
-    assert set(EXTRAS) == {*("notebooks", "test", "book"), *("assets", "umap", "brainmarks")}
+    assert set(EXTRAS) == {*("notebooks", "test", "book"), *("assets", "brainmarks")}
 
 
 def test_version_is_said_once():
@@ -141,7 +141,7 @@ def test_doctor_names_everything(capsys):
     printed = capsys.readouterr().out
     wanted = [bhx.__version__, "CPU cores", "GiB", "JupyterLab", "missing\n  nothing: ready"]
     wanted += [str(path) for path in bhx.folders().values()]
-    wanted += list(bounds([*PROJECT["dependencies"], *EXTRAS["umap"]]) | {"torch": ""})
+    wanted += list(bounds([*PROJECT["dependencies"], *EXTRAS["notebooks"]]) | {"torch": ""})
     assert [w for w in wanted if w not in printed and w != "pytorch"] == []
 
 
@@ -160,26 +160,26 @@ def test_doctor_sees_an_old_version(monkeypatch, capsys):
     from bhx import doctor
 
     real = doctor.metadata.version
-    old = {"torch": "2.0.1", "umap-learn": "0.1"}
+    old = {"torch": "2.0.1", "nbval": "0.1"}
     monkeypatch.setattr(doctor.metadata, "version", lambda name: old.get(name) or real(name))
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
     assert re.search(r"CORE: torch needs \S*>=2\.13", printed)
-    assert re.search(r"umap: umap-learn needs .*\[umap\]", printed)
+    assert re.search(r"notebooks: nbval needs .*\[notebooks\]", printed)
 
 
 def test_doctor_forgives_a_missing_extra(monkeypatch, capsys):
     from bhx import doctor
 
     def version(name):
-        if name == "umap-learn":
+        if name == "nbval":
             raise doctor.metadata.PackageNotFoundError(name)
         return real(name)
 
     real = doctor.metadata.version
     monkeypatch.setattr(doctor.metadata, "version", version)
     assert main(["doctor"]) == 0
-    assert "umap: umap-learn missing; pip install" in capsys.readouterr().out
+    assert "notebooks: nbval missing; pip install" in capsys.readouterr().out
 
 
 def test_folders_follow_the_environment(monkeypatch, tmp_path):

@@ -266,6 +266,7 @@ def test_methods_say_what_read_which_features(features):
 def test_figures_show_the_numbers_of_the_table(ages, labels):
     table = compare(ages)
     figure = report_file.plot_scores(table, "r")
+    assert "sendChartToCloud" in figure.layout.modebar.remove
     np.testing.assert_allclose(figure.data[0].x, table.xs("r", level="metric").score)
     ends = figure.data[0].x + figure.data[0].error_x.array
     np.testing.assert_allclose(ends, table.xs("r", level="metric").high)

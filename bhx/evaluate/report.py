@@ -274,8 +274,12 @@ def plot_scores(table: pd.DataFrame, metric: str | None = None):
         figure.add_vline(table.attrs["chance"][metric], line=line, opacity=1)
     figure.update_xaxes(title=f"{metric.replace('_', ' ')} (mean over folds, 95 % interval)")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    height = 140 + 36 * len(names)
-    return figure.update_layout(template="simple_white", height=height, title=table.columns.name)
+    layout = {
+        "template": "simple_white",
+        "title": table.columns.name,
+        "height": 140 + 36 * len(names),
+    }
+    return figure.update_layout(layout, modebar_remove="sendChartToCloud")
 
 
 def plot_calibration(*scores: xr.Dataset, bins: int = 10):

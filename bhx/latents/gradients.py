@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from bhx.data.atlas import match_names
 from bhx.latents.pool import row_of
 from bhx.schema import check
 
@@ -71,12 +70,11 @@ def integrated_gradients(
 
 def _reading(cohort, model, subject):
     """One subject as the networks read it, first window only."""
+    from bhx.encode.embed import aligned_to
     from bhx.encode.inputs import read_subject
 
-    one = check(cohort, "cohort").isel(subject=row_of(cohort, subject)).compute()
-    if "roi" in one.dims:
-        one = one.assign_coords(roi=match_names(one.roi.values, model.atlas))
-        one = one.sel(roi=model.atlas.roi.values)
+    cohort = cohort.isel(subject=[row_of(cohort, subject)])
+    one = aligned_to(check(cohort, "cohort"), model).isel(subject=0).compute()
     values = {name: v.values for name, v in one.data_vars.items() if bool(one[f"has_{name}"])}
     facts = {name: c.values for name, c in one.coords.items() if not c.dims}
     reading = read_subject(values, facts, model.config)

@@ -32,8 +32,14 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
     DataArray on the dims of that map, such as roi, (cx, cy, cz) or modality
     """
     values = each_token(latents, of=of, subjects=subjects)
-    values = values.isel(token=_tokens(latents, token)).mean("token", keep_attrs=True)
-    which = "all tokens" if token is None else f"token {listed(np.atleast_1d(token))}"
+    known = latents["token"].values
+    asked = np.atleast_1d(known if token is None else token)
+    unknown = np.setdiff1d(asked, known)
+    if len(unknown) or not len(asked):
+        fact = f"Expected tokens among {known[0]} to {known[-1]}, found {listed(unknown) or 'none'}"
+        raise InputError(fact, "See latents.token")
+    values = values.sel(token=asked).mean("token", keep_attrs=True)
+    which = "all tokens" if token is None else f"token {listed(asked)}"
     return values.assign_attrs(long_name=f"attention of {which}")
 
 
@@ -69,8 +75,8 @@ def _map_of(latents, of):
     return modality(of).map_name, who_has(latents, modality(of).variable)
 
 
-def spin_test(values: xr.DataArray, other, atlas: xr.Dataset, *, n_spins=1000, seed=0):
-    """Is a map related to another map, or to the networks, beyond what smooth maps always are?
+def spin_test(values: xr.DataArray, labels: str, atlas: xr.Dataset, *, n_spins=1000, seed=0):
+    """Is a map related to the networks beyond what smooth maps always are?
 
     The parcels' centers are turned on the sphere, the right hemisphere as the mirror image of the
     left, and every parcel takes the value of one turned onto it (`geometry.spins`).
@@ -78,37 +84,27 @@ def spin_test(values: xr.DataArray, other, atlas: xr.Dataset, *, n_spins=1000, s
     Parameters
     ----------
     values : DataArray on roi
-    other : DataArray on roi, or the name of a coordinate on roi such as "network"
+    labels : name of the atlas's coordinate on roi that groups parcels, such as "network"
     atlas : `load_atlas(...)`, whose parcels the values are on
 
     Returns
     -------
-    Dataset with `statistic` and `p` (two-sided, from the spins): the correlation of two maps, or
-    for a coordinate, on each of its values the mean inside minus the mean outside
+    Dataset on the labels with `statistic`, the mean inside minus the mean outside, and `p`
+    (two-sided, from the spins)
     """
     values = values.sel(roi=atlas.roi.values)
     turned = values.values[spins(atlas.sphere, atlas.hemi, n_spins, seed)]  # (spin, roi)
-    if isinstance(other, str):
-        labels = atlas[other].values
-        names = list(dict.fromkeys(labels.tolist()))
-        inside = np.stack([labels == name for name in names]).astype(float)
-        weights = inside / inside.sum(1, keepdims=True)
-        weights -= (1 - inside) / (1 - inside).sum(1, keepdims=True)
-        observed, null = weights @ values.values, turned @ weights.T
-        dims, coords = (other,), {other: names}
-    else:
-        target = standardized(other.sel(roi=atlas.roi.values).values)
-        observed = standardized(values.values) @ target
-        null = standardized(turned) @ target
-        dims, coords = (), {}
+    names = list(dict.fromkeys(atlas[labels].values.tolist()))
+    inside = np.stack([atlas[labels].values == name for name in names]).astype(float)
+    weights = inside / inside.sum(1, keepdims=True)
+    weights -= (1 - inside) / (1 - inside).sum(1, keepdims=True)
+    observed, null = weights @ values.values, turned @ weights.T
     p = (1 + (np.abs(null) >= np.abs(observed) - 1e-12).sum(0)) / (n_spins + 1)
-    out = xr.Dataset({"statistic": (dims, observed), "p": (dims, p)}, coords)
-    return out.assign_attrs(n_spins=n_spins, seed=seed)
+    data = {"statistic": (labels, observed), "p": (labels, p)}
+    return xr.Dataset(data, {labels: names}, {"n_spins": n_spins, "seed": seed})
 
 
-def map_controls(
-    cohort: xr.Dataset, model, *, subjects=None, attention: str | int = "last", seed: int = 0
-) -> xr.Dataset:
+def map_controls(cohort: xr.Dataset, model, *, seed: int = 0) -> xr.Dataset:
     """Would the same map come out without what it is said to show?
 
     The region maps of all tokens, averaged over subjects, of the model and of its controls: the
@@ -125,17 +121,15 @@ def map_controls(
     from bhx.encode.embed import embed
     from bhx.encode.model import random_model
 
-    cohort = check(cohort, "cohort")
-    chosen = subject_mask(cohort, subjects) & who_has(cohort, BOLD.variable)
-    cohort = cohort.isel(subject=np.flatnonzero(chosen))
+    has = who_has(check(cohort, "cohort"), BOLD.variable)
+    cohort = cohort.isel(subject=np.flatnonzero(has))
     series = cohort[BOLD.variable]
     order = np.random.default_rng(seed).permutation(cohort.sizes["roi"])
     late = xr.DataArray(np.arange(cohort.sizes["time"]), dims="time") >= cohort.n_volumes / 2
 
     def maps_of(series, network):
         changed = cohort.assign({BOLD.variable: series})
-        options = {"keep": ("attention",), "attention": attention}
-        latents = embed(changed, network, missing_parcels="leave out", **options)
+        latents = embed(changed, network, missing_parcels="leave out", keep=("attention",))
         return each_token(latents, of=BOLD.name).compute()
 
     renamed = series.isel(roi=order).assign_coords(cohort.roi.coords)
@@ -147,26 +141,12 @@ def map_controls(
         "second half": maps_of(series.where(late), model),
     }
     unit = {name: m.copy(data=standardized(m.values)) for name, m in maps.items()}
-    agreement = {
-        "random weights": (unit["model"] * unit["random weights"]).sum("roi"),
-        "shuffled parcels": (unit["model"] * unit["shuffled parcels"]).sum("roi"),
-        "retest": (unit["first half"] * unit["second half"]).sum("roi"),
-    }
+    pairs = {name: ("model", name) for name in ("random weights", "shuffled parcels")}
+    pairs["retest"] = "first half", "second half"
+    agreement = {name: (unit[a] * unit[b]).sum("roi") for name, (a, b) in pairs.items()}
     return xr.Dataset({"map": _stack(maps, "version"), "agreement": _stack(agreement, "control")})
 
 
 def _stack(arrays, dim):
     names = xr.Variable(dim, list(arrays))
     return xr.concat(list(arrays.values()), names, coords="minimal", compat="override")
-
-
-def _tokens(latents, token):
-    """Positions of the tokens asked for."""
-    labels = latents["token"].to_index()
-    asked = np.atleast_1d(labels if token is None else token)
-    at = labels.get_indexer(asked)
-    unknown = listed(asked[at < 0])
-    if unknown or not len(at):
-        fact = f"Expected tokens among {labels[0]} to {labels[-1]}, found {unknown or 'none'}"
-        raise InputError(fact, "See latents.token")
-    return at

@@ -14,34 +14,27 @@ from bhx.modalities.table import MODALITIES
 from bhx.schema import check, subject_coords
 
 
-def pool(latents: xr.Dataset, how: str = "mean", *, of: str = "hub", weights=None) -> xr.Dataset:
+def pool(latents: xr.Dataset, how: str = "mean", *, of: str = "hub") -> xr.Dataset:
     """One feature vector a subject, from the hub tokens or an encoder's; lazy when the latents are.
 
     Parameters
     ----------
     latents : Dataset with `hub` (subject, token, feature); with embed(..., keep=) also the tokens
         of encoders, such as `dynamics` and `structure`
-    how : "mean" over tokens, "concatenate" (token-major), or "weighted"
+    how : "mean" over tokens, or "concatenate" (token-major)
     of : "hub", or the variable with a modality's tokens: "dynamics" (a token is a parcel, its mean
         over patches), "structure" (a token is a cube), ...
-    weights : DataArray over `token` (and `subject`), not negative; for "weighted" only: the mean
-        over tokens under these weights, say a modality's share or a trained pooling's attention
 
     Returns
     -------
     Dataset with `features` (subject, feature), the subjects' coordinates, and attrs["name"]
     """
     check_choice("of", of, ("hub", *(m.tokens for m in MODALITIES.values())))
-    check_choice("how", how, ("mean", "concatenate", "weighted"))
-    if (weights is not None) != (how == "weighted"):
-        fact = f"Expected weights with how='weighted' and only then, found how='{how}'"
-        raise InputError(fact, "Give both or neither: pool(latents, 'weighted', weights=...)")
+    check_choice("how", how, ("mean", "concatenate"))
     tokens = _as_tokens(check(latents, "latents"), of)
     if how == "concatenate":
         features = tokens.stack(flat=("token", "feature"))
         features = features.drop_vars(["flat", "token", "feature"]).rename(flat="feature")
-    elif how == "weighted":
-        features = tokens.weighted(weights.fillna(0)).mean("token", keep_attrs=True)
     else:
         features = tokens.mean("token", keep_attrs=True)
     features = features.transpose("subject", "feature").astype("float32")
@@ -64,23 +57,22 @@ def _as_tokens(latents, of):
     return tokens.drop_vars([n for n, c in tokens.coords.items() if "token" in c.dims])
 
 
-def project(data: xr.Dataset, *, n: int = 2, method: str = "pca", fit_on=None, seed: int = 0):
-    """Subjects in a few dimensions.
+def project(data: xr.Dataset, *, n: int = 2, fit_on=None) -> xr.DataArray:
+    """Subjects in the few dimensions in which they differ most (principal components, PCA).
 
     Parameters
     ----------
     data : features, or latents (then their mean over tokens)
-    n : components
-    method : "pca", or "umap" (the extra `bhx[umap]`)
+    n : components; their signs make each one's largest loading positive
     fit_on : subject ids or a boolean mask; the others are only carried into the fitted space
-    seed : of UMAP; PCA has no randomness, and its signs make each component's largest loading
-        positive
 
     Returns
     -------
-    DataArray (subject, component), with the subjects' coordinates; for PCA also `explained`
-    (component), the share of the fitted subjects' variance
+    DataArray (subject, component), with the subjects' coordinates and `explained` (component),
+    the share of the fitted subjects' variance
     """
+    from sklearn.decomposition import PCA
+
     features = features_of(data)
     chosen = subject_mask(features, fit_on)
     values = np.asarray(features, float)
@@ -88,33 +80,13 @@ def project(data: xr.Dataset, *, n: int = 2, method: str = "pca", fit_on=None, s
         fact = f"Expected 1 to {min(chosen.sum(), values.shape[1])} components of {chosen.sum()} "
         fact += f"subjects with {values.shape[1]} features, found n={n}"
         raise InputError(fact, "Ask for fewer components, or fit on more subjects")
-    fitted = _reducer(method, n, seed).fit(values[chosen])
-    out = xr.DataArray(
-        fitted.transform(values),
-        subject_coords(features) | {"component": np.arange(1, n + 1)},
-        ("subject", "component"),
-        name="projection",
-        attrs={"long_name": method.upper(), "method": method, "seed": seed},
-    )
-    if method == "pca":
-        out = out.assign_coords(explained=("component", fitted.explained_variance_ratio_))
-    return out
-
-
-def _reducer(method, n, seed):
-    check_choice("method", method, ("pca", "umap"))
-    if method == "pca":
-        from sklearn.decomposition import PCA
-
-        return PCA(n, svd_solver="full")
-    try:
-        from umap import UMAP
-    except ImportError as error:
-        raise InputError(
-            "Expected the package umap-learn for method='umap', found none",
-            "Install it with pip install 'bhx[umap]', or take method='pca'",
-        ) from error
-    return UMAP(n_components=n, random_state=seed, n_jobs=1)
+    fitted = PCA(n, svd_solver="full").fit(values[chosen])
+    coords = subject_coords(features) | {
+        "component": np.arange(1, n + 1),
+        "explained": ("component", fitted.explained_variance_ratio_),
+    }
+    dims, attrs = ("subject", "component"), {"long_name": "PCA"}
+    return xr.DataArray(fitted.transform(values), coords, dims, "projection", attrs)
 
 
 def features_of(data):

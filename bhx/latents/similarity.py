@@ -6,32 +6,22 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from bhx.errors import InputError, listed
+from bhx.data.splits import permute_within
+from bhx.errors import InputError, check_choice
 from bhx.latents.pool import features_of, row_of, standardized
-from bhx.schema import check, is_missing
+from bhx.schema import check, is_missing, subject_coords
 
 
 def similarity(data: xr.Dataset, other: xr.Dataset | None = None) -> xr.DataArray:
-    """Correlation between subjects' features, (subject, subject_other).
-
-    Both sides keep their `participant` and `site` labels (with the suffix `_other`), so that
-    similarity within and between people is one `where` away.
-    """
+    """Correlation between subjects' features, (subject, subject_other)."""
     a, b = (features_of(d) for d in (data, data if other is None else other))
     if a.sizes["feature"] != b.sizes["feature"]:
         fact = f"Expected as many features on both sides, found {a.sizes['feature']} and "
         fact += f"{b.sizes['feature']}"
         raise InputError(fact, "Pool both latents in the same way, and from the same model")
-    kept = [n for n in ("participant", "site") if n in a.coords and n in b.coords]
-    a, b = (_unit_rows(x, kept) for x in (a, b))
-    out = a @ b.rename({name: f"{name}_other" for name in ("subject", *kept)})
-    return out.rename("similarity").assign_attrs(long_name="correlation of features")
-
-
-def _unit_rows(features, kept):
-    """Standardized rows with some of the subjects' labels, in memory."""
-    dropped = [name for name in features.coords if name not in ("subject", *kept)]
-    return features.copy(data=standardized(np.asarray(features))).drop_vars(dropped)
+    values = standardized(a.values) @ standardized(b.values).T
+    coords = {"subject": a.subject.values, "subject_other": b.subject.values}
+    return xr.DataArray(values, coords, ("subject", "subject_other"), "similarity")
 
 
 def neighbours(data: xr.Dataset, subject: str | None = None, *, k: int = 5) -> xr.Dataset:
@@ -46,13 +36,11 @@ def neighbours(data: xr.Dataset, subject: str | None = None, *, k: int = 5) -> x
     if not 1 <= k < n:
         fact = f"Expected 1 to {n - 1} neighbours of {n} subjects, found k={k}"
         raise InputError(fact, "Ask for fewer")
-    values = near.values.copy()
-    np.fill_diagonal(values, -np.inf)
-    order = np.argsort(-values, axis=1, kind="stable")[:, :k]
-    found = {"neighbour": near.subject.values[order]}
-    found["similarity"] = np.take_along_axis(values, order, 1)
+    np.fill_diagonal(near.values, -np.inf)
+    order = np.argsort(-near.values, axis=1, kind="stable")[:, :k]
+    dims, values = ("subject", "rank"), np.take_along_axis(near.values, order, 1)
     out = xr.Dataset(
-        {name: (("subject", "rank"), values) for name, values in found.items()},
+        {"neighbour": (dims, near.subject.values[order]), "similarity": (dims, values)},
         {"subject": near.subject.values, "rank": np.arange(1, k + 1)},
     )
     return out if subject is None else out.isel(subject=row_of(near, subject))
@@ -72,23 +60,20 @@ def fingerprint(data: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
     similarity to oneself and the mean of that to others; attrs `rate` and `chance`
     """
     near = similarity(data, other)
-    same = near.participant == near.participant_other
+    person, found = data.participant.values, other.participant.values
+    same = xr.DataArray(person[:, None] == found, dims=near.dims)
     if not ((same.sum("subject") == 1).all() and (same.sum("subject_other") == 1).all()):
         raise InputError(
             "Expected each participant once on both sides, found participants missing or repeated",
             "Select one row a participant, the same people in both",
         )
-    best = near.participant_other[near.argmax("subject_other")]
-    out = xr.Dataset(
-        {
-            "similarity": near,
-            "identified": ("subject", best.values == near.participant.values),
-            "within": near.where(same).mean("subject_other"),
-            "between": near.where(~same).mean("subject_other"),
-        }
+    identified = found[near.values.argmax(1)] == person
+    within, between = (near.where(pairs).mean("subject_other") for pairs in (same, ~same))
+    data = {"similarity": near, "within": within, "between": between}
+    return xr.Dataset(
+        data | {"identified": ("subject", identified)},
+        attrs={"rate": float(identified.mean()), "chance": 1 / len(found)},
     )
-    rate = float(out.identified.mean())
-    return out.assign_attrs(rate=rate, chance=1 / near.sizes["subject_other"])
 
 
 def contrast(
@@ -125,7 +110,9 @@ def contrast(
         fact = f"Expected at least two groups of two participants in '{groups}', found {found}"
         raise InputError(fact, "Choose another coordinate, or more subjects")
     rng = np.random.default_rng(seed)
-    draws = np.stack([codes] + [_shuffled(codes, blocks, rng) for _ in range(n_permutations)])
+    people = np.arange(len(codes))
+    orders = [permute_within(people, blocks, rng) for _ in range(n_permutations)]
+    draws = codes[np.stack([people, *orders])]
     f = np.stack([_pseudo_f(hub[:, t], draws) for t in range(hub.shape[1])], axis=1)
     p = (f >= f[0] * (1 - 1e-6)).sum(0) / (n_permutations + 1)
     mean = np.stack([hub[codes == i].mean(0) for i in range(len(names))])
@@ -145,9 +132,8 @@ def _people(latents, groups, within):
     """Tokens, labels and blocks of participants: rows of one person averaged."""
     hub = check(latents, "latents")["hub"]
     for name in (groups, within):
-        if name is not None and name not in hub.coords:
-            fact = f"Expected the coordinate '{name}' on subject, found {listed(hub.coords, 12)}"
-            raise InputError(fact, "Assign it: latents.assign_coords(name=('subject', values))")
+        if name is not None:
+            check_choice("the coordinate", name, subject_coords(hub))
     hub = hub.isel(subject=np.flatnonzero(~is_missing(hub[groups].values)))
     labels = {name: hub[name].values for name in (groups, within) if name is not None}
     people = pd.DataFrame(labels, index=hub.participant.values).groupby(level=0)
@@ -157,7 +143,8 @@ def _people(latents, groups, within):
     first, rows = people.first(), people.indices
     values = np.asarray(hub.astype("float32"))
     means = np.stack([values[rows[name]].mean(0) for name in first.index])
-    return means, first[groups].to_numpy(), first[within].to_numpy() if within else None
+    blocks = first[within].to_numpy() if within else np.zeros(len(first))
+    return means, first[groups].to_numpy(), blocks
 
 
 def _pseudo_f(values, draws):
@@ -171,13 +158,3 @@ def _pseudo_f(values, draws):
         sums = (draws == group).astype(values.dtype) @ values  # (draw, feature)
         between = between + (sums**2).sum(1) / sizes[group]
     return between / (k - 1) / ((total - between) / (n - k))
-
-
-def _shuffled(codes, blocks, rng):
-    """Labels exchanged between people, only inside blocks where there are some."""
-    blocks = np.zeros(len(codes)) if blocks is None else blocks
-    out = codes.copy()
-    for block in np.unique(blocks):
-        inside = np.flatnonzero(blocks == block)
-        out[inside] = codes[rng.permutation(inside)]
-    return out

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from html import escape
 
 import numpy as np
 import xarray as xr
 
 from bhx.errors import InputError, check_choice, listed
-from bhx.latents.maps import maps_in, region_map
+from bhx.latents.maps import maps_in
 from bhx.latents.pool import project, subject_mask
 from bhx.modalities.t1 import CUBE_DIMS
 from bhx.modalities.table import by_variable, modality
@@ -26,8 +26,7 @@ def explore(latents: xr.Dataset, cohort: xr.Dataset | None = None) -> Explorer:
 
     Parameters
     ----------
-    latents : Dataset, lazy or not; with embed(..., keep=("attention",)) also the cortex and the
-        T1 follow
+    latents : Dataset of embed(..., keep=("attention",)), lazy or not
     cohort : the same subjects' scans: then a single person's own T1 is shown
 
     Returns
@@ -44,29 +43,31 @@ class Explorer:
     Attributes
     ----------
     chosen : mask over subjects; groups : two masks, or None; token : a token, or None for all;
-    parcels : mask over parcels; on_roi, on_cubes : modalities with a map on parcels, on cubes;
-    surface_of, cubes_of : those of them whose maps are seen
+    parcels : mask over parcels; places : names of networks and parcels; on_roi, on_cubes :
+    modalities with a map on parcels, on cubes; surface_of, cubes_of : those of them that are seen
     """
 
     def __init__(self, latents: xr.Dataset, cohort: xr.Dataset | None = None):
         self.latents = check(latents, "latents")
-        self.cohort = None if cohort is None else _same_people(cohort, latents)
-        self.points = project(latents, n=2)
-        self.subjects = latents.subject.values
-        self.tokens = latents.token.values
         self.on_roi, self.on_cubes = maps_in(latents, ("roi",)), maps_in(latents, CUBE_DIMS)
-        self.surface_of, self.cubes_of = (next(iter(n), None) for n in (self.on_roi, self.on_cubes))
-        self.roi = latents.roi.values if self.on_roi else np.array([], str)
-        self.networks = latents.network.values if self.on_roi else np.array([], str)
-        self.modalities = latents.modality.values.tolist() if ATTENTION in latents else []
-        everyone = np.ones(len(self.subjects), bool)
-        self._maps: dict[str | None, tuple] = {}
-        if self.modalities:
-            self._maps[ATTENTION] = _loaded(latents, ATTENTION), everyone
-        for kind in map(modality, self.on_roi + self.on_cubes):
-            has = who_has(latents, kind.variable)
-            self._maps[kind.name] = _loaded(latents, kind.map_name), has
-        self.followers, self._cache = [], {}
+        if not self.on_roi:
+            fact = "Expected latents with attention to parcels, found none"
+            raise InputError(fact, 'Keep it: embed(cohort, model, keep=("attention",))')
+        self.surface_of, self.cubes_of = self.on_roi[0], next(iter(self.on_cubes), None)
+        self.subjects, self.tokens = latents.subject.values, latents.token.values
+        self.roi, self.networks = latents.roi.values, latents.network.values
+        self.places = [*dict.fromkeys(self.networks.tolist()), *self.roi.tolist()]
+        self.modalities, self.points = latents.modality.values.tolist(), project(latents)
+        self.cohort = cohort
+        if cohort is not None:
+            subject_mask(cohort, self.subjects)  # refuses a cohort without one of them
+            self.cohort = cohort.sel(subject=self.subjects)
+        kinds = [modality(name) for name in self.on_roi + self.on_cubes]
+        maps = {ATTENTION: latents[ATTENTION]} | {m.name: latents[m.map_name] for m in kinds}
+        self._maps = {name: np.nan_to_num(v.values.astype("f4")) for name, v in maps.items()}
+        self._has = {m.name: who_has(latents, m.variable) for m in kinds}
+        self._mean = lru_cache(8)(self._weighted)
+        self.followers = []
         self.reset()
 
     def reset(self):
@@ -83,21 +84,17 @@ class Explorer:
 
     def select_token(self, token=None):
         """Show one token's maps, or those of all tokens together."""
-        if token is not None and token not in self.tokens:
-            fact = f"Expected a token from {self.tokens[0]} to {self.tokens[-1]}, found {token}"
-            raise InputError(fact, "See latents.token")
+        if token is not None:
+            check_choice("the token", token, self.tokens)
         self.token = None if token is None else int(token)
         self._announce()
 
     def select_parcel(self, name: str | None = None):
-        """Follow a parcel or a whole network: the token that prefers it most, and who reads it."""
-        parcels = (self.roi == name) | (self.networks == name)
-        if name is not None and not parcels.any():
-            known = listed(np.unique(self.networks), 8)
-            fact = f"Expected a parcel or a network ({known}), found '{name}'"
-            raise InputError(fact, "See latents.roi and latents.network")
-        self.parcels = parcels
-        if parcels.any():
+        """Follow a parcel or a whole network: the token that prefers it most."""
+        if name is not None:
+            check_choice("the parcel or network", name, self.places)
+        self.parcels = (self.roi == name) | (self.networks == name)
+        if self.parcels.any():
             self.token = int(self.tokens[np.argmax(self.preference())])
         self._announce()
 
@@ -125,30 +122,22 @@ class Explorer:
     def surface_map(self) -> np.ndarray:
         """Attention to each parcel (roi): of the token and people selected, or of the groups'
         difference; zero where nobody has the modality."""
-        return self._of_token(self.surface_of) if self.on_roi else np.zeros(0, np.float32)
+        return self._of_token(self.surface_of)
 
     def cube_map(self) -> xr.DataArray | None:
         """The same over cubes (cx, cy, cz)."""
-        return (
-            xr.DataArray(self._of_token(self.cubes_of), dims=CUBE_DIMS) if self.on_cubes else None
-        )
+        if not self.on_cubes:
+            return None
+        return xr.DataArray(self._of_token(self.cubes_of), dims=CUBE_DIMS)
 
     def shares(self) -> np.ndarray:
         """Each token's share of attention (token, modality)."""
-        return self._average(ATTENTION) if self.modalities else np.zeros((len(self.tokens), 0))
+        return self._average(ATTENTION)
 
     def preference(self) -> np.ndarray:
         """Each token's attention to the selected parcels over its mean attention (token)."""
         maps = self._average(self.surface_of, (self.chosen,))
         return maps[:, self.parcels].mean(1) / np.maximum(maps.mean(1), 1e-12)
-
-    def reading(self) -> np.ndarray:
-        """Each subject's attention to a selected parcel, by the selected token (subject)."""
-        if not self.parcels.any():
-            return np.zeros(len(self.subjects), np.float32)
-        values, _ = self._maps[self.surface_of]
-        at = slice(None) if self.token is None else self.tokens == self.token
-        return values[:, at][..., self.parcels].mean((1, 2))
 
     def own_volume(self) -> xr.DataArray | None:
         """A volume (x, y, z) of the one person selected, where the cohort has one."""
@@ -176,7 +165,7 @@ class Explorer:
     def heading(self) -> str:
         """One line on what the maps show."""
         token = ALL_TOKENS if self.token is None else f"token {self.token}"
-        if self.on_roi and not (self.chosen & self._maps[self.surface_of][1]).any():
+        if not (self.chosen & self._has[self.surface_of]).any():
             return f"{token}: nobody selected has {self.surface_of}"
         return f"attention of {token}" + (", first group minus second" if self.groups else "")
 
@@ -187,16 +176,14 @@ class Explorer:
             f"{name} = {self.subjects[group].tolist()!r}"
             for name, group in zip(names, self._selected(), strict=True)
         ]
-        of = "" if self.surface_of in self.on_roi[:1] else f", of={self.surface_of!r}"
+        of = "" if self.surface_of == self.on_roi[0] else f", of={self.surface_of!r}"
         calls = [f"bhx.region_map(latents, token={self.token}, subjects={n}{of})" for n in names]
         draw = "bhx.plot_surface(values, static=True)"
         return "\n".join(["import bhx", "", *lines, f"values = {' - '.join(calls)}", draw])
 
     def figure(self):
         """The static figure that `code` draws."""
-        of = self.surface_of or "roi"
-        maps = [region_map(self.latents, self.token, subjects=g, of=of) for g in self._selected()]
-        values = maps[0] - maps[1] if self.groups else maps[0]
+        values = xr.DataArray(self.surface_map(), {"roi": self.roi}, ["roi"])
         return plot_surface(values, static=True, title=self.heading())
 
     def _ipython_display_(self):
@@ -224,38 +211,20 @@ class Explorer:
 
     def _average(self, of, groups=None):
         """Maps (token, ...) averaged over the selected who have the modality, or the difference
-        between the groups' averages; one product of weights with all maps."""
-        values, has = self._maps[of]
-        weights = np.zeros(len(has), np.float32)
+        between the groups' averages."""
+        weights = np.zeros(len(self.subjects), np.float32)
         for sign, group in zip((1, -1), groups or self._selected(), strict=False):
-            weights += sign * (group & has) / max((group & has).sum(), 1)
-        key = (of, weights.tobytes())
-        if key not in self._cache:
-            if len(self._cache) > 8:
-                self._cache.clear()
-            flat = weights @ values.reshape(len(weights), -1)
-            self._cache[key] = flat.reshape(values.shape[1:])
-        return self._cache[key]
+            counted = group & self._has.get(of, True)
+            weights += sign * counted / max(counted.sum(), 1)
+        return self._mean(of, weights.tobytes())
 
-
-def _loaded(latents, name):
-    """Maps in memory, 0 where a subject has none."""
-    return np.nan_to_num(latents[name].values.astype(np.float32, copy=False))
-
-
-def _same_people(cohort, latents):
-    missing = sorted({*latents.subject.values.tolist()} - {*cohort.subject.values.tolist()})
-    if missing:
-        fact = "Expected a cohort with the subjects of the latents, found without "
-        raise InputError(fact + listed(missing), "Give the cohort that was embedded")
-    return cohort.sel(subject=latents.subject.values)
+    def _weighted(self, of, weights):
+        return np.tensordot(np.frombuffer(weights, np.float32), self._maps[of], 1)
 
 
 def _summary(values):
-    """One value, a mean and range of numbers, or counts of names."""
-    names, counts = np.unique([str(v) for v in values.tolist()], return_counts=True)
-    if len(names) == 1:
-        return values[0]
-    if values.dtype.kind in "fi":
-        return f"{np.nanmean(values):.3g} ({np.nanmin(values):.3g} to {np.nanmax(values):.3g})"
-    return listed([f"{n}: {c}" for n, c in zip(names, counts, strict=True)])
+    """One value, the range of numbers, or names."""
+    names = np.unique([str(v) for v in values.tolist()])
+    if len(names) > 1 and values.dtype.kind in "fi":
+        return f"{np.nanmin(values):.3g} to {np.nanmax(values):.3g}"
+    return listed(names)

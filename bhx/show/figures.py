@@ -62,13 +62,18 @@ def check_figure(
 
 
 def difference(found, wanted, *, tolerance: float = TOLERANCE, trained: bool = False) -> str:
-    """In words, how numbers differ from those wanted; "" where they are the same.
+    """In words, how numbers or words differ from those wanted; "" where they are the same.
 
     Parameters
     ----------
-    found, wanted : arrays of one shape; a single number (no dims) counts as its own range
+    found, wanted : arrays; a single number (no dims) counts as its own range
     tolerance, trained : see `check_figure`
     """
+    if found.shape != wanted.shape:
+        return f"has shape {found.shape}, expected {wanted.shape}"
+    if wanted.dtype.kind in "US":
+        changed = np.flatnonzero(found != wanted)[:1]
+        return "".join(f"at {i} is {found[i]!s}, expected {wanted[i]!s}" for i in changed)
     missing = np.isnan(wanted)
     if not np.array_equal(np.isnan(found), missing):
         return "is missing values elsewhere"
@@ -84,17 +89,7 @@ def _compare(name, found, reference, tolerance, trained):
     if different := sorted(found.keys() ^ reference.keys()):
         raise AssertionError(f"figure {name}: arrays that only one of both has: {different[:5]}")
     for key, wanted in reference.items():
-        got = found[key]
-        if got.shape != wanted.shape:
-            raise AssertionError(f"figure {name}: {key} has {got.shape}, expected {wanted.shape}")
-        if wanted.dtype.kind in "US":
-            changed = np.flatnonzero(got != wanted)
-            if len(changed):
-                at = changed[0]
-                raise AssertionError(
-                    f"figure {name}: {key}[{at}] is {str(got[at])!r}, expected {str(wanted[at])!r}"
-                )
-        elif problem := difference(got, wanted, tolerance=tolerance, trained=trained):
+        if problem := difference(found[key], wanted, tolerance=tolerance, trained=trained):
             raise AssertionError(f"figure {name}: {key} {problem}")
 
 

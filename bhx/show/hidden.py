@@ -1,4 +1,4 @@
-"""What a stage of pretraining hides and what comes back: labelled arrays, and live figures.
+"""What a stage of pretraining hides and what comes back: labeled arrays, and live figures.
 
 The masks are those of `feed`; nothing is trained here.
 """
@@ -36,7 +36,7 @@ def hidden_cubes(
 
     Parameters
     ----------
-    cohort : with `t1`
+    cohort : with T1s
     model : with the decoder of its masked autoencoder
     subject : id of a row of the cohort
     share : of the cubes, removed
@@ -67,27 +67,22 @@ def hidden_cubes(
         fact = f"Expected a subject with a T1, found none for '{subject}'"
         raise InputError(fact, f"See cohort.{ANATOMY.has} for those who have one")
     scan = row[name].isel(subject=0)
-    scaled = torch.from_numpy(cubes(scale_t1(scan.values, config.voxel_mm), config.cube))[None]
-    hidden = torch.from_numpy(cube_mask(config.tokens, share, np.random.default_rng(seed)))[None]
-    scaled, hidden = scaled.to(model.device), hidden.to(model.device)
-    guess = reconstruct(model.networks.structure, model.networks.structure_decoder, scaled, hidden)
-    own = normalized_cubes(scaled)
+    scaled = cubes(scale_t1(scan.values, config.voxel_mm), config.cube)
+    removed = cube_mask(config.tokens, share, np.random.default_rng(seed))
+    both = [torch.from_numpy(x)[None].to(model.device) for x in (scaled, removed)]
+    guess = reconstruct(model.networks.structure, model.networks.structure_decoder, *both)[0].cpu()
+    own, removed = normalized_cubes(both[0])[0].cpu(), torch.from_numpy(removed == 1)[:, None]
     if not normalized:
-        own = torch.from_numpy(cubes(scan.values, config.cube))[None].to(model.device)
+        own = torch.from_numpy(cubes(scan.values, config.cube))
         guess = guess * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
-    removed = hidden.bool()[..., None]
     parts = {
-        "t1": own,
+        name: own,
         "visible": own.masked_fill(removed, torch.nan),
         "returned": torch.where(removed, guess, own),
     }
-    return xr.Dataset(
-        {
-            part: (ANATOMY.dims, volume(x[0].cpu().numpy(), config.grid, config.cube))
-            for part, x in parts.items()
-        },
-        {axis: scan[axis] for axis in ANATOMY.dims},
-    )
+    volumes = {p: volume(x.numpy(), config.grid, config.cube) for p, x in parts.items()}
+    axes = {axis: scan[axis].variable for axis in ANATOMY.dims}
+    return xr.Dataset({part: (ANATOMY.dims, values) for part, values in volumes.items()}, axes)
 
 
 def hidden_tokens(model: Model, *, patches: int, seed: int = 0) -> xr.DataArray:
@@ -98,21 +93,14 @@ def hidden_tokens(model: Model, *, patches: int, seed: int = 0) -> xr.DataArray:
     xarray.DataArray
         (roi, patch): 1 where a token is visible, 2 where it is hidden, 0 where it is neither.
     """
-    shape = (model.config.dynamics.parcels, patches)
-    state = np.zeros(shape, np.int8)
-    for value, tokens in enumerate(jepa_masks(*shape, np.random.default_rng(seed)), start=1):
+    config, atlas = model.config.dynamics, model.atlas
+    state = np.zeros((config.parcels, patches), np.int8)
+    for value, tokens in enumerate(jepa_masks(*state.shape, np.random.default_rng(seed)), start=1):
         state.flat[tokens] = value
-    onset = model.config.dynamics.patch_onsets(patches, model.config.dynamics.patch_seconds)
-    return xr.DataArray(
-        state,
-        dims=("roi", "patch"),
-        coords={
-            "roi": model.atlas.roi,
-            "network": model.atlas.network,
-            "onset": ("patch", onset, {"units": "s"}),
-        },
-        attrs={"long_name": "1 visible, 2 hidden, 0 neither"},
-    )
+    onset = config.patch_onsets(patches, config.patch_seconds)
+    coords = {"roi": atlas.roi, "network": atlas.network, "onset": ("patch", onset, {"units": "s"})}
+    attrs = {"long_name": "1 visible, 2 hidden, 0 neither"}
+    return xr.DataArray(state, coords, ("roi", "patch"), attrs=attrs)
 
 
 def live(cohort: xr.Dataset, subject: str):
@@ -123,20 +111,21 @@ def live(cohort: xr.Dataset, subject: str):
     """
     from IPython.display import display
 
-    shown = {}
+    handles = {}
+
+    def show(name, figure, raw):
+        if name in handles:
+            handles[name].update(figure, raw=raw)
+        else:
+            handles[name] = display(figure, raw=raw, display_id=True)
 
     def draw(log, model):
         # plotly displays itself past a handle, so its figure goes as the bundle it would send
         bundle = {"application/vnd.plotly.v1+json": json.loads(plot_log(log).to_json())}
-        figures = {"log": (bundle, True)}
+        show("log", bundle, True)
         if log.attrs["stage"] == "structure":
             back = hidden_cubes(cohort, model, subject).returned
             title = f"step {int(log.evaluation[-1])}"
-            figures["brain"] = (plot_volume(back, title=title, static=True), False)
-        for name, (figure, raw) in figures.items():
-            if name in shown:
-                shown[name].update(figure, raw=raw)
-            else:
-                shown[name] = display(figure, raw=raw, display_id=True)
+            show("brain", plot_volume(back, title=title, static=True), False)
 
     return draw

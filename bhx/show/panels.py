@@ -22,7 +22,6 @@ from bhx.show.surface import plot_surface
 from bhx.show.volume import PLANES, gray_levels, slices, square_axes, template, with_mm
 
 ALL_TOKENS = "all tokens"
-NO_MAP = 'no attention kept: embed(..., keep=("attention",))'
 WIDE = 470  # px, of every figure: two fit side by side in JupyterLab on a laptop, files shown
 REACH = {"x": (-76, 0, 76), "y": (-110, -20, 74), "z": (-58, 10, 94)}  # mm: first, start, last
 
@@ -33,7 +32,7 @@ class Panels:
     def __init__(self, explorer):
         self.explorer = explorer
         self._gray = None, gray_levels(template())  # whose brain the slices show
-        self._groups = [None, None]
+        self._groups = {}  # A and B, as far as they are set
         self.sliders = {axis: self._slider(axis) for axis in REACH}
         self.people, self.strip = self._people(), self._strip()
         self.brain, self.slices = self._brain(), self._slices()
@@ -59,8 +58,6 @@ class Panels:
         self._update_strip()
         self._update_brain()
         self._update_slices()
-        if e.parcels.any() and self.controls["color"].value == "attention":
-            self.color_people()
 
     # people ---------------------------------------------------------------------------------
 
@@ -80,17 +77,13 @@ class Panels:
         self.explorer.select_subjects(self.explorer.subjects[where] if len(where) else None)
 
     def color_people(self, *_):
-        """Color the people by the coordinate chosen, or by attention to the selected parcel."""
-        name, e = self.controls["color"].value, self.explorer
-        whole = [("", slice(None), e.reading())]
-        groups = whole if name == "attention" else point_groups(e.points, name)
-        named = [(n, color) for n, _, color in groups if isinstance(color, str)]
-        colors = np.empty(len(e.subjects), object if named else np.float32)
+        """Color the people by the coordinate chosen."""
+        groups = point_groups(self.explorer.points, self.controls["color"].value)
+        colors = np.empty(len(self.explorer.subjects), object)
         for _, where, color in groups:
             colors[where] = color
-        with self.people.batch_update():
-            self.people.data[0].marker.color = colors.tolist() if named else colors
-            self.people.data[0].marker.showscale = not named
+        named = [(name, color) for name, _, color in groups if isinstance(color, str)]
+        self.people.update_traces(marker={"color": colors.tolist(), "showscale": not named})
         self.legend.value = " ".join(
             f'<span style="color:{color}">&#9679;</span> {escape(n)}' for n, color in named[:12]
         )
@@ -134,8 +127,6 @@ class Panels:
 
     def _brain(self):
         roi = self.explorer.roi
-        if not len(roi):
-            return _widget([], "brain", 360, NO_MAP, margin={"t": 40})
         # drawn once with each parcel's number as its value: so vertices know their parcel
         numbers = xr.DataArray(np.arange(len(roi), dtype="f4"), {"roi": roi}, ["roi"])
         figure = _widget(plot_surface(numbers), "brain", 360, margin={"l": 0, "r": 0, "t": 5})
@@ -151,8 +142,6 @@ class Panels:
             self.controls["parcel"].value = str(self.explorer.roi[parcel])
 
     def _update_brain(self):
-        if not len(self.explorer.roi):
-            return
         values = self.explorer.surface_map()
         with self.brain.batch_update():
             for trace in self.brain.data:
@@ -171,7 +160,12 @@ class Panels:
         return slider
 
     def _cuts(self):
-        """The map, and traces of the three planes where the sliders are."""
+        """The map, and traces of the three planes where the sliders are: of a single person's
+        brain, else the template's."""
+        own = self.explorer.own_volume()
+        who = None if own is None else own.subject.item()
+        if who != self._gray[0]:
+            self._gray = who, gray_levels(template() if own is None else own.compute())
         cubes = self.explorer.cube_map()
         cubes = None if cubes is None else with_mm(cubes)
         stops = {plane: self.sliders[through].value for plane, (_, _, through) in PLANES.items()}
@@ -188,7 +182,6 @@ class Panels:
         return _widget(figure, "slices", 230)
 
     def _update_slices(self, *_):
-        self._gray = self._own_brain()
         cubes, planes = self._cuts()
         new = [trace for traces in planes for trace in traces]
         with self.slices.batch_update():
@@ -197,26 +190,17 @@ class Panels:
             if cubes is not None:
                 self.slices.update_layout(coloraxis=Scale.of(cubes.values).color_axis())
 
-    def _own_brain(self):
-        """Whose brain to show, and its gray levels: a single person's, else the template's."""
-        own = self.explorer.own_volume()
-        who = None if own is None else own.subject.item()
-        if who == self._gray[0]:
-            return self._gray
-        return who, gray_levels(template() if own is None else own.compute())
-
     # controls -------------------------------------------------------------------------------
 
     def _controls(self):
         e = self.explorer
         coords = list(subject_coords(e.points))
-        places = [*dict.fromkeys(e.networks.tolist()), *map(str, e.roi)]
         tokens = {ALL_TOKENS: None} | {str(token): token for token in e.tokens}
         controls = {
             "token": _typed_in("token", list(tokens), 160),
-            "parcel": _typed_in("parcel", places, 300),
+            "parcel": _typed_in("parcel", e.places, 300),
             "subject": _typed_in("subject", list(e.subjects), 300),
-            "color": widgets.Dropdown(description="color", options=["attention", *coords]),
+            "color": widgets.Dropdown(description="color", options=coords),
             "map": widgets.Dropdown(description="map of", options=e.on_roi + e.on_cubes),
             "reset": widgets.Button(description="Reset", layout={"width": "100px"}),
             "first": widgets.Button(description="Set group A"),
@@ -238,8 +222,8 @@ class Panels:
         for name, act in acts.items():
             controls[name].observe(self._answering(lambda c, act=act: act(c["new"])), "value")
         controls["reset"].on_click(self._reset)
-        controls["first"].on_click(self._answering(lambda _: self._set_group(0)))
-        controls["second"].on_click(self._answering(lambda _: self._set_group(1)))
+        controls["first"].on_click(self._answering(lambda _: self._set_group("A")))
+        controls["second"].on_click(self._answering(lambda _: self._set_group("B")))
         controls["code"].on_click(self._answering(self._show_code))
         return controls
 
@@ -256,7 +240,7 @@ class Panels:
 
     def _reset(self, _):
         """Everyone, all tokens, no parcel, no groups, and boxes that say so."""
-        self._groups = [None, None]
+        self._groups = {}
         for name in ("token", "parcel", "subject"):
             self.controls[name].value = ""
         self.explorer.reset()
@@ -266,14 +250,13 @@ class Panels:
         if self.explorer.groups:
             fact = "Expected a selection to become a group, found two groups compared"
             raise InputError(fact, "Select people first")
-        groups = list(self._groups)
-        groups[which] = self.explorer.chosen.copy()
-        if any(group is None for group in groups):
-            self._groups, other = groups, "BA"[which]
-            self.message.value = f"{groups[which].sum()} subjects kept. Now set group {other}."
+        groups = self._groups | {which: self.explorer.chosen.copy()}
+        if len(groups) == 2:
+            self.explorer.compare(groups["A"], groups["B"])
+            self._groups = {}
         else:
-            self.explorer.compare(*groups)
-            self._groups = [None, None]
+            self._groups, other = groups, {"A": "B", "B": "A"}[which]
+            self.message.value = f"{groups[which].sum()} subjects kept. Now set group {other}."
 
     def _show_code(self, _):
         self.written.value = self.explorer.code()
@@ -293,12 +276,12 @@ class Panels:
         return widgets.VBox([entries, widgets.HBox(panels), buttons, shown])
 
 
-def _widget(data, name, height, title="", **layout):
+def _widget(data, name, height, **layout):
     """Traces or a figure as a widget that tests and callbacks find by its name."""
     figure = go.FigureWidget(data)
     figure.update_layout(template="plotly_white", width=WIDE, height=height, meta=name)
     figure.update_layout(margin={"l": 50, "r": 10, "t": 10, "b": 40})
-    return finish(figure, title, **layout)
+    return finish(figure, "", **layout)
 
 
 def _keep_state(figure):

@@ -39,34 +39,22 @@ LIGHT_FROM = {"x": 0, "y": 0, "z": -1e5}  # from behind the reader: both hemisph
 def plot_surface(
     values,
     *,
-    mesh: str = "inflated",
     hemi: str = "both",
-    view: str | None = None,
-    cmap: str | None = None,
-    limits: tuple[float, float] | None = None,
-    threshold: float | None = None,
     outlines: bool = False,
     title: str | None = None,
-    atlas: xr.Dataset | None = None,
     static: bool = False,
 ):
-    """Draw one value per parcel or vertex on fsaverage5.
+    """Draw one value per parcel or vertex on fsaverage5, inflated.
+
+    Values of both signs are colored symmetrically around 0, others from the lowest to the highest;
+    both color maps are safe for color-blind readers.
 
     Parameters
     ----------
-    values : DataArray on roi (aligned by parcel name; parcels that are absent stay gray), values
-        of the 20,484 vertices (left first), or a nilearn SurfaceImage on fsaverage5
-    mesh : "inflated", "pial", "white" or "flat"
+    values : DataArray on roi (aligned by parcel name; parcels that are absent stay gray), or
+        values of the 20,484 vertices (left first); where they are NaN nothing is drawn
     hemi : "both", "left" or "right"
-    view : "top", "left lateral", "left medial", "right medial" or "right lateral"; buttons offer
-        them all
-    cmap : a matplotlib color map; by default a sequential one, or where values have both signs
-        a diverging one around 0, both safe for color-blind readers
-    limits : values at the ends of the color map; by default the extremes, symmetric around 0 for
-        values of both signs
-    threshold : smaller magnitudes are not drawn
     outlines : draw the borders of the seven networks
-    atlas : `load_atlas(...)` for vertex values, or where the parcels' names do not say it
     static : a matplotlib figure with the four standard views instead of a plotly one
 
     Returns
@@ -74,32 +62,25 @@ def plot_surface(
     plotly.graph_objects.Figure, or matplotlib.figure.Figure
     """
     check_choice("hemi", hemi, SIDES)
-    brain = on_vertices(values, atlas)
-    if threshold is not None:
-        brain = brain.where(abs(brain) >= threshold)
-    scale = Scale.of(brain, cmap=cmap, limits=limits, title=title)
-    if static:
-        return _static_surface(brain, mesh, SIDES[hemi], scale, outlines)
-    view = view or ("top" if hemi == "both" or mesh == "flat" else f"{hemi} lateral")
-    return _surface_figure(brain, mesh, SIDES[hemi], view, scale, outlines)
+    brain = on_vertices(values)
+    draw = _static_surface if static else _surface_figure
+    return draw(brain, hemi, Scale.of(brain, title=title), outlines)
 
 
-def on_vertices(values, atlas: xr.Dataset | None = None) -> xr.DataArray:
+def on_vertices(values) -> xr.DataArray:
     """Values of parcels carried to the 20,484 vertices of fsaverage5, NaN where there is no parcel.
 
     Returns
     -------
     DataArray (vertex_fsaverage5) of float32 with the coordinates `parcel`, `network` and `hemi`
     """
-    if hasattr(values, "mesh") and hasattr(values, "data"):  # nilearn's SurfaceImage
-        values = np.concatenate([np.squeeze(values.data.parts[s]) for s in SIDES["both"]])
     by_roi = isinstance(values, xr.DataArray) and values.dims == ("roi",)
     if not by_roi and np.shape(values) != (2 * N_FSAVERAGE5,):
         found = values.dims if isinstance(values, xr.DataArray) else np.shape(values)
         fact = f"Expected one value per parcel (dim 'roi') or {2 * N_FSAVERAGE5} vertices of "
         fact += f"fsaverage5, found {found}"
         raise InputError(fact, "Select or average the other dims first")
-    atlas, per_parcel = _in_order(values, atlas) if by_roi else (atlas or load_atlas(), None)
+    atlas, per_parcel = _in_order(values) if by_roi else (load_atlas(), None)
     parcel = pd.Index(atlas.label.values).get_indexer(atlas.labels_fsaverage5.values)  # or -1
     per_vertex = np.asarray(values) if per_parcel is None else np.append(per_parcel, np.nan)[parcel]
     coords = {
@@ -111,33 +92,33 @@ def on_vertices(values, atlas: xr.Dataset | None = None) -> xr.DataArray:
     return xr.DataArray(per_vertex.astype(np.float32), coords, [VERTEX], attrs=attrs)
 
 
-def _in_order(values, atlas):
+def _in_order(values):
     """The atlas whose parcels these are, by name, and their values in its order."""
     names = {str(n) for n in values.roi.values} if "roi" in values.coords else {"unnamed parcels"}
-    for one in map(load_atlas, ATLASES) if atlas is None else [atlas]:
-        known = aliases(one)
-        if names <= known.keys() and len(names) <= one.sizes["roi"]:
-            return one, values.to_series().rename(known).reindex(one.roi.values)
-    whose = atlas.attrs.get("atlas", "the atlas") if atlas is not None else listed(ATLASES)
+    for atlas in map(load_atlas, ATLASES):
+        known = aliases(atlas)
+        if names <= known.keys() and len(names) <= atlas.sizes["roi"]:
+            return atlas, values.to_series().rename(known).reindex(atlas.roi.values)
     found = listed(sorted(names - known.keys()) or names, 3)
-    fact = f"Expected parcel names of {whose}, found {found}"
-    raise InputError(fact, "Name them as bhx.load_atlas(name).roi does, or give atlas=")
+    fact = f"Expected parcel names of {listed(ATLASES)}, found {found}"
+    raise InputError(fact, "Name them as bhx.load_atlas(name).roi does")
 
 
 # the cortex -------------------------------------------------------------------------------------
 
 
-def _surface_figure(brain, mesh, sides, view, scale, outlines):
-    check_choice("view", view, VIEWS)
-    traces = [trace for side in sides for trace in _hemisphere(brain, mesh, side, sides)]
+def _surface_figure(brain, hemi, scale, outlines):
+    sides = SIDES[hemi]
+    placed = {side: _placed(side, sides) for side in sides}
+    traces = [t for side in sides for t in _hemisphere(brain, side, *placed[side])]
     if outlines:
-        traces += [_outline(brain, mesh, side, sides) for side in sides]
+        traces += [_outline(brain, side, *placed[side]) for side in sides]
     figure = go.Figure(traces)
     figure.update_scenes(
         {f"{axis}axis": {"visible": False, "showspikes": False} for axis in "xyz"},
         aspectmode="manual",
-        aspectratio=_extent(mesh, sides),
-        camera=camera(view),
+        aspectratio=_extent([coords for coords, _ in placed.values()]),
+        camera=camera("top" if hemi == "both" else f"{hemi} lateral"),
     )
     buttons = [
         {
@@ -149,18 +130,17 @@ def _surface_figure(brain, mesh, sides, view, scale, outlines):
             ],
         }
         for name, (_, _, shown) in VIEWS.items()
-        if set(SIDES[shown]) & set(sides) and (mesh != "flat" or name == "top")
+        if set(SIDES[shown]) & set(sides)
     ]
     menu = {"type": "buttons", "direction": "right", "buttons": buttons, "active": -1}
     menu |= {"x": 0.5, "xanchor": "center", "y": 0, "yanchor": "top"}
-    figure.update_layout(updatemenus=[menu] if len(buttons) > 1 else [], showlegend=False)
+    figure.update_layout(updatemenus=[menu], showlegend=False)
     margin = {"l": 0, "r": 0, "t": 40, "b": 50}
     return finish(figure, scale.title, coloraxis=scale.color_axis(), margin=margin)
 
 
-def _hemisphere(brain, mesh, side, sides):
+def _hemisphere(brain, side, coords, faces):
     """One hemisphere as two meshes: the part with values, and the rest in gray by sulcal depth."""
-    coords, faces = _placed(mesh, side, sides)
     here = brain[brain.hemi == side]
     known = np.isfinite(here.values)[faces].all(axis=1)
     for part, kept in (("values", known), ("gray", ~known)):
@@ -189,20 +169,18 @@ def _short_names(names):
     return escape(shared), [escape(n.removeprefix(shared)) or "no parcel" for n in names.tolist()]
 
 
-def _placed(mesh, side, sides):
-    """A hemisphere's mesh, beside the other one where both are centered on 0."""
-    coords, faces = load_mesh(mesh, side)
-    if mesh in ("inflated", "flat") and len(sides) == 2:
-        x = coords[np.unique(faces), 0]
+def _placed(side, sides):
+    """A hemisphere's mesh, beside the other one where both are drawn."""
+    coords, faces = load_mesh("inflated", side)
+    if len(sides) == 2:
+        x = coords[:, 0]
         coords = coords - np.array([x.max() + 4 if side == "left" else x.min() - 4, 0, 0], "f4")
     return coords, faces
 
 
-def _extent(mesh, sides):
+def _extent(placed):
     """Lengths of the scene's axes, so that the brain fills a figure that is wider than high."""
-    placed = [_placed(mesh, side, sides) for side in sides]
-    points = np.concatenate([coords[np.unique(faces)] for coords, faces in placed])
-    size = np.maximum(np.ptp(points, axis=0), 1)
+    size = np.ptp(np.concatenate(placed), axis=0)
     size = size * min(2.6 / size[0], 1.8 / size[1:].max())
     return dict(zip("xyz", size.round(3).tolist(), strict=True))
 
@@ -218,9 +196,9 @@ def camera(view: str) -> dict:
     }
 
 
-def _outline(brain, mesh, side, sides):
+def _outline(brain, side, coords, faces):
     """Borders between networks as one line trace, interrupted between strokes."""
-    segments = _borders(brain, side, *_placed(mesh, side, sides))
+    segments = _borders(brain, side, coords, faces)
     points, ends = np.unique(segments.reshape(-1, 3), axis=0, return_inverse=True)
     strokes = _strokes(ends.reshape(-1, 2).tolist())
     order = [point for stroke in strokes for point in (*stroke, len(points))]
@@ -257,27 +235,27 @@ def _borders(brain, side, coords, faces):
 # for papers -------------------------------------------------------------------------------------
 
 
-def _static_surface(brain, mesh, sides, scale, outlines):
-    views = ("top",) if mesh == "flat" else ("lateral", "medial")
-    size = (4 * len(sides) + 1, 2.9 * len(views))
-    figure, axes = plt.subplots(len(views), len(sides), figsize=size, squeeze=False)
-    for axis, (view, side) in zip(axes.flat, product(views, sides), strict=True):
-        _draw_hemisphere(axis, brain, mesh, side, view, scale, outlines)
-        axis.set_title(f"{side} {view}" if view != "top" else side, fontsize=9)
+def _static_surface(brain, hemi, scale, outlines):
+    sides = SIDES[hemi]
+    size = (4 * len(sides) + 1, 5.8)
+    figure, axes = plt.subplots(2, len(sides), figsize=size, squeeze=False)
+    for axis, (view, side) in zip(axes.flat, product(("lateral", "medial"), sides), strict=True):
+        _draw_hemisphere(axis, brain, side, f"{side} {view}", scale, outlines)
+        axis.set_title(f"{side} {view}", fontsize=9)
         axis.set(aspect="equal")
         axis.set_axis_off()
     figure.colorbar(scale.mappable(), ax=axes, shrink=0.6, fraction=0.05, label=scale.units)
     return finish_static(figure, scale.title)
 
 
-def _draw_hemisphere(axis, brain, mesh, side, view, scale, outlines):
+def _draw_hemisphere(axis, brain, side, view, scale, outlines):
     """Triangles that face the reader, and borders as triangles without a surface, drawn from the
     back to the front."""
     from matplotlib.collections import PolyCollection
 
-    eye, up, _ = VIEWS[view if view == "top" else f"{side} {view}"]
+    eye, up, _ = VIEWS[view]
     screen = np.stack([np.cross(up, eye), up, eye], axis=1)  # right, up, towards the reader
-    coords, faces = load_mesh(mesh, side)
+    coords, faces = load_mesh("inflated", side)
     shapes = (coords @ screen)[faces]  # (triangle, corner, 3)
     tilt = _tilt(shapes)
     faces, shapes, tilt = (part[tilt > 0] for part in (faces, shapes, tilt))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from html import escape
 
-import matplotlib.pyplot as plt
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 from plotly.subplots import make_subplots
 
 from bhx.latents.maps import each_token
-from bhx.show.colors import CATEGORIES, finish, finish_static, plotly_colors
+from bhx.show.colors import CATEGORIES, finish, plotly_colors
 
 
 def plot_tokens(
-    latents: xr.Dataset, *, subjects=None, of: str = "roi", title: str | None = None, static=False
-):
+    latents: xr.Dataset, *, of: str = "roi", title: str = "where hub tokens read from"
+) -> go.Figure:
     """Each hub token's attention by network, beside its share of each modality.
 
     A cell is the token's mean attention to a parcel of the network over its mean attention to
@@ -25,26 +24,9 @@ def plot_tokens(
     Parameters
     ----------
     latents : Dataset embedded with keep=("attention",)
-    subjects : ids or a boolean mask; None for all
     of : whose attention to parcels, as in `region_map`
     """
-    table = token_table(latents, subjects, of=of)
-    title = "where hub tokens read from" if title is None else title
-    return _static_tokens(table, title) if static else _token_figure(table, title)
-
-
-def token_table(latents: xr.Dataset, subjects=None, *, of: str = "roi") -> xr.Dataset:
-    """What `plot_tokens` draws: `preference` (token, network) and `share` (token, modality)."""
-    share = each_token(latents, of="modality", subjects=subjects)
-    maps = each_token(latents, of=of, subjects=subjects)
-    maps = maps.assign_coords(network=("roi", maps.network.values.astype(object)))  # not lazy
-    names = list(dict.fromkeys(maps.network.values.tolist()))
-    preference = (maps.groupby("network").mean() / maps.mean("roi")).sel(network=names)
-    order = np.argsort(-share.isel(modality=0).values, kind="stable")
-    return xr.Dataset({"preference": preference, "share": share}).isel(token=order).compute()
-
-
-def _token_figure(table, title):
+    table = token_table(latents, of=of)
     figure = make_subplots(1, 2, column_widths=[0.72, 0.28], horizontal_spacing=0.2)
     tokens = [str(t) for t in table.token.values]
     bar = {"title": {"text": "preference", "side": "top"}, "x": 0.58, "thickness": 12}
@@ -67,21 +49,11 @@ def _token_figure(table, title):
     return finish(figure, title, margin={"t": 60, "b": 50})
 
 
-def _static_tokens(table, title):
-    figure, (left, right) = plt.subplots(
-        1, 2, width_ratios=[3, 1], figsize=(7, 5), sharey=True, layout="constrained"
-    )
-    image = left.imshow(table.preference, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-    bar = figure.colorbar(image, ax=left, ticks=[0, 1, 2])
-    bar.set_ticklabels(["0", "even", "2 or more"])
-    bar.ax.set_title("preference", size="medium")
-    left.set_xticks(range(table.sizes["network"]), table.network.values, rotation=45, ha="right")
-    left.set(ylabel=f"token, sorted by share of {table.modality.values[0]}", yticks=[])
-    start = np.zeros(table.sizes["token"])
-    for name, color in zip(table.modality.values.tolist(), CATEGORIES, strict=False):
-        share = table.share.sel(modality=name).values
-        right.barh(np.arange(len(share)), share, 1, start, color=color, label=name)
-        start = start + share
-    right.set(xlabel="share of attention", xlim=(0, 1))
-    right.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2, frameon=False)
-    return finish_static(figure, title)
+def token_table(latents: xr.Dataset, *, of: str = "roi") -> xr.Dataset:
+    """What `plot_tokens` draws: `preference` (token, network) and `share` (token, modality)."""
+    share, maps = each_token(latents, of="modality"), each_token(latents, of=of)
+    maps = maps.assign_coords(network=("roi", maps.network.values.astype(object)))  # not lazy
+    names = list(dict.fromkeys(maps.network.values.tolist()))
+    preference = (maps.groupby("network").mean() / maps.mean("roi")).sel(network=names)
+    order = np.argsort(-share.isel(modality=0).values, kind="stable")
+    return xr.Dataset({"preference": preference, "share": share}).isel(token=order).compute()

@@ -16,6 +16,7 @@ from bhx.show.colors import Scale, finish, finish_static
 
 # across, up and through of each plane; left is left
 PLANES = {"sagittal": ("y", "z", "x"), "coronal": ("x", "z", "y"), "axial": ("x", "y", "z")}
+STOPS = 15  # positions on each plane's slider
 
 
 def plot_volume(
@@ -23,9 +24,6 @@ def plot_volume(
     *,
     overlay: xr.DataArray | None = None,
     at: tuple[float, float, float] = (0, -20, 10),
-    n_slices: int = 15,
-    cmap: str | None = None,
-    limits: tuple[float, float] | None = None,
     title: str | None = None,
     static: bool = False,
 ):
@@ -36,8 +34,6 @@ def plot_volume(
     values : DataArray (x, y, z) on the T1 grid, one subject's; None for the MNI152 template
     overlay : DataArray (cx, cy, cz), such as a `region_map` over cubes
     at : MNI coordinates [mm] where the planes start, or for static=True lie
-    n_slices : positions on each plane's slider; slices are sent at 2 mm or coarser
-    cmap, limits, title : as in `plot_surface`, of the overlay
     static : a matplotlib figure instead of a plotly one
 
     Returns
@@ -51,11 +47,9 @@ def plot_volume(
     cubes = None if overlay is None else with_mm(overlay)
     shown = t1 if cubes is None else cubes
     title = shown.attrs.get("long_name", "T1") if title is None else title
-    scale = Scale.of([] if cubes is None else cubes, cmap=cmap, limits=limits, title=title)
+    scale = Scale.of([] if cubes is None else cubes, title=title)
     gray = gray_levels(t1)
-    if static:
-        return _static_volume(gray, cubes, at, scale)
-    return _volume_figure(gray, cubes, at, n_slices, scale)
+    return (_static_volume if static else _volume_figure)(gray, cubes, at, scale)
 
 
 def with_mm(cubes):
@@ -109,12 +103,12 @@ def slices(gray, cubes, plane, stop, visible=True) -> list:
     return [trace.update(visible=bool(visible)) for trace in drawn]
 
 
-def _volume_figure(gray, cubes, at, n_slices, scale):
+def _volume_figure(gray, cubes, at, scale):
     figure = make_subplots(1, 3, horizontal_spacing=0.05, subplot_titles=list(PLANES))
     sliders = []
     for column, (plane, start) in enumerate(zip(PLANES, at, strict=True), 1):
         through = PLANES[plane][2]
-        where = np.linspace(0, gray.sizes[through] - 1, n_slices + 2).round().astype(int)[1:-1]
+        where = np.linspace(0, gray.sizes[through] - 1, STOPS + 2).round().astype(int)[1:-1]
         stops = gray[through].values[where]
         shown = int(np.abs(stops - start).argmin())
         traces = [slices(gray, cubes, plane, s, s == stops[shown]) for s in stops]

@@ -122,7 +122,8 @@ def plot_log(log: xr.Dataset):
     figure.update_xaxes(title_text="step").update_yaxes(title_text="loss", row=1, col=1)
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     figure.update_layout(template="plotly_white", height=600, margin={"t": 110}, legend=legend)
-    return figure.update_layout(title=log.attrs.get("stage", ""))
+    title = log.attrs.get("stage", "")
+    return figure.update_layout(title=title, modebar_remove="sendChartToCloud")
 
 
 def collapse(tokens: torch.Tensor) -> dict:
