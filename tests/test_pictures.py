@@ -7,10 +7,9 @@ import torch
 import bhx
 from bhx.encode.model import random_model
 from bhx.errors import InputError
-from bhx.modalities.t1 import scale_t1
+from bhx.modalities.t1 import cube_mask, cubes, scale_t1
 from bhx.model.structure import mae_loss
 from bhx.show.hidden import hidden_cubes
-from bhx.train.dataset import cube_mask
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +26,21 @@ def with_t1(people):
     return str(people.subject.values[people.has_t1][0])
 
 
-def test_normalised_pictures_hold_the_loss_of_the_masked_autoencoder(people, model):
+def test_normalized_pictures_hold_the_loss_of_the_masked_autoencoder(people, model):
     subject = with_t1(people)
-    brain = hidden_cubes(people, model, subject, share=0.5, seed=3, normalised=True)
-    hidden = cube_mask(model.config.structure.tokens, 0.5, np.random.default_rng(3))[None]
-    t1 = torch.from_numpy(scale_t1(people.t1.sel(subject=subject).values, 4.0))[None]
-    loss = mae_loss(model.networks.structure, model.networks.structure_decoder, t1, hidden)
+    brain = hidden_cubes(people, model, subject, share=0.5, seed=3, normalized=True)
+    config, networks = model.config.structure, model.networks
+    hidden = torch.from_numpy(cube_mask(config.tokens, 0.5, np.random.default_rng(3)))[None]
+    t1 = scale_t1(people.t1.sel(subject=subject).values, 4.0)
+    voxels = torch.from_numpy(cubes(t1, config.cube))[None]
+    loss = mae_loss(networks.structure, networks.structure_decoder, voxels, hidden)
     error = ((brain.returned - brain.t1) ** 2).where(brain.visible.isnull()).mean()
     assert float(error) == pytest.approx(loss.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-def test_visible_voxels_come_back_as_they_are(people, model, normalised):
-    brain = hidden_cubes(people, model, with_t1(people), normalised=normalised)
+@pytest.mark.parametrize("normalized", [False, True])
+def test_visible_voxels_come_back_as_they_are(people, model, normalized):
+    brain = hidden_cubes(people, model, with_t1(people), normalized=normalized)
     gone = brain.visible.isnull()
     assert float(gone.mean()) == pytest.approx(0.75, abs=0.01)
     assert bool((brain.returned == brain.t1).where(~gone, True).all())

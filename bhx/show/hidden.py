@@ -66,7 +66,7 @@ def hidden_cubes(
     if name not in row or not who_has(row, name).all():
         fact = f"Expected a subject with a T1, found none for '{subject}'"
         raise InputError(fact, f"See cohort.{ANATOMY.has} for those who have one")
-    scan = row[name].isel(subject=0)
+    scan = row[name].isel(subject=0, drop=True)
     scaled = torch.from_numpy(cubes(scale_t1(scan.values, config.voxel_mm), config.cube))[None]
     hidden = torch.from_numpy(cube_mask(config.tokens, share, np.random.default_rng(seed)))[None]
     scaled, hidden = scaled.to(model.device), hidden.to(model.device)
