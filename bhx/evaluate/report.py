@@ -120,6 +120,8 @@ def _weights_of(one):
 
 
 def _data_of(one):
+    if hasattr(one, "provenance"):  # a model
+        return []
     attrs = getattr(one, "attrs", {})
     told_of = str(attrs.get("cohort", ""))  # latents carry their cohort's attributes
     data = json.loads(told_of) if told_of.startswith("{") else attrs
