@@ -25,7 +25,7 @@ PUBLIC = {
     "data.cohort": ("open_cohort", "scan"),
     "model.config": ("PRESETS", "STAND_IN", "build"),
     "model.released": ("write_release",),
-    "encode.model": ("load_model", "random_model"),
+    "encode.model": ("load_model", "random_model", "weights_table"),
     "encode.embed": ("embed", "robust_scaling"),
     "train.recipes": ("Recipe",),
     "train.pretrain": ("pretrain",),

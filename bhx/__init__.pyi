@@ -30,6 +30,7 @@ from bhx.model.config import build as build
 from bhx.model.released import write_release as write_release
 from bhx.encode.model import load_model as load_model
 from bhx.encode.model import random_model as random_model
+from bhx.encode.model import weights_table as weights_table
 from bhx.encode.embed import embed as embed
 from bhx.encode.embed import robust_scaling as robust_scaling
 from bhx.train.recipes import Recipe as Recipe

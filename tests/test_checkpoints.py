@@ -463,3 +463,14 @@ def test_the_published_files_load_at_their_full_size(tmp_path):
             assert value.flatten()[-1] == torch.tensor(number(part + prefix + key))
     assert read.networks.harmonizer.pos_embed[0, -1, -1] == 0.5
     assert torch.equal(read.networks.dynamics.pos_embed.gradients[:, 7], torch.arange(400.0))
+
+
+def test_tables_beside_shipped_weights_are_read_by_name():
+    errors = bhx.weights_table()
+    assert set(errors.stage) == {"structure", "dynamics", "harmonizer"}
+    assert errors.groupby("target").explained.first().eq(0).all()
+    assert "connectome" in bhx.weights_table("workshop", table="planted_factors")
+    with pytest.raises(InputError, match="table to be held_out_errors, planted_factors, found 'x'"):
+        bhx.weights_table(table="x")
+    with pytest.raises(InputError, match="weights to be workshop, found 'mine'"):
+        bhx.weights_table("mine")

@@ -278,9 +278,10 @@ def test_figures_show_the_numbers_of_the_table(ages, labels):
 
 
 def a_model(digest, source="bhx.pretrain on test"):
-    """What `made_with` reads of a model."""
+    """What `made_with` reads of a model, and its `coords`, which are no labels."""
     provenance = {"source": source, "weights_sha256": digest}
-    return SimpleNamespace(provenance=provenance, config=SimpleNamespace(name="tiny"))
+    config = SimpleNamespace(name="tiny")
+    return SimpleNamespace(provenance=provenance, config=config, coords=lambda dims: {})
 
 
 def test_made_with_names_weights_rows_and_seeds_once(ages):

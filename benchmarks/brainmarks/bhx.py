@@ -15,9 +15,10 @@ from brainmarks.models.base import Embeddings
 from brainmarks.models.registry import register_model
 
 from bhx.data.atlas import load_atlas, reparcellate
-from bhx.encode.inputs import encode_parts, read_subject, sequences
+from bhx.encode.inputs import encode_readings, read_subject, sequences
 from bhx.encode.model import load_model, random_model
 from bhx.errors import InputError, listed
+from bhx.modalities.bold import BOLD
 from bhx.schema import build_cohort
 
 
@@ -74,26 +75,32 @@ class Hub(torch.nn.Module):
         device = self.share.device
         series = batch["bold"].float() @ self.share.T  # (B, T, parcels)
         rows = zip(series.cpu().numpy(), torch.as_tensor(batch["tr"]).tolist(), strict=True)
-        readings = [
-            read_subject(one.T, tr, None, self.config, missing="leave out") for one, tr in rows
-        ]
-        dynamics, structure = encode_parts(self.networks, readings, device)
-        tokens, places, owner = sequences(self.config, readings, dynamics, structure)
-        hub = self.networks.harmonizer(tokens, places)  # (windows, 1 + R, D)
-        counts = [len(k) for reading in readings for k in reading.tokens if len(k)]
+        readings = [self._read(one.T, tr) for one, tr in rows]
+        tokens = encode_readings(self.networks, readings, device)
+        read = sequences(self.config, readings, tokens)
+        hub = self.networks.harmonizer(read.subjects)  # (windows, 1 + R, D)
         weight = torch.zeros(len(readings), len(hub), device=device)  # of each one's windows
-        weight[owner, range(len(hub))] = torch.tensor(counts, device=device).float()
-        hub = torch.einsum("bw,wrd->brd", weight / weight.sum(1, keepdim=True), hub)
-        return Embeddings(hub[:, :1], hub[:, 1:], self._patches(readings, dynamics))
+        weight[read.owner, range(len(hub))] = read.share.to(device)
+        hub = torch.einsum("bw,wrd->brd", weight, hub)
+        return Embeddings(hub[:, :1], hub[:, 1:], self._patches(readings, tokens))
 
-    def _patches(self, readings, dynamics):
+    def _read(self, bold, tr):
+        facts = {"tr": tr, "n_volumes": bold.shape[1]}
+        return read_subject({BOLD.variable: bold}, facts, self.config, missing="leave out")
+
+    def _patches(self, readings, tokens):
         """All dynamics tokens of each subject, zero where a parcel was left out."""
         out = []
-        for reading, parts in zip(readings, dynamics, strict=True):
+        for reading, mine in zip(readings, tokens, strict=True):
             full = [
-                part.new_zeros(w.shape[0] * w.shape[1], part.shape[1]).index_copy(0, k, part)
-                for w, k, part in zip(reading.windows, reading.tokens, parts, strict=True)
-            ]
+                part.new_zeros(window.shape[:-1].numel(), part.shape[1]).index_copy(
+                    0, there.to(part.device), part
+                )
+                for window, there, part in zip(
+                    reading.windows[BOLD.name], reading.there[BOLD.name], mine[BOLD.name],
+                    strict=True,
+                )
+            ]  # fmt: skip
             out.append(torch.cat(full))
         found = sorted({len(one) // len(self.share) for one in out})
         if len(found) > 1:
@@ -111,5 +118,6 @@ def shares(atlas):
     subject |= {"n_volumes": [400], "has_bold": [True], "has_t1": [False]}
     unit = np.eye(400, dtype=np.float32)[None]  # one volume a parcel
     attrs = {"atlas": "schaefer400", "source": ""}
-    cohort = build_cohort({"bold": unit}, subject, {"roi": names}, attrs)
-    return reparcellate(cohort, atlas.attrs["atlas"]).bold[0].sel(roi=atlas.name7.values).values
+    cohort = build_cohort({BOLD.variable: unit}, subject, {"roi": names}, attrs)
+    wanted = reparcellate(cohort, atlas.attrs["atlas"])
+    return wanted[BOLD.variable][0].sel(roi=atlas.name7.values).values

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 
@@ -15,7 +16,7 @@ from bhx.errors import InputError, check_choice
 from bhx.modalities.bold import BOLD, check_tr
 from bhx.modalities.t1 import ANATOMY, check_grid
 from bhx.modalities.table import MODALITIES, by_variable
-from bhx.model.checkpoints import read_weights
+from bhx.model.checkpoints import SHIPPED, read_weights
 from bhx.model.config import PRESETS, Harmonix, HarmonixConfig, build
 from bhx.schema import ROI_COORDS
 
@@ -35,6 +36,22 @@ def load_model(source="workshop", *, device: str | None = None) -> Model:
         The files are missing, cut short, altered, or of another architecture.
     """
     return Model(read_weights(source), device)
+
+
+def weights_table(name: str = "workshop", table: str = "held_out_errors") -> pd.DataFrame:
+    """Measurements that were made with shipped weights and travel beside them.
+
+    Parameters
+    ----------
+    name : of the weights
+    table : "held_out_errors" (the network beside simple predictors, on subjects it never saw:
+        `explained` is 1 - error / error of the first predictor of that target) or
+        "planted_factors" (how well probes of trained and of random weights predict each factor of
+        the synthetic cohort)
+    """
+    check_choice("weights", name, sorted(p.parent.name for p in SHIPPED.glob("*/config.json")))
+    check_choice("table", table, sorted(p.stem for p in (SHIPPED / name).glob("*.csv")))
+    return pd.read_csv(SHIPPED / name / f"{table}.csv")
 
 
 def random_model(preset: str | HarmonixConfig = "workshop", *, seed: int = 0, device=None) -> Model:

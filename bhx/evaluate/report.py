@@ -121,6 +121,8 @@ def _weights_of(one):
 
 
 def _data_of(one):
+    if hasattr(one, "provenance"):  # a model
+        return []
     attrs = getattr(one, "attrs", {})
     cohort = str(attrs.get("cohort", ""))  # latents carry their cohort's attributes
     data = json.loads(cohort) if cohort.startswith("{") else attrs
