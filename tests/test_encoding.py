@@ -500,7 +500,7 @@ def test_bare_networks_refuse_what_does_not_fit(cohort, model):
         (lambda: model.dynamics(series[:50]), "found 50 names; missing"),
         (lambda: model.structure(t1[1:]), r"T1 of \(40, 48, 40\) voxels of 4 mm, found \(39"),
         (lambda: model.structure(t1[:, ::-1]), "'y' .*axis is flipped"),
-        (lambda: model.harmonize(), "tokens of some modality, found none"),
+        (lambda: model.harmonize(), "a subject with data tokens, found none"),
         (lambda: model.kernels(0), "repetition time in seconds"),
     ):
         with pytest.raises(InputError, match=message):
@@ -696,11 +696,6 @@ def test_what_a_model_says_of_itself(model, tape):
     assert json.loads(about.attrs["config"]) == json.loads(json.dumps(asdict(TINY)))
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in model.networks.named_children()}
     assert dict(zip(about.part.values.tolist(), about.parameters.values, strict=True)) == sizes
-    positions = model.positions()
-    assert dict(positions.sizes) == {"roi": 100, "channel": 12, "patch": 18, "time_channel": 12,
-                                     "cx": 5, "cy": 6, "cz": 5, "feature": 24}  # fmt: skip
-    assert (float(positions.place.min()), float(positions.place.max())) == pytest.approx((-1, 1))
-    assert positions.roi.values.tolist() == model.atlas.roi.values.tolist()
 
 
 @pytest.mark.parametrize("tr, k", [(0.735, 48), (2.0, 18), (3.0, 12)])
