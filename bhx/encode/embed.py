@@ -175,10 +175,10 @@ def counts_of(cohort, modality, config) -> np.ndarray:
     if modality.variable not in cohort:
         return np.zeros(cohort.sizes["subject"], int)
     facts = {name: cohort[name].values for name in modality.needs}
-    return np.array([
-        modality.count({name: values[i] for name, values in facts.items()}, config) if has else 0
-        for i, has in enumerate(who_has(cohort, modality.variable))
-    ])  # fmt: skip
+    counts = np.zeros(cohort.sizes["subject"], int)
+    for i in np.flatnonzero(who_has(cohort, modality.variable)):
+        counts[i] = modality.count({name: values[i] for name, values in facts.items()}, config)
+    return counts
 
 
 def _template(cohort, options):

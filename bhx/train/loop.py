@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from bhx.encode.inputs import in_turns
 from bhx.errors import InputError, listed
 from bhx.train.dataset import Samples
 from bhx.train.log import append, collapse, cut_after, names_what_failed, warn_of_collapse
@@ -167,14 +168,8 @@ class Run:
 
     def _parts(self, samples) -> list[list]:
         """Samples in parts that are computed at once."""
-        parts, total = [[]], 0
-        for sample in samples:
-            cost = self.objective.cost(sample)
-            if parts[-1] and total + cost > self.plan.tokens_at_once:
-                parts, total = [*parts, []], 0
-            parts[-1].append(sample)
-            total += cost
-        return parts
+        turns = in_turns([sample.cost for sample in samples], self.plan.tokens_at_once)
+        return [samples[turn] for turn in turns]
 
     def _gradients(self, samples):
         """Accumulate the gradient of the batch's mean loss, clipped; losses, tokens and norm of
@@ -192,7 +187,7 @@ class Run:
             found.append(torch.stack([t.detach() for t in terms]))
         norm = nn.utils.clip_grad_norm_(self.learning, self.plan.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        tokens = sum(map(self.objective.cost, samples))
+        tokens = sum(sample.cost for sample in samples)
         *total, tokens = self.processes.summed([*torch.stack(found).sum(0).tolist(), tokens])
         losses = dict(zip(counts, total, strict=True))
         if not all(map(math.isfinite, (*total, norm))):
@@ -279,9 +274,8 @@ class Run:
 
     def _learned(self):
         """What learns, by name; clones."""
-        return {
-            k: p.detach().clone() for k, p in self.objective.named_parameters() if p.requires_grad
-        }
+        named = self.objective.named_parameters()
+        return {k: p.detach().clone() for k, p in named if p.requires_grad}
 
     def _save(self):
         state = {
@@ -309,23 +303,16 @@ class Run:
         }
         self.optimizer.load_state_dict({**state["optimizer"], "state": each})
         self.step = state["step"]
-        self.lowest, self.kept, self.best = (
-            state["stopping"][k] for k in ("lowest", "kept", "best")
-        )
+        stopping = state["stopping"]
+        self.lowest, self.kept, self.best = (stopping[k] for k in ("lowest", "kept", "best"))
         if self.processes.rank == 0:
             cut_after(self.folder / "log.jsonl", self.step)
 
 
 def check_unchanged(old: dict, new: dict, path) -> None:
     """Refuse to continue with another plan, model or cohort, naming what differs."""
-    changed = []
-    for key, value in new.items():
-        if key == "plan":
-            changed += [k for k in differences(old["plan"], value) if k not in FREE]
-        elif isinstance(value, dict):
-            changed += differences(old.get(key, {}), value)
-        elif old.get(key) != value:
-            changed.append(key)
+    names = [k.removeprefix("plan.") for k in differences({k: old.get(k) for k in new}, new)]
+    changed = [k for k in names if k not in FREE]
     if changed:
         fact = f"Expected the settings of the run at '{path}', found other {listed(changed, 12)}"
         raise InputError(fact, "Resume with the same settings, or start in another folder")

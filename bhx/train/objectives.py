@@ -40,18 +40,14 @@ class Objective(nn.Module):
     def follow(self, momentum: float) -> None:
         """What moves after each step without a gradient."""
 
-    def cost(self, sample) -> int:
-        """Tokens of a sample."""
-        return len(sample.reading)
-
     def groups(self, plan) -> list[dict]:
         """Groups of parameters: `decays` and `scale` multiply weight decay and learning rate.
         Biases and 1-D parameters do not decay."""
-        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        still = [p for n, p in named if p.ndim <= 1 or n.endswith("bias")]
-        decays = [p for n, p in named if not (p.ndim <= 1 or n.endswith("bias"))]
-        groups = [{"params": decays, "decays": 1.0}, {"params": still, "decays": 0.0}]
-        return [{**g, "scale": 1.0} for g in groups if g["params"]]
+        groups = {1.0: [], 0.0: []}
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                groups[float(p.ndim > 1 and not name.endswith("bias"))].append(p)
+        return [{"params": p, "decays": d, "scale": 1.0} for d, p in groups.items() if p]
 
 
 class StructureObjective(Objective):
@@ -126,18 +122,17 @@ class HarmonizerObjective(Objective):
     def __init__(self, networks, plan):
         super().__init__()
         self.harmonizer = networks.harmonizer
-        self.embeddings = nn.ModuleDict(
-            {n: m for n in networks.config.modalities
-             if isinstance(m := networks.encoder(n), LinearEmbedding)}
-        )  # fmt: skip
+        self.embeddings = nn.ModuleDict()
         self.networks = [networks]  # in a list: the frozen encoders are no parameters of this
         for name in networks.config.modalities:
-            if name not in self.embeddings:
-                networks.encoder(name).requires_grad_(False)
+            encoder = networks.encoder(name)
+            if isinstance(encoder, LinearEmbedding):
+                self.embeddings[name] = encoder
+            else:
+                encoder.requires_grad_(False)
         self.release = plan.loss == "release"
-        self.terms = {f"loss_{name}": name for name in networks.config.modalities}
-        if self.release:
-            self.terms = {"loss": None}
+        terms = {f"loss_{name}": name for name in networks.config.modalities}
+        self.terms = {"loss": None} if self.release else terms
 
     @staticmethod
     def hide(sample, config, plan, random):
@@ -151,10 +146,8 @@ class HarmonizerObjective(Objective):
             return list(self.harmonizer(subjects)[:, 1:])
         if self.release:
             return {"loss": self.harmonizer.release_loss(subjects)}
-        seen = [
-            {name: part for name, part in one.items() if name != sample.unseen}
-            for one, sample in zip(subjects, samples, strict=True)
-        ]
+        pairs = zip(subjects, samples, strict=True)
+        seen = [{n: x for n, x in one.items() if n != sample.unseen} for one, sample in pairs]
         targets = [{name: (x.detach(), at) for name, (x, at) in one.items()} for one in subjects]
         return self.harmonizer.losses(seen, targets)
 
@@ -172,10 +165,6 @@ class HarmonizerObjective(Objective):
     def read(self, samples) -> Sequences:
         """What the harmonizer reads of these samples, in float32."""
         return read_sequences(self.networks[0], samples, self.harmonizer.cls_token.device)
-
-    def cost(self, sample):
-        """Tokens of a sample."""
-        return tokens_of(sample)
 
 
 class LabelObjective(Objective):
@@ -251,10 +240,6 @@ class LabelObjective(Objective):
         out = hub.new_zeros(len(samples), hub.shape[1])
         return out.index_add(0, owner, hub * read.share.to(hub)[:, None])
 
-    def cost(self, sample):
-        """Tokens of a sample."""
-        return tokens_of(sample)
-
 
 def read_sequences(networks, samples, device) -> Sequences:
     """What the harmonizer reads of samples: their stored tokens, or those that the encoders make;
@@ -269,13 +254,6 @@ def read_sequences(networks, samples, device) -> Sequences:
         share = torch.cat([s.tokens.share for s in samples])
     subjects = [{n: (x.float(), at) for n, (x, at) in one.items()} for one in subjects]
     return Sequences(subjects, owner, share)
-
-
-def tokens_of(sample) -> int:
-    """Tokens of a sample, read or stored."""
-    if sample.tokens is None:
-        return len(sample.reading)
-    return sum(len(x) for one in sample.tokens.subjects for x, _ in one.values())
 
 
 OBJECTIVES = {
