@@ -25,6 +25,7 @@ from bhx.encode.inputs import in_turns, read_subject, run_networks
 from bhx.encode.model import Model, check_model
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD
+from bhx.model.harmonizer import ATTENTIONS
 from bhx.schema import ATTENTION, VERSION, check, dims_of, subject_coords, who_has
 from bhx.settings import __version__
 
@@ -39,7 +40,7 @@ def embed(
     keep=(),
     scaling: str | xr.Dataset | None = None,
     missing_parcels: str = "refuse",
-    attention: str | int = "last",
+    attention: str = "last",
     precision: str = "float32",
     tokens_at_once: int = 16384,
     progress: bool = True,
@@ -59,7 +60,7 @@ def embed(
         `robust_scaling` for the released rule; the model's own by default
     missing_parcels : "refuse" parcels that are flat or not finite, or "leave out" their tokens.
         Volumes and voxels that are NaN leave out the tokens that would read them.
-    attention : which attention is kept: "last" layer, "mean", "rollout" or a layer's number
+    attention : which attention is kept: of the "last" layer, the "mean" of all, or their "rollout"
     precision : "float32" or "bfloat16"
     tokens_at_once : bound of a batch, and so of memory
     progress : show a bar while a store is written
@@ -84,7 +85,7 @@ def embed(
         check_choice("keep", name, [*kept, "attention"])
     check_choice("missing_parcels", missing_parcels, ("refuse", "leave out"))
     check_choice("precision", precision, ("float32", "bfloat16"))
-    model.networks.harmonizer.layers_of(attention)
+    check_choice("attention", attention, ATTENTIONS)
     cohort = aligned_to(check(cohort, "cohort"), model)
     options = _Options(model, keep, _scaling(scaling, model), missing_parcels, attention, precision)
     template = _template(cohort, options)
@@ -163,7 +164,7 @@ class _Options:
     keep: tuple
     scaling: tuple | str
     missing_parcels: str
-    attention: str | int
+    attention: str
     precision: str
 
 
@@ -187,15 +188,15 @@ def _template(cohort, options):
     n, h = cohort.sizes["subject"], config.harmonizer
     shapes, coords = {}, dict(subject_coords(cohort)) | {"token": np.arange(h.hubs)}
     for modality in config.modalities.values():
-        longest = int(counts_of(cohort, modality, config).max())
+        sizes = dict(zip(modality.token_dims, modality.places(config), strict=True))
         if modality.tokens in options.keep:
-            shape = modality.token_shape(config, longest)
-            shapes[modality.tokens] = (*shape, h.width)
-            if "patch" in modality.token_dims:
+            longest = int(counts_of(cohort, modality, config).max())
+            own = {dim: longest if dim == "patch" else n for dim, n in sizes.items()}
+            shapes[modality.tokens] = (*own.values(), h.width)
+            if "patch" in sizes:
                 shapes["valid"] = (longest,)
                 coords["onset"] = _onsets(cohort, config.dynamics, longest)
         if "attention" in options.keep:
-            sizes = dict(zip(modality.token_dims, modality.places(config), strict=True))
             shapes[modality.map_name] = (h.hubs, *(sizes[d] for d in modality.map_dims))
     if "attention" in options.keep:
         shapes[ATTENTION] = (h.hubs, len(h.modalities))

@@ -156,9 +156,7 @@ def as_array(config: HarmonixConfig, name: str, reading: Reading, windows) -> np
         if tokens is not None:
             full.view(-1, width)[at] = tokens.float().cpu()
         parts.append(full.numpy())
-    joined = modality.join(parts)
-    count = joined.shape[1] if joined.ndim > 2 else 1
-    return joined.reshape(*modality.token_shape(config, count), width)
+    return modality.join(parts, config)
 
 
 def _read_maps(config, maps, share):

@@ -107,7 +107,7 @@ def spin_test(values: xr.DataArray, other, atlas: xr.Dataset, *, n_spins=1000, s
 
 
 def map_controls(
-    cohort: xr.Dataset, model, *, subjects=None, attention: str | int = "last", seed: int = 0
+    cohort: xr.Dataset, model, *, subjects=None, attention: str = "last", seed: int = 0
 ) -> xr.Dataset:
     """Would the same map come out without what it is said to show?
 

@@ -144,11 +144,6 @@ def check_grid(t1, voxel_mm: float) -> None:
 def cubes(t1, edge: int) -> np.ndarray:
     """(..., x, y, z) -> (..., cube, voxel), cubes and the voxels in them in C order."""
     *more, x, y, z = t1.shape
-    if any(n % edge or n < edge for n in (x, y, z)):
-        raise InputError(
-            f"Expected a T1 whose sides are multiples of {edge} voxels, found {(x, y, z)}",
-            "Put it on the model's grid, bhx.t1_grid(model.config.structure.voxel_mm)",
-        )
     parts = t1.reshape(*more, x // edge, edge, y // edge, edge, z // edge, edge)
     return np.moveaxis(parts, (-5, -3), (-3, -2)).reshape(*more, -1, edge**3)
 

@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bhx.errors import InputError, listed
@@ -109,10 +110,8 @@ def _tensors(path):
 
 def _table(path, header):
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.reader(file))
-        rows = [row[1:] for row in rows[1:]] if header else rows
-        return torch.tensor([[float(x) for x in row] for row in rows])
+        rows = np.loadtxt(path, str, delimiter=",", skiprows=int(header), ndmin=2)
+        return torch.tensor(rows[:, int(header) :].astype("float32"))  # but for names of rows
     except ValueError as error:
         fact = f"Expected a table of numbers at '{path}', found another content ({error})"
         raise InputError(fact, "Take the file of the release unchanged") from error

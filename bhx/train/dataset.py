@@ -7,7 +7,7 @@ network is run here.
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from bhx.data.cohort import open_cohort
 from bhx.data.splits import cut
 from bhx.encode.inputs import Reading, Sequences, made_before
 from bhx.errors import InputError, listed
-from bhx.model.config import HarmonixConfig
 from bhx.schema import check, who_has
 from bhx.train.recipes import Recipe
 
@@ -66,10 +65,8 @@ def _moved(value, move):
         return {k: _moved(v, move) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_moved(v, move) for v in value)
-    if isinstance(value, Sample | Reading | Sequences):
-        return replace(
-            value, **{f.name: _moved(getattr(value, f.name), move) for f in fields(value)}
-        )
+    if is_dataclass(value):
+        return replace(value, **_moved(vars(value), move))
     return value
 
 
@@ -81,23 +78,14 @@ class Samples(torch.utils.data.Dataset):
 
     Parameters
     ----------
-    cohort : aligned to the model; its labels are kept
+    cohort, config, plan : aligned to the model of that configuration; settings of the run
     names : modalities that the objective reads
     hide : function (sample, config, plan, random) that says what hides from the network
     path : of the cohort's store, whose zarr arrays are then read without Dask
     tokens : path or Dataset of `bhx.embed` with the tokens of these subjects, read instead of scans
     """
 
-    def __init__(
-        self,
-        cohort: xr.Dataset,
-        config: HarmonixConfig,
-        plan: Recipe,
-        names,
-        hide,
-        path=None,
-        tokens=None,
-    ):
+    def __init__(self, cohort, config, plan: Recipe, names, hide, path=None, tokens=None):
         self.config, self.plan, self.hide, self.path = config, plan, hide, path
         self.modalities = {n: m for n, m in config.modalities.items() if n in names}
         self.labels = cohort.drop_vars(list(cohort.data_vars)).compute()

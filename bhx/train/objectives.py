@@ -9,6 +9,7 @@ sample, for the log. `hide` says what of a sample the network does not see.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from copy import deepcopy
 
 import torch
@@ -28,7 +29,7 @@ class Objective(nn.Module):
     """What the loop asks of every stage, and what holds for most."""
 
     names: tuple[str, ...] = ()  # modalities that it reads; all of the model's where empty
-    terms: dict[str, str | None]
+    terms: Mapping[str, str | None]
 
     @staticmethod
     def hide(sample, config, plan, random) -> None:
@@ -53,11 +54,10 @@ class Objective(nn.Module):
 class StructureObjective(Objective):
     """Masked autoencoding of T1 cubes."""
 
-    names = (ANATOMY.name,)
+    names, terms = (ANATOMY.name,), {"loss": ANATOMY.name}
 
     def __init__(self, networks, plan):
         super().__init__()
-        self.terms = {"loss": ANATOMY.name}
         self.encoder, self.decoder = networks.structure, networks.structure_decoder
 
     @staticmethod
@@ -82,11 +82,10 @@ class DynamicsObjective(Objective):
     student; the teacher is what is kept.
     """
 
-    names = (BOLD.name,)
+    names, terms = (BOLD.name,), {"loss": BOLD.name}
 
     def __init__(self, networks, plan):
         super().__init__()
-        self.terms = {"loss": BOLD.name}
         self.student = deepcopy(networks.dynamics)
         self.predictor = networks.dynamics_predictor
         self.predictor.predictor_pos_embed = self.student.pos_embed
