@@ -285,9 +285,9 @@ def _block(rows: xr.Dataset, options, shapes):
     out = {n: np.full((len(done), *shape), np.nan, "float32") for n, shape in shapes.items()}
     for i, one in enumerate(done):
         for name in one.keys() & out.keys():
-            out[name][(i, *map(slice, one[name].shape))] = one[name]
+            out[name][i][tuple(map(slice, one[name].shape))] = one[name]
     if "valid" in out:
-        out["valid"] = np.isfinite(out[BOLD.tokens][..., 0]).any(1)
+        out["valid"] = np.asarray(np.isfinite(out[BOLD.tokens][..., 0]).any(1))
     return out
 
 

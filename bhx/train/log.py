@@ -103,8 +103,9 @@ def plot_log(log: xr.Dataset):
     titles, n = ["", *(NAMES[k].split(",")[0] for k in shown)], max(1, len(shown))
     places = [[{"colspan": n}] + [None] * (n - 1), [{}] * n]
     figure = make_subplots(2, n, specs=places, subplot_titles=titles, vertical_spacing=0.2)
-    in_parts = any(k.startswith("loss_") for k in log)
-    for name in [k for k in log if "loss" in k and not (k == "loss" and in_parts)]:
+    losses = [k for k in map(str, log) if "loss" in k]
+    in_parts = any(k.startswith("loss_") for k in losses)
+    for name in [k for k in losses if not (k == "loss" and in_parts)]:
         dim = log[name].dims[0]
         mode = "lines" if dim == "step" else "lines+markers"
         x, y = log[dim].values, log[name].values

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 
 import numpy as np
 import torch
@@ -62,7 +61,6 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, plan.rate[0], plan.betas, fused=on_gpu)
         self.step = 0
         self.lowest, self.kept, self.best = math.inf, 0, None  # for stopping early
-        self.seen, self.began = 0, time.perf_counter()
         quiet = not progress or self.processes.rank > 0
         self.bar = tqdm(total=plan.steps, desc=plan.stage, unit="step", disable=quiet)
 
@@ -123,7 +121,8 @@ class Run:
         self.step += 1
         total = sum(losses.values())
         self._log("step", {**losses, "loss": total, "rate": rate, "norm": norm, "tokens": tokens})
-        self._show(total, tokens)
+        self.bar.set_postfix(loss=f"{total:.4f}", refresh=False)
+        self.bar.update(1)
         last = self.step == plan.steps
         if self.step % plan.evaluate_every == 0 or last:
             self._evaluate()
@@ -166,15 +165,11 @@ class Run:
                 raise sample
         return samples
 
-    def _parts(self, samples) -> list[list]:
-        """Samples in parts that are computed at once."""
-        turns = in_turns([sample.cost for sample in samples], self.plan.tokens_at_once)
-        return [samples[turn] for turn in turns]
-
     def _gradients(self, samples):
         """Accumulate the gradient of the batch's mean loss, clipped; losses, tokens and norm of
         the whole batch."""
-        counts, parts, found = self._counts(self.batch(self.step)), self._parts(samples), []
+        counts, costs, found = self._counts(self.batch(self.step)), [s.cost for s in samples], []
+        parts = [samples[turn] for turn in in_turns(costs, self.plan.tokens_at_once)]
         rounds = self.processes.most(len(parts)) if self.plan.shard else len(parts)
         for i in range(rounds):  # all gather split weights: who is done repeats for nothing
             part, weight = parts[min(i, len(parts) - 1)], float(i < len(parts))
@@ -187,8 +182,7 @@ class Run:
             found.append(torch.stack([t.detach() for t in terms]))
         norm = nn.utils.clip_grad_norm_(self.learning, self.plan.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        tokens = sum(sample.cost for sample in samples)
-        *total, tokens = self.processes.summed([*torch.stack(found).sum(0).tolist(), tokens])
+        *total, tokens = self.processes.summed([*torch.stack(found).sum(0).tolist(), sum(costs)])
         losses = dict(zip(counts, total, strict=True))
         if not all(map(math.isfinite, (*total, norm))):
             self._stop_at_nan(losses, norm, [
@@ -199,10 +193,8 @@ class Run:
 
     def _counts(self, rows):
         """How many subjects of the whole batch have each term of the loss."""
-        return {
-            term: len(rows) if name is None else int(self.samples.has[name][rows].sum())
-            for term, name in self.objective.terms.items()
-        }
+        has = {None: np.ones(len(self.samples.labels.subject), bool), **self.samples.has}
+        return {term: int(has[name][rows].sum()) for term, name in self.objective.terms.items()}
 
     def _stop_at_nan(self, losses, norm, suspects):
         subjects = suspects or self.samples.labels.subject.values[self.batch(self.step)]
@@ -217,12 +209,6 @@ class Run:
         return self.plan.precision == "bfloat16"
 
     # What is shown of it ---
-
-    def _show(self, loss, tokens):
-        self.seen += tokens
-        speed = self.seen / (time.perf_counter() - self.began)
-        self.bar.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}", refresh=False)
-        self.bar.update(1)
 
     def _log(self, kind, values):
         if self.folder and self.processes.rank == 0:

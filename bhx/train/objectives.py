@@ -95,8 +95,8 @@ class DynamicsObjective(Objective):
     def hide(sample, config, plan, random):
         """Blocks of parcels x patches (`modalities.bold.jepa_masks`)."""
         shape = sample.reading.windows[BOLD.name][0].shape[:2]
-        masks = jepa_masks(*shape, random)
-        sample.hidden = dict(zip(("keep", "hide"), map(torch.from_numpy, masks), strict=True))
+        keep, hide = map(torch.from_numpy, jepa_masks(*shape, random))
+        sample.hidden = {"keep": keep, "hide": hide}
 
     def forward(self, samples, look=False):
         patches = [s.reading.windows[BOLD.name][0] for s in samples]
@@ -266,8 +266,8 @@ def compile_blocks(objective) -> None:
     """Compile what each token goes through alone; attention keeps its own fused kernels."""
     for module in objective.modules():
         if isinstance(module, Block):
-            module.before = torch.compile(module.before, dynamic=True)
-            module.after = torch.compile(module.after, dynamic=True)
+            for name in ("before", "after"):
+                setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
 
 
 def digest(*modules) -> str:

@@ -122,8 +122,10 @@ def _starting_point(model, preset, cohort, out, plan, device) -> Model:
     there = read_weights(out) if (out / "config.json").exists() else None
     if isinstance(model, Model):
         start = Model(deepcopy(model.networks), device or model.device)
-    elif model is not None or there is not None:
-        start = Model(there if model is None else read_weights(model), device)
+    elif model is not None:
+        start = Model(read_weights(model), device)
+    elif there is not None:
+        start = Model(there, device)
     elif plan.stage == "harmonizer":
         raise InputError(
             f"Expected encoders for the harmonizer in '{out}', found none",
