@@ -69,9 +69,7 @@ def read_release(folder, config: HarmonixConfig = RELEASE):
     harmonics = _table(paths["harmonics"], header=True)
     gradients = _table(paths["gradients"], header=False)
     model = build(config, harmonics, gradients)
-    digest = hashlib.sha256()
-    for name in sorted(paths):
-        digest.update(sha256(paths[name]).encode())
+    digest = hashlib.sha256("".join(sha256(paths[name]) for name in sorted(paths)).encode())
     _fill_dynamics(model, _tensors(paths["dynamics"]), str(paths["dynamics"]))
     _fill_structure(model, _tensors(paths["structure"]), str(paths["structure"]))
     _fill(model.harmonizer, _tensors(paths["harmonizer"]), str(paths["harmonizer"]))

@@ -188,6 +188,13 @@ class Samples(torch.utils.data.Dataset):
         return self.__dict__ | {"_arrays": {}}
 
 
+def readable(sample: Sample | InputError) -> Sample:
+    """The sample, or the error that stands in its place, raised."""
+    if isinstance(sample, InputError):
+        raise sample
+    return sample
+
+
 def opened(cohort, subjects=None) -> tuple[xr.Dataset, str | None]:
     """The cohort, those of its subjects that are asked for, and the path of its store, if any."""
     path = None

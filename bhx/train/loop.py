@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from bhx.encode.inputs import in_turns
 from bhx.errors import InputError, listed
-from bhx.train.dataset import Samples
+from bhx.train.dataset import Samples, readable
 from bhx.train.log import append, collapse, cut_after, names_what_failed, warn_of_collapse
 from bhx.train.objectives import Objective, compile_blocks
 from bhx.train.processes import Processes, gathered, split_like
@@ -160,10 +160,7 @@ class Run:
         count, samples = len(self.processes.share_of(self.batch(self.step))), []
         while len(samples) < count:
             samples += next(batches)
-        for sample in samples:
-            if isinstance(sample, InputError):
-                raise sample
-        return samples
+        return [readable(sample) for sample in samples]
 
     def _gradients(self, samples):
         """Accumulate the gradient of the batch's mean loss, clipped; losses, tokens and norm of
@@ -217,10 +214,7 @@ class Run:
     def read(self, rows):
         """One sample of each row, the same at every call."""
         for i in rows:
-            sample = self.samples[-1, int(i)]
-            if isinstance(sample, InputError):
-                raise sample
-            yield sample.to(self.device)
+            yield readable(self.samples[-1, int(i)]).to(self.device)
 
     def _evaluate(self):
         """Held-out loss, and whether the representation still tells subjects apart; with patience,
