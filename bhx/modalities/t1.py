@@ -167,7 +167,7 @@ def block_mean(values, size: int) -> np.ndarray:
 
     Voxels that fill no whole block are left out.
     """
-    *more, x, y, z = (*values.shape[:-3], *(n // size for n in values.shape[-3:]))
+    x, y, z = (n // size for n in values.shape[-3:])
     whole = values[..., : x * size, : y * size, : z * size]
-    blocks = whole.reshape(*more, x, size, y, size, z, size)
+    blocks = whole.reshape(*values.shape[:-3], x, size, y, size, z, size)
     return blocks.mean((-5, -3, -1), dtype=np.float32)

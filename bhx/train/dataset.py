@@ -105,7 +105,7 @@ class Samples(torch.utils.data.Dataset):
         try:
             sample = Sample(i, subject)
             if self.tokens:
-                sample.tokens = self.read_tokens(i, crop)
+                sample.tokens = self.read_tokens(i)
             else:
                 sample.reading = self.read(i, crop)
             self.hide(sample, self.config, self.plan, hide)
@@ -116,9 +116,7 @@ class Samples(torch.utils.data.Dataset):
     def read(self, i: int, random, one_window: bool = True) -> Reading:
         """A subject's modalities, thinned and cropped as the plan says; at most one window."""
         reading, windows = Reading(), None
-        for name, modality in self.modalities.items():
-            if not self.has[name][i]:
-                continue
+        for name, modality in self._had(i):
             facts = {k: self.labels[k].values[i] for k in modality.needs}
             values = modality.trim(self._stored(modality.variable, i), facts)
             names = self.labels.roi.values if "roi" in modality.dims else ()
@@ -134,16 +132,13 @@ class Samples(torch.utils.data.Dataset):
             reading.add(name, cuts)
         return reading
 
-    def read_tokens(self, i: int, random) -> Sequences:
+    def read_tokens(self, i: int) -> Sequences:
         """Stored tokens of a subject, of all windows."""
-        return made_before(
-            self.config,
-            {
-                name: modality.split(self._stored(modality.tokens, i), self.config)
-                for name, modality in self.modalities.items()
-                if self.has[name][i]
-            },
-        )
+        stored = {n: m.split(self._stored(m.tokens, i), self.config) for n, m in self._had(i)}
+        return made_before(self.config, stored)
+
+    def _had(self, i):
+        return [(name, m) for name, m in self.modalities.items() if self.has[name][i]]
 
     def _stored(self, variable, i):
         subject = str(self.labels.subject.values[i])

@@ -7,7 +7,7 @@ No data is read and nothing is trained here.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -100,7 +100,8 @@ class Recipe(Settings):
 def recipe(stage: str, preset: str = "base", **changes) -> Recipe:
     """The published settings of a stage, or those of a smaller preset, with changes by name."""
     smaller = _SMALLER.get(preset, {}).get(stage, {})
-    return Recipe(stage=stage, **{**_PUBLISHED.get(stage, {}), **smaller, **changes})
+    settings: dict[str, Any] = {**_PUBLISHED.get(stage, {}), **smaller, **changes}
+    return Recipe(**{"stage": stage, **settings})
 
 
 _PUBLISHED = {  # rates of both at the batch of 512: base rate x batch / 256
