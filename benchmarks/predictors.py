@@ -23,7 +23,8 @@ from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD
 from bhx.modalities.t1 import ANATOMY, cubes, volume
 from bhx.model.config import load_strictly
-from bhx.model.structure import normalized_cubes, reconstruct
+from bhx.model.layers import normalized as normalized_cubes
+from bhx.model.structure import reconstruct
 from bhx.train.dataset import Samples, held_out_rows, is_as_stored, opened
 from bhx.train.loop import read_whole
 from bhx.train.objectives import OBJECTIVES

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bhx.encode.inputs import Reading, autocast
+from bhx.encode.inputs import Reading
 from bhx.encode.model import random_model
 from bhx.modalities.bold import BOLD
 from bhx.modalities.t1 import ANATOMY
@@ -222,7 +222,8 @@ def flops(function, run, args):
         return sdpa_flop_count(query, key, value)
 
     counter = FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
-    with counter, autocast(run.device, args.precision):
+    half = args.precision == "bfloat16"
+    with counter, torch.autocast(run.device.type, torch.bfloat16, half):
         function()
     return counter.get_total_flops()
 

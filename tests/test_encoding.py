@@ -462,7 +462,7 @@ def test_a_cohort_that_does_not_fit_is_refused_unread(cohort, model, name, tmp_p
         ({"keep": ("dynamics", 3)}, "found 3"),
         ({"missing_parcels": "ignore"}, "missing_parcels to be refuse, leave out, found 'ignore'"),
         ({"precision": "float16"}, "precision to be float32, bfloat16, found 'float16'"),
-        ({"attention": "first"}, "'rollout' or a layer below 1, found 'first'"),
+        ({"attention": "first"}, "attention to be last, mean, rollout, found 'first'"),
         ({"scaling": "robust"}, "'zscore' or a Dataset of robust_scaling, found 'robust'"),
     ],
 )
@@ -500,7 +500,7 @@ def test_bare_networks_refuse_what_does_not_fit(cohort, model):
         (lambda: model.dynamics(series[:50]), "found 50 names; missing"),
         (lambda: model.structure(t1[1:]), r"T1 of \(40, 48, 40\) voxels of 4 mm, found \(39"),
         (lambda: model.structure(t1[:, ::-1]), "'y' .*axis is flipped"),
-        (lambda: model.harmonize(), "tokens of some modality, found none"),
+        (lambda: model.harmonize(), "a subject with data tokens, found none"),
         (lambda: model.kernels(0), "repetition time in seconds"),
     ):
         with pytest.raises(InputError, match=message):
@@ -580,7 +580,7 @@ def test_a_killed_store_continues_and_equals_an_unbroken_one(cohort, model, tmp_
         check(xr.open_zarr(path, consolidated=False), "latents")
     written = {p: p.stat().st_mtime_ns for p in path.glob("hub/c/*/0/0")}
     assert len(written) == 3
-    (mark,) = path.glob("*/1-2")
+    (mark,) = path.glob("*/written/1-2")
     mark.unlink()  # as if killed before the row was whole
 
     computed, encode = [], inputs_file.run_networks
@@ -696,11 +696,6 @@ def test_what_a_model_says_of_itself(model, tape):
     assert json.loads(about.attrs["config"]) == json.loads(json.dumps(asdict(TINY)))
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in model.networks.named_children()}
     assert dict(zip(about.part.values.tolist(), about.parameters.values, strict=True)) == sizes
-    positions = model.positions()
-    assert dict(positions.sizes) == {"roi": 100, "channel": 12, "patch": 18, "time_channel": 12,
-                                     "cx": 5, "cy": 6, "cz": 5, "feature": 24}  # fmt: skip
-    assert (float(positions.place.min()), float(positions.place.max())) == pytest.approx((-1, 1))
-    assert positions.roi.values.tolist() == model.atlas.roi.values.tolist()
 
 
 @pytest.mark.parametrize("tr, k", [(0.735, 48), (2.0, 18), (3.0, 12)])

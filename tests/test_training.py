@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 from scipy import signal
 from tiny_runs import QUICK, TINY, tiny_cohort
 
@@ -719,46 +718,6 @@ def test_a_constant_parcel_names_the_subject(cohort, tmp_path):
         train(flat, tmp_path, "dynamics")
 
 
-# Token cache ---
-
-
-def test_training_from_a_cache_is_training_from_the_encoders(cohort, model, tmp_path, capsys):
-    plain = {"crop": False, "decimate": (1,), "model": model}
-    direct = train(cohort, tmp_path / "direct", "harmonizer", **plain)
-    cached = train(cohort, tmp_path / "cached", "harmonizer", model=model,
-                   cache=tmp_path / "tokens.zarr", progress=True)  # fmt: skip
-    assert "tokens.zarr': " in capsys.readouterr().out
-    one, other = (read_log(tmp_path / k, "harmonizer") for k in ("direct", "cached"))
-    for name in ("loss", "held_out_loss_bold", "held_out_loss_t1", "tokens"):
-        assert np.allclose(one[name], other[name], rtol=1e-4)
-    frozen = ("dynamics.", "structure.")
-    for trained in (direct, cached):
-        kept = {k: v for k, v in weights(trained).items() if k.startswith(frozen)}
-        assert same(kept, {k: v for k, v in weights(model).items() if k.startswith(frozen)})
-    assert not same(weights(direct), weights(model))
-
-
-def test_a_cache_that_was_begun_is_continued_and_another_refused(cohort, model, tmp_path):
-    cache, settings = tmp_path / "tokens.zarr", {"model": model, "steps": 1}
-    train(cohort, tmp_path / "a", "harmonizer", cache=cache, **settings)
-    whole = xr.open_zarr(cache, consolidated=False).load()
-    before = {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file()}
-    train(cohort, tmp_path / "b", "harmonizer", cache=cache, **settings)
-    written = [p for p in before if p.stat().st_mtime_ns != before[p]]
-    assert all(p.name == "zarr.json" for p in written)  # no token is computed again
-    xr.testing.assert_identical(whole, xr.open_zarr(cache, consolidated=False).load())
-    other = {"model": random_model(TINY, seed=1), "steps": 1}
-    with pytest.raises(InputError, match="found another weights_sha256"):
-        train(cohort, tmp_path / "c", "harmonizer", cache=cache, **other)
-
-
-def test_a_cache_needs_whole_scans_and_the_harmonizer(cohort, model, tmp_path):
-    with pytest.raises(InputError, match="crop=True"):
-        train(cohort, tmp_path / "a", "harmonizer", model=model, cache=tmp_path / "t", crop=True)
-    with pytest.raises(InputError, match="stage 'harmonizer', found 'dynamics'"):
-        train(cohort, tmp_path / "b", "dynamics", cache=tmp_path / "t")
-
-
 # Compiled ----------------------------------------------------------------------------------------
 
 
@@ -783,10 +742,9 @@ def test_every_stage_has_an_objective_and_a_cost(cohort, model):
     assert tuple(OBJECTIVES) == STAGES
     for stage in STAGES:
         feed = samples_of(cohort, model, stage)
-        objective = OBJECTIVES[stage](random_model(TINY).networks, feed.plan)
         sample = feed[0, 0]
         windows = [w for each in sample.reading.windows.values() for w in each]
-        assert objective.cost(sample) == sum(w[..., 0].numel() for w in windows)
+        assert sample.cost == sum(w[..., 0].numel() for w in windows)
 
 
 def test_checkpoints_say_what_they_are(cohort, tmp_path):

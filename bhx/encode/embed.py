@@ -21,10 +21,11 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from bhx.data.store import create_store, finish, open_store, unwritten, write_rows
-from bhx.encode.inputs import autocast, read_subject, run_networks
+from bhx.encode.inputs import in_turns, read_subject, run_networks
 from bhx.encode.model import Model, check_model
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD
+from bhx.model.harmonizer import ATTENTIONS
 from bhx.schema import ATTENTION, VERSION, check, dims_of, subject_coords, who_has
 from bhx.settings import __version__
 
@@ -39,7 +40,7 @@ def embed(
     keep=(),
     scaling: str | xr.Dataset | None = None,
     missing_parcels: str = "refuse",
-    attention: str | int = "last",
+    attention: str = "last",
     precision: str = "float32",
     tokens_at_once: int = 16384,
     progress: bool = True,
@@ -59,7 +60,7 @@ def embed(
         `robust_scaling` for the released rule; the model's own by default
     missing_parcels : "refuse" parcels that are flat or not finite, or "leave out" their tokens.
         Volumes and voxels that are NaN leave out the tokens that would read them.
-    attention : which attention is kept: "last" layer, "mean", "rollout" or a layer's number
+    attention : which attention is kept: of the "last" layer, the "mean" of all, or their "rollout"
     precision : "float32" or "bfloat16"
     tokens_at_once : bound of a batch, and so of memory
     progress : show a bar while a store is written
@@ -84,11 +85,13 @@ def embed(
         check_choice("keep", name, [*kept, "attention"])
     check_choice("missing_parcels", missing_parcels, ("refuse", "leave out"))
     check_choice("precision", precision, ("float32", "bfloat16"))
-    model.networks.harmonizer.layers_of(attention)
+    check_choice("attention", attention, ATTENTIONS)
     cohort = aligned_to(check(cohort, "cohort"), model)
     options = _Options(model, keep, _scaling(scaling, model), missing_parcels, attention, precision)
     template = _template(cohort, options)
     blocks = _blocks(cohort, model.config, tokens_at_once)
+    read = {m.variable for m in model.config.modalities.values()}
+    cohort = cohort[[name for name in cohort.data_vars if name in read]]
     if store is None:
         return _lazy(cohort, options, template, blocks)
     return _stored(cohort, options, template, blocks, Path(store), progress)
@@ -161,7 +164,7 @@ class _Options:
     keep: tuple
     scaling: tuple | str
     missing_parcels: str
-    attention: str | int
+    attention: str
     precision: str
 
 
@@ -172,11 +175,11 @@ def counts_of(cohort, modality, config) -> np.ndarray:
     """How long a modality is in each subject (see `Modality.count`); 0 where there is none."""
     if modality.variable not in cohort:
         return np.zeros(cohort.sizes["subject"], int)
-    facts = [cohort[name].values for name in modality.needs]
-    each = [dict(zip(modality.needs, row, strict=True)) for row in zip(*facts, strict=True)]
-    each = each or [{}] * cohort.sizes["subject"]
-    has = who_has(cohort, modality.variable)
-    return np.array([modality.count(f, config) if h else 0 for f, h in zip(each, has, strict=True)])
+    facts = {name: cohort[name].values for name in modality.needs}
+    counts = np.zeros(cohort.sizes["subject"], int)
+    for i in np.flatnonzero(who_has(cohort, modality.variable)):
+        counts[i] = modality.count({name: values[i] for name, values in facts.items()}, config)
+    return counts
 
 
 def _template(cohort, options):
@@ -185,15 +188,15 @@ def _template(cohort, options):
     n, h = cohort.sizes["subject"], config.harmonizer
     shapes, coords = {}, dict(subject_coords(cohort)) | {"token": np.arange(h.hubs)}
     for modality in config.modalities.values():
-        longest = int(counts_of(cohort, modality, config).max())
+        sizes = dict(zip(modality.token_dims, modality.places(config), strict=True))
         if modality.tokens in options.keep:
-            shape = modality.token_shape(config, longest)
-            shapes[modality.tokens] = (*shape, h.width)
-            if "patch" in modality.token_dims:
+            longest = int(counts_of(cohort, modality, config).max())
+            own = {dim: longest if dim == "patch" else n for dim, n in sizes.items()}
+            shapes[modality.tokens] = (*own.values(), h.width)
+            if "patch" in sizes:
                 shapes["valid"] = (longest,)
                 coords["onset"] = _onsets(cohort, config.dynamics, longest)
         if "attention" in options.keep:
-            sizes = dict(zip(modality.token_dims, modality.places(config), strict=True))
             shapes[modality.map_name] = (h.hubs, *(sizes[d] for d in modality.map_dims))
     if "attention" in options.keep:
         shapes[ATTENTION] = (h.hubs, len(h.modalities))
@@ -201,13 +204,12 @@ def _template(cohort, options):
     shapes["hub"] = (h.hubs, h.width)
     dims = dims_of("latents")
     coords |= model.coords({d for name in shapes for d in dims[name]})
-    data = {name: (dims[name], _empty((n, *s), name == "valid")) for name, s in shapes.items()}
+    types = dict.fromkeys(shapes, "float32") | {"valid": "bool"}
+    data = {
+        name: (dims[name], da.empty((n, *shape), dtype=types[name], chunks=(1, *shape)))
+        for name, shape in shapes.items()
+    }
     return xr.Dataset(data, coords, _describe(cohort, options))
-
-
-def _empty(shape, flag):
-    fill, dtype = (False, bool) if flag else (np.nan, "float32")
-    return da.full(shape, fill, dtype=dtype, chunks=(1, *shape[1:]))
 
 
 def _onsets(cohort, config, patches):
@@ -256,17 +258,16 @@ def _blocks(cohort, config, tokens_at_once):
     for name, modality in config.modalities.items():
         most = modality.places(config)[-1] if "patch" in modality.token_dims else 1
         cost += counts_of(cohort, modality, config) * (config.places(name) // most)
-    blocks, start, total = [], 0, 0
-    for i, tokens in enumerate(cost):
-        if i > start and total + tokens > tokens_at_once:
-            blocks.append(slice(start, i))
-            start, total = i, 0
-        total += tokens
-    return [*blocks, slice(start, len(cost))]
+    return in_turns(cost, tokens_at_once)
 
 
-def _block(rows: xr.Dataset, options, like):
-    """Encode subjects in memory; arrays (subjects, ...) by name, with the shapes of `like`."""
+def _shapes_of(template):
+    """Shapes of one subject's part of each variable."""
+    return {name: v.shape[1:] for name, v in template.data_vars.items()}
+
+
+def _block(rows: xr.Dataset, options, shapes):
+    """Encode subjects in memory; arrays (subjects, *shape) by name."""
     model, readings = options.model, []
     given = {"scaling": options.scaling, "missing": options.missing_parcels}
     for i, subject in enumerate(rows.subject.values):
@@ -278,40 +279,28 @@ def _block(rows: xr.Dataset, options, like):
             readings.append(read_subject(values, facts, model.config, names=names, **given))
         except InputError as error:
             raise InputError(f"Subject '{subject}': {error.fact}", error.help) from error
-    with _ONE_AT_A_TIME, torch.no_grad(), autocast(model.device, options.precision):
+    half = torch.autocast(model.device.type, torch.bfloat16, options.precision == "bfloat16")
+    with _ONE_AT_A_TIME, torch.no_grad(), half:
         done = run_networks(model.networks, readings, model.device, options.keep, options.attention)
-    out = {}
-    for name, (shape, dtype) in like.items():
-        fill = False if dtype.kind == "b" else np.nan
-        out[name] = np.full((len(done), *shape), fill, dtype)
+    out = {n: np.full((len(done), *shape), np.nan, "float32") for n, shape in shapes.items()}
     for i, one in enumerate(done):
-        for name, values in one.items():
-            if name in out:
-                at: tuple = (i, *map(slice, values.shape))
-                out[name][at] = values
-            if name == BOLD.tokens and "valid" in out:
-                there = np.isfinite(values[..., 0]).any(0)
-                out["valid"][i, : len(there)] = there
+        for name in one.keys() & out.keys():
+            out[name][i][tuple(map(slice, one[name].shape))] = one[name]
+    if "valid" in out:
+        out["valid"] = np.asarray(np.isfinite(out[BOLD.tokens][..., 0]).any(1))
     return out
 
 
-def _parts(cohort, template, model):
-    """What is read of the cohort, and shapes and types of what comes out."""
-    read = {m.variable for m in model.config.modalities.values()}
-    needed = cohort[[name for name in cohort.data_vars if name in read]]
-    return needed, {name: (v.shape[1:], v.dtype) for name, v in template.data_vars.items()}
-
-
 def _lazy(cohort, options, template, blocks):
-    needed, like = _parts(cohort, template, options.model)
-    parts = [dask.delayed(_block)(needed.isel(subject=b), options, like) for b in blocks]
+    shapes = _shapes_of(template)
+    parts = [dask.delayed(_block)(cohort.isel(subject=b), options, shapes) for b in blocks]
     out = template.copy()
-    for name, (shape, dtype) in like.items():
+    for name, v in template.data_vars.items():
         pieces = [
-            da.from_delayed(part[name], (b.stop - b.start, *shape), dtype)
+            da.from_delayed(part[name], (b.stop - b.start, *shapes[name]), v.dtype)
             for part, b in zip(parts, blocks, strict=True)
         ]
-        out[name] = (template[name].dims, da.concatenate(pieces))
+        out[name] = (v.dims, da.concatenate(pieces))
     return out
 
 
@@ -321,14 +310,14 @@ def _stored(cohort, options, template, blocks, path, progress):
         create_store(template, path, sharded=False)
     _check_same(path, template)
     missing = {row for rows in unwritten(path) for row in range(rows.start, rows.stop)}
-    needed, like = _parts(cohort, template, options.model)
     total = cohort.sizes["subject"]
     bar = {"total": total, "initial": total - len(missing), "unit": "subject"}
     with tqdm(desc="embed", disable=not progress, **bar) as shown:
         for block in blocks:
             rows = [row for row in range(block.start, block.stop) if row in missing]
             if rows:
-                done = _block(needed.isel(subject=rows).compute(), options, like)
+                read = cohort.isel(subject=rows).compute()
+                done = _block(read, options, _shapes_of(template))
                 for i, row in enumerate(rows):
                     one = {name: values[i : i + 1] for name, values in done.items()}
                     write_rows(path, slice(row, row + 1), one)

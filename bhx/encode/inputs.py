@@ -5,8 +5,8 @@ Everything walks over the model's modalities. Who the subjects are is not known 
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -58,19 +58,14 @@ def encode_readings(networks: Harmonix, readings, device) -> list[dict[str, list
     which no token can be computed. Subjects are encoded together, and cannot see each other."""
     out = [{name: [None] * len(w) for name, w in r.windows.items()} for r in readings]
     for name in networks.config.modalities:
-        flat = [
-            (i, j, window.to(device), there.to(device))
-            for i, r in enumerate(readings)
-            for j, (window, there) in enumerate(
-                zip(r.windows.get(name, ()), r.there.get(name, ()), strict=True)
-            )
-            if len(there)
-        ]
-        if not flat:
-            continue
-        tokens, lengths = networks.encoder(name)([f[2] for f in flat], [f[3] for f in flat])
-        for (i, j, *_), part in zip(flat, tokens.split(lengths), strict=True):
-            out[i][name][j] = part
+        each = [(i, j) for i, r in enumerate(readings) for j in range(len(r.there.get(name, ())))]
+        at = [(i, j) for i, j in each if len(readings[i].there[name][j])]
+        if at:
+            inputs = [readings[i].windows[name][j].to(device) for i, j in at]
+            keep = [readings[i].there[name][j].to(device) for i, j in at]
+            tokens, lengths = networks.encoder(name)(inputs, keep)
+            for (i, j), part in zip(at, tokens.split(lengths), strict=True):
+                out[i][name][j] = part
     return out
 
 
@@ -86,28 +81,48 @@ class Sequences:
 
 def sequences(config: HarmonixConfig, readings, tokens) -> Sequences:
     """One sequence a window; a modality that has one window only stands in each of them."""
-    found, owner, weight = [], [], []
+    found, owner, share = [], [], []
     for i, (reading, mine) in enumerate(zip(readings, tokens, strict=True)):
-        windows = max(len(w) for w in mine.values())
-        own, counts = [], []
+        windows = max(map(len, mine.values()), default=1)
+        each = []
         for j in range(windows):
-            one, in_window = {}, 0
+            one, own = {}, 0
             for name, parts in mine.items():
                 at = j if len(parts) > 1 else 0
-                if parts[at] is None:
-                    continue
-                there, shape = reading.there[name][at], reading.windows[name][at].shape[:-1]
-                places = torch.from_numpy(config.modalities[name].rows(config, shape))[there]
-                one[name] = parts[at], places.to(parts[at].device)
-                in_window += len(there) if len(parts) > 1 or windows == 1 else 0
-            own.append(one)
-            counts.append(in_window)
-        kept = [j for j, n in enumerate(counts) if n] or [0]  # a window without tokens of its own
-        counts = [max(counts[j], 1) for j in kept]
-        found += [own[j] for j in kept]
+                if parts[at] is not None:
+                    there, shape = reading.there[name][at], reading.windows[name][at].shape[:-1]
+                    places = torch.from_numpy(config.modalities[name].rows(config, shape))
+                    places = places.to(there.device)[there].to(parts[at].device)
+                    one[name] = parts[at], places
+                    own += len(there) if len(parts) == windows else 0
+            each.append((one, own))
+        kept = [(one, n) for one, n in each if n] or [(each[0][0], 1)]  # windows with own tokens
+        found += [one for one, _ in kept]
         owner += [i] * len(kept)
-        weight += [n / sum(counts) for n in counts]
-    return Sequences(found, owner, torch.tensor(weight))
+        share += [n / sum(m for _, m in kept) for _, n in kept]
+    return Sequences(found, owner, torch.tensor(share))
+
+
+def in_turns(costs, bound: int) -> list[slice]:
+    """Slices of neighbours whose costs together stay within the bound, at least one in each."""
+    starts, total = [0], 0
+    for i, cost in enumerate(costs):
+        if i > starts[-1] and total + cost > bound:
+            starts, total = [*starts, i], 0
+        total += cost
+    return [slice(a, b) for a, b in pairwise([*starts, len(costs)])]
+
+
+def made_before(config: HarmonixConfig, tokens: dict, device="cpu") -> Sequences:
+    """What the harmonizer reads of one subject's tokens that were made before: of each modality
+    its windows (*places, width), NaN where a token is not there."""
+    reading, packed = Reading(), {}
+    for name, windows in tokens.items():
+        reading.add(name, windows)
+        pairs = zip(reading.windows[name], reading.there[name], strict=True)
+        flat = [w.flatten(0, -2)[at].to(device) for w, at in pairs]
+        packed[name] = [x if len(x) else None for x in flat]
+    return sequences(config, [reading], [packed])
 
 
 def run_networks(networks: Harmonix, readings, device, want=(), attention="last") -> list[dict]:
@@ -116,9 +131,8 @@ def run_networks(networks: Harmonix, readings, device, want=(), attention="last"
     config, tokens = networks.config, encode_readings(networks, readings, device)
     read = sequences(config, readings, tokens)
     hub = networks.harmonizer(read.subjects)[:, 1:].float().cpu()
-    maps = None
-    if "attention" in want:
-        maps = networks.harmonizer.attention(read.subjects, attention)
+    with_maps = "attention" in want
+    maps = networks.harmonizer.attention(read.subjects, attention) if with_maps else []
     out = []
     for i, (reading, mine) in enumerate(zip(readings, tokens, strict=True)):
         at = [j for j, owner in enumerate(read.owner) if owner == i]
@@ -128,27 +142,21 @@ def run_networks(networks: Harmonix, readings, device, want=(), attention="last"
             kept = config.modalities[name].tokens
             if kept in want and any(w is not None for w in windows):
                 one[kept] = as_array(config, name, reading, windows)
-        if maps is not None:
-            each = [(maps[j], read.subjects[j]) for j in at]
-            one |= _read_maps(config, each, share)
+        if with_maps:
+            one |= _read_maps(config, [(maps[j], read.subjects[j]) for j in at], share)
         out.append(one)
     return out
 
 
 def as_array(config: HarmonixConfig, name: str, reading: Reading, windows) -> np.ndarray:
     """Tokens of all windows of a modality (*token dims, width), NaN where none was computed."""
-    parts, width = [], config.harmonizer.width
-    for inputs, there, tokens in zip(
-        reading.windows[name], reading.there[name], windows, strict=True
-    ):
-        shape = inputs.shape[:-1]
-        full = torch.full((shape.numel(), width), torch.nan)
+    parts, modality, width = [], config.modalities[name], config.harmonizer.width
+    for inputs, at, tokens in zip(reading.windows[name], reading.there[name], windows, strict=True):
+        full = torch.full((*inputs.shape[:-1], width), torch.nan)
         if tokens is not None:
-            full[there] = tokens.float().cpu()
-        parts.append(full.unflatten(0, shape).numpy())
-    joined, modality = config.modalities[name].join(parts), config.modalities[name]
-    count = joined.shape[1] if len(joined.shape) > 2 else 1
-    return joined.reshape(*modality.token_shape(config, count), width)
+            full.view(-1, width)[at] = tokens.float().cpu()
+        parts.append(full.numpy())
+    return modality.join(parts, config)
 
 
 def _read_maps(config, maps, share):
@@ -162,10 +170,3 @@ def _read_maps(config, maps, share):
         shares.append(total.sum(1))
         out[modality.map_name] = modality.to_map(total.numpy(), config)
     return out | {"modality_share": torch.stack(shares, 1).numpy()}
-
-
-def autocast(device, precision: str):
-    """The context in which a network computes at that precision."""
-    if precision == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()

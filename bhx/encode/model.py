@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from math import prod
 
 import numpy as np
 import pandas as pd
@@ -11,11 +12,11 @@ import torch
 import xarray as xr
 
 from bhx.data.atlas import load_atlas, match_names
-from bhx.encode.inputs import Reading, as_array, encode_readings
+from bhx.encode.inputs import Reading, as_array, encode_readings, made_before
 from bhx.errors import InputError, check_choice
 from bhx.modalities.bold import BOLD, check_tr
 from bhx.modalities.t1 import ANATOMY, check_grid
-from bhx.modalities.table import MODALITIES, by_variable
+from bhx.modalities.table import MODALITIES
 from bhx.model.checkpoints import SHIPPED, read_weights
 from bhx.model.config import PRESETS, Harmonix, HarmonixConfig, build
 from bhx.schema import ROI_COORDS
@@ -64,9 +65,8 @@ def random_model(preset: str | HarmonixConfig = "workshop", *, seed: int = 0, de
     """
     config = config_of(preset)
     atlas = load_atlas(config.atlas, order=config.order)
-    tables = [atlas[name].values for name in ("harmonics", "gradients")]
-    sizes = (config.dynamics.harmonics, config.dynamics.gradients)
-    harmonics, gradients = (table[:, :n] for table, n in zip(tables, sizes, strict=True))
+    harmonics = atlas.harmonics.values[:, : config.dynamics.harmonics]
+    gradients = atlas.gradients.values[:, : config.dynamics.gradients]
     networks = build(config, harmonics, gradients, seed)
     networks.provenance = {"source": f"random weights, seed {seed}", "weights_sha256": ""}
     return Model(networks, device)
@@ -82,11 +82,10 @@ def config_of(preset: str | HarmonixConfig) -> HarmonixConfig:
 
 def reading_all_of(config: HarmonixConfig, cohort: xr.Dataset) -> HarmonixConfig:
     """The configuration with every modality of the cohort that it does not read yet."""
-    for variable in by_variable(cohort.data_vars):
-        for name, modality in MODALITIES.items():
-            if modality.variable == variable and name not in config.modalities:
-                sizes = [cohort.sizes[dim] for dim in modality.dims]
-                config = config.with_modality(name, sizes[0], int(np.prod(sizes[1:])))
+    for name, modality in MODALITIES.items():
+        if modality.variable in cohort and name not in config.modalities:
+            places, *numbers = (cohort.sizes[dim] for dim in modality.dims)
+            config = config.with_modality(name, places, prod(numbers))
     return config
 
 
@@ -114,14 +113,8 @@ class Model:
         )
 
     def structure(self, t1: xr.DataArray) -> xr.DataArray:
-        """Cube tokens (..., cx, cy, cz, feature) of scaled T1 volumes (..., x, y, z)."""
+        """Cube tokens (cx, cy, cz, feature) of one scaled T1 (x, y, z)."""
         check_grid(t1, self.config.structure.voxel_mm)
-        if "subject" in t1.dims:
-            each = [
-                self.structure(t1.isel(subject=i, drop=True)) for i in range(t1.sizes["subject"])
-            ]
-            out = xr.concat(each, "subject")
-            return out.assign_coords(subject=t1.subject) if "subject" in t1.coords else out
         return self._tokens(ANATOMY, t1.transpose(*ANATOMY.dims), {})
 
     def dynamics(self, bold: xr.DataArray, *, tr: float | None = None) -> xr.DataArray:
@@ -156,8 +149,7 @@ class Model:
         `more` are tokens of further modalities under the names that latents give them. Tokens
         that are NaN are left out.
         """
-        given = {"dynamics": dynamics, "structure": structure, **more}
-        subject = {}
+        given, windows = {"dynamics": dynamics, "structure": structure, **more}, {}
         for name, modality in self.config.modalities.items():
             tokens = given.get(modality.tokens)
             if tokens is None:
@@ -173,32 +165,9 @@ class Model:
                     "Give one window, such as dynamics.isel(patch=slice(0, 18)); bhx.embed cuts "
                     "by itself",
                 )
-            places = torch.from_numpy(modality.rows(self.config, tokens.shape[:-1]))
-            flat = torch.tensor(tokens.values).flatten(0, -2)
-            there = flat.isfinite().all(-1)
-            if there.any():
-                subject[name] = flat[there].to(self.device), places[there].to(self.device)
-        if not subject:
-            raise InputError("Expected tokens of some modality, found none", "Give one or more")
-        hub = self.networks.harmonizer([subject])
+            windows[name] = [tokens.values]
+        hub = self.networks.harmonizer(made_before(self.config, windows, self.device).subjects)
         return xr.DataArray(hub[0, 1:].cpu().numpy(), dims=("token", "feature"))
-
-    @torch.no_grad()
-    def positions(self) -> xr.Dataset:
-        """What tells tokens apart: `place (roi, channel)`, `time (patch, time_channel)`,
-        `cube (cx, cy, cz, feature)`."""
-        f, s = self.networks.dynamics, self.networks.structure
-        both = f.pos_embed(self.config.dynamics.max_patches).cpu()
-        half = self.config.dynamics.width // 2
-        cube = s.pos_embed[0, 1:].unflatten(0, self.config.structure.grid).cpu()
-        return xr.Dataset(
-            {
-                "place": (("roi", "channel"), both[:, 0, half:].numpy()),
-                "time": (("patch", "time_channel"), both[0, :, :half].numpy()),
-                "cube": ((*ANATOMY.token_dims, "feature"), cube.numpy()),
-            },
-            self.coords(("roi", *ANATOMY.token_dims)),
-        )
 
     @torch.no_grad()
     def kernels(self, tr: float) -> xr.DataArray:
@@ -216,17 +185,11 @@ class Model:
 
     def describe(self) -> xr.Dataset:
         """Sizes of every part: `parameters (part)`, and the configuration in the attributes."""
-        parts = {
-            n: sum(p.numel() for p in m.parameters()) for n, m in self.networks.named_children()
-        }
+        parts = dict(self.networks.named_children())
+        sizes = [sum(p.numel() for p in part.parameters()) for part in parts.values()]
+        about = {"name": self.config.name, "config": json.dumps(asdict(self.config))}
         return xr.Dataset(
-            {"parameters": ("part", list(parts.values()))},
-            {"part": list(parts)},
-            {
-                "name": self.config.name,
-                "config": json.dumps(asdict(self.config)),
-                **self.provenance,
-            },
+            {"parameters": ("part", sizes)}, {"part": list(parts)}, about | self.provenance
         )
 
     def positions_of(self, names) -> np.ndarray:

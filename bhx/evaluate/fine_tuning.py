@@ -27,7 +27,7 @@ from bhx.evaluate.probe import provenance_of
 from bhx.evaluate.task import make_task
 from bhx.schema import check, subject_coords
 from bhx.settings import __version__
-from bhx.train.dataset import Samples
+from bhx.train.dataset import Samples, readable
 from bhx.train.log import read_log
 from bhx.train.loop import Run, read_whole
 from bhx.train.objectives import LabelObjective, digest
@@ -199,9 +199,7 @@ class _Tokens:
         objective.eval()
         each = []
         for row in self.rows_of(subjects):
-            sample = self.samples[-1, int(row)]
-            if isinstance(sample, InputError):
-                raise sample
+            sample = readable(self.samples[-1, int(row)])
             each.append(objective.outputs([sample.to(objective.head.weight.device)]))
         raw, units = torch.cat(each).cpu(), objective.units
         return (raw.softmax(1) if units is None else raw * units[1] + units[0]).numpy()

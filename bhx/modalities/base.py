@@ -111,15 +111,12 @@ class Modality:
 
     def rows(self, config, shape: tuple[int, ...]) -> np.ndarray:
         """Which of all places the tokens of a window of that shape take, flat and in C order."""
-        return np.arange(prod(shape))
+        places = self.places(config) if len(shape) > 1 else shape
+        return np.arange(prod(places)).reshape(places)[tuple(map(slice, shape))].ravel()
 
-    def token_shape(self, config, count: int) -> tuple[int, ...]:
-        """Sizes of `token_dims` of a subject whose `count` is that."""
-        return self.places(config)
-
-    def join(self, windows: list[np.ndarray]) -> np.ndarray:
-        """Tokens of all windows (*shape, feature) as one array."""
-        return windows[0]
+    def join(self, windows: list[np.ndarray], config) -> np.ndarray:
+        """Tokens of all windows (*shape, feature) as one array (*token dims, feature)."""
+        return windows[0].reshape(*self.places(config), -1)
 
     def split(self, tokens: np.ndarray, config) -> list[np.ndarray]:
         """Inverse of `join`: tokens (*token dims, feature) as windows (*places, feature)."""

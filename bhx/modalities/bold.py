@@ -41,16 +41,9 @@ class Bold(Modality):
 
     def check_lengths(self, cohort, config):
         """At least one patch of every scan."""
-        has = cohort[self.has].values
-        for subject, n, tr in zip(
-            *(cohort[k].values[has] for k in ("subject", "n_volumes", "tr")), strict=True
-        ):
-            if config.dynamics.patch_count(int(n), float(tr)) < 1:
-                raise InputError(
-                    f"Expected scans of at least one patch ({config.dynamics.patch_seconds:.2f} s)"
-                    f", found {int(n)} volumes at TR {tr:g} s = {n * tr:.1f} s in '{subject}'",
-                    "Leave this subject's BOLD out, or check its TR",
-                )
+        for i in np.flatnonzero(cohort[self.has].values):
+            n, tr, subject = (cohort[k].values[i] for k in ("n_volumes", "tr", "subject"))
+            _whole_patches(int(n), float(tr), config.dynamics, f" in '{subject}'")
 
     def check_training(self, labels):
         """A signal in every parcel, where the coverage is known."""
@@ -112,16 +105,7 @@ class Bold(Modality):
         """(parcels, patches of a window)."""
         return config.dynamics.parcels, config.dynamics.max_patches
 
-    def rows(self, config, shape):
-        """Parcel by parcel, each with `max_patches` places."""
-        parcel = np.arange(shape[0])[:, None] * config.dynamics.max_patches
-        return (parcel + np.arange(shape[1])).ravel()
-
-    def token_shape(self, config, count):
-        """(parcels, patches of the scan)."""
-        return config.dynamics.parcels, count
-
-    def join(self, windows):
+    def join(self, windows, config):
         """Patches of all windows behind one another."""
         return np.concatenate(windows, 1)
 
@@ -173,11 +157,7 @@ def patchify(bold, tr: float, config) -> np.ndarray:
     Exact patches have `config.kernel` samples on the 0.735 s grid; tape patches have k volumes,
     the last one filled with zeros. `config` is a DynamicsConfig.
     """
-    patches, seconds = config.patch_count(bold.shape[1], tr), bold.shape[1] * tr
-    if patches == 0 or bold.shape[1] < 2:
-        fact = f"Expected a scan of at least one patch ({config.patch_seconds:.2f} s), "
-        fact += f"found {bold.shape[1]} volumes at TR {tr:g} s = {seconds:.1f} s"
-        raise InputError(fact, "Leave this scan out, or check its TR")
+    patches = _whole_patches(bold.shape[1], tr, config)
     if config.patching == "tape":
         k = config.patch_volumes(tr)
         full = np.pad(bold, ((0, 0), (0, patches * k - bold.shape[1])))
@@ -187,9 +167,14 @@ def patchify(bold, tr: float, config) -> np.ndarray:
     return grid.reshape(len(bold), patches, config.kernel)
 
 
-def unpatchify(patches, volumes: int) -> np.ndarray:
-    """Inverse of `patchify` by the rule `tape`: (roi, patch, sample) to a series (roi, volume)."""
-    return patches.reshape(len(patches), -1)[:, :volumes]
+def _whole_patches(volumes, tr, config, where=""):
+    """Patches of a scan, or a refusal of one that is too short."""
+    patches = config.patch_count(volumes, tr)
+    if patches < 1:
+        fact = f"Expected a scan of at least one patch ({config.patch_seconds:.2f} s), found "
+        fact += f"{volumes} volumes at TR {tr:g} s = {volumes * tr:.1f} s{where}"
+        raise InputError(fact, "Leave this scan out, or check its TR")
+    return patches
 
 
 def autocovariance(seconds):

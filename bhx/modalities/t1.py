@@ -144,11 +144,6 @@ def check_grid(t1, voxel_mm: float) -> None:
 def cubes(t1, edge: int) -> np.ndarray:
     """(..., x, y, z) -> (..., cube, voxel), cubes and the voxels in them in C order."""
     *more, x, y, z = t1.shape
-    if any(n % edge or n < edge for n in (x, y, z)):
-        raise InputError(
-            f"Expected a T1 whose sides are multiples of {edge} voxels, found {(x, y, z)}",
-            "Put it on the model's grid, bhx.t1_grid(model.config.structure.voxel_mm)",
-        )
     parts = t1.reshape(*more, x // edge, edge, y // edge, edge, z // edge, edge)
     return np.moveaxis(parts, (-5, -3), (-3, -2)).reshape(*more, -1, edge**3)
 
@@ -172,8 +167,7 @@ def block_mean(values, size: int) -> np.ndarray:
 
     Voxels that fill no whole block are left out.
     """
-    more = values.shape[:-3]
     x, y, z = (n // size for n in values.shape[-3:])
     whole = values[..., : x * size, : y * size, : z * size]
-    blocks = whole.reshape(*more, x, size, y, size, z, size)
+    blocks = whole.reshape(*values.shape[:-3], x, size, y, size, z, size)
     return blocks.mean((-5, -3, -1), dtype=np.float32)

@@ -44,11 +44,8 @@ def read_weights(source) -> Harmonix:
     source = str(source)
     if source.startswith("release:"):
         return read_release(Path(source.removeprefix("release:")).expanduser())
-    folder = SHIPPED / source if (SHIPPED / source / "config.json").exists() else Path(source)
-    return _read_own(folder.expanduser())
-
-
-def _read_own(folder):
+    own = (SHIPPED / source / "config.json").exists()
+    folder = SHIPPED / source if own else Path(source).expanduser()
     weights, description = folder / "model.safetensors", folder / "config.json"
     if not (weights.exists() and description.exists()):
         shipped = sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))

@@ -47,13 +47,9 @@ class HarmonixConfig:
     def with_modality(self, name: str, places: int, numbers: int) -> HarmonixConfig:
         """The same model with a further modality: so many tokens, each of so many numbers."""
         h = self.harmonizer
-        longer = replace(
-            h,
-            modalities=(*h.modalities, name),
-            places=(*h.places, places),
-            numbers=(*h.numbers, numbers),
-        )
-        return replace(self, harmonizer=longer)
+        modalities, numbers_of = (*h.modalities, name), (*h.numbers, numbers)
+        more = replace(h, modalities=modalities, places=(*h.places, places), numbers=numbers_of)
+        return replace(self, harmonizer=more)
 
     @classmethod
     def from_dict(cls, values: dict) -> HarmonixConfig:
@@ -134,7 +130,7 @@ class Harmonix(nn.Module):
         self.config = config
         self.provenance = {}
         self.structure = StructureEncoder(config.structure)
-        self.structure_decoder = StructureDecoder(config.structure)
+        self.structure_decoder: StructureDecoder | None = StructureDecoder(config.structure)
         self.dynamics = DynamicsEncoder(f, harmonics, gradients)
         self.dynamics_predictor = DynamicsPredictor(f, harmonics.clone(), gradients.clone())
         self.harmonizer = Harmonizer(config.harmonizer)

@@ -114,7 +114,6 @@ class DynamicsEncoder(nn.Module):
         self.pos_embed = PlacePositions(config, harmonics, gradients)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self._resized = {}  # k -> (version of the weight, kernel), outside training
         initialize(self)
         for block in self.blocks:
             attend_alike(block.attn)
@@ -139,20 +138,11 @@ class DynamicsEncoder(nn.Module):
         return patches @ self.kernel(patches.shape[-1]) + self.patch_embed.proj.bias
 
     def kernel(self, k: int):
-        """The kernel (k, width) for patches of k volumes, resized once per k outside training."""
-        weight = self.patch_embed.proj.weight
+        """The kernel (k, width) for patches of k volumes."""
+        weight = self.patch_embed.proj.weight.flatten(1).T
         if k == self.config.kernel:
-            return weight.flatten(1).T
-        version = (weight.data_ptr(), weight._version, weight.dtype)
-        if torch.is_grad_enabled() and weight.requires_grad:
-            return self._resize(k)
-        if self._resized.get(k, (None,))[0] != version:
-            self._resized[k] = version, self._resize(k)
-        return self._resized[k][1]
-
-    def _resize(self, k):
-        weight = self.patch_embed.proj.weight
-        return resizing(self.config.kernel, k).to(weight) @ weight.flatten(1).T
+            return weight
+        return resizing(self.config.kernel, k).to(weight) @ weight
 
 
 class DynamicsPredictor(nn.Module):

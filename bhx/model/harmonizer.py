@@ -9,8 +9,10 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from bhx.errors import InputError
-from bhx.model.layers import Block, attention_weights, initialize, run, sincos
+from bhx.errors import InputError, check_choice
+from bhx.model.layers import Block, attention_weights, initialize, normalized, run, sincos
+
+ATTENTIONS = ("last", "mean", "rollout")
 
 
 @dataclass(frozen=True)
@@ -116,19 +118,19 @@ class Harmonizer(nn.Module):
         for subject in subjects:
             if not subject:
                 raise InputError("Expected a subject with data tokens, found none", "Leave it out")
-            data = torch.cat([tokens for tokens, _ in subject.values()])
-            sequences.append(torch.cat([cls, data + self.pos_embed[0, self.rows(subject)], hub]))
+            places = self.pos_embed[0, self.rows(subject)]
+            sequences.append(torch.cat([cls, data_of(subject) + places, hub]))
         return torch.cat(sequences), tuple(len(s) for s in sequences)
 
     @torch.no_grad()
-    def attention(self, subjects, method: str | int = "last"):
+    def attention(self, subjects, method: str = "last"):
         """How much each hub token reads each data token: [modality -> (hubs, n)] of each subject.
 
-        `method` is a layer's number, "last", "mean" (over layers), or "rollout" (Abnar & Zuidema,
-        arXiv 2005.00928). Heads are averaged; over all modalities each row sums to 1. Only hub
-        rows, or for the rollout blocks of rows, are ever held.
+        `method` is "last" (layer), "mean" (over layers), or "rollout" (Abnar & Zuidema, arXiv
+        2005.00928). Heads are averaged; over all modalities each row sums to 1. Only hub rows, or
+        for the rollout blocks of rows, are ever held.
         """
-        layers = self.layers_of(method)
+        check_choice("attention", method, ATTENTIONS)
         x, lengths = self.sequence(subjects)
         inputs = []
         for block in self.blocks:
@@ -137,11 +139,10 @@ class Harmonizer(nn.Module):
         if method == "rollout":
             maps = self._rollout(inputs, lengths)
         else:
-            hub = slice(-self.config.hubs, None)
-            each = [self.blocks[i].weights(inputs[i], lengths, hub) for i in layers]
-            maps = [
-                torch.stack([w.mean(0) for w in one]).mean(0) for one in zip(*each, strict=True)
-            ]
+            hub, first = slice(-self.config.hubs, None), 0 if method == "mean" else -1
+            layers = zip(self.blocks[first:], inputs[first:], strict=True)
+            each = zip(*(block.weights(x, lengths, hub) for block, x in layers), strict=True)
+            maps = [torch.stack([w.mean(0) for w in one]).mean(0) for one in each]
         out = []
         for whole, subject in zip(maps, subjects, strict=True):
             data = whole[:, 1 : -self.config.hubs]
@@ -149,19 +150,6 @@ class Harmonizer(nn.Module):
             parts = data.split([len(places) for _, places in subject.values()], 1)
             out.append(dict(zip(subject, parts, strict=True)))
         return out
-
-    def layers_of(self, method):
-        """The layers whose attention a method reads."""
-        depth = len(self.blocks)
-        if method in ("mean", "rollout"):
-            return range(depth)
-        if method == "last":
-            return [depth - 1]
-        if isinstance(method, int) and -depth <= method < depth:
-            return [method]
-        fact = f"Expected attention of 'last', 'mean', 'rollout' or a layer below {depth}, "
-        fact += f"found {method!r}"
-        raise InputError(fact, "Choose one of these")
 
     def _rollout(self, inputs, lengths, rows_at_once: int = 512):
         hubs = self.config.hubs
@@ -200,29 +188,24 @@ class Harmonizer(nn.Module):
         is read (`seen`) may lack it: the hub tokens must then guess.
         """
         decoded = self.decode(self(seen), [self.rows(subject) for subject in targets])
-        terms = {f"loss_{name}": [] for name in self.config.modalities}
-        spread = dict(zip(self.config.modalities, self.spread, strict=True))
-        sizes = [len(places) for subject in targets for _, places in subject.values()]
-        each = iter(decoded.split(sizes))
-        for subject in targets:
-            for name, (tokens, _) in subject.items():
-                error = (next(each) - tokens).pow(2).mean()
-                terms[f"loss_{name}"].append(error / spread[name])
-        return {k: torch.stack(v) if v else decoded.new_zeros(0) for k, v in terms.items()}
+        parts = [(name, x) for subject in targets for name, (x, _) in subject.items()]
+        terms = {name: [decoded.new_zeros(0)] for name in self.config.modalities}
+        guesses = decoded.split([len(x) for _, x in parts])
+        for (name, tokens), guess in zip(parts, guesses, strict=True):
+            terms[name].append((guess - tokens).pow(2).mean()[None])
+        pairs = zip(terms.items(), self.spread, strict=True)
+        return {f"loss_{name}": torch.cat(errors) / spread for (name, errors), spread in pairs}
 
     def release_loss(self, subjects):
         """The released objective of each subject (B,): one mean over all positions, those of
         patches that a scan does not have included (as zeros), targets normalized over channels."""
         full = torch.arange(1, 1 + self.config.data_tokens, device=self.pos_embed.device)
-        decoded = self.decode(self(subjects), [full] * len(subjects)).unflatten(
-            0, (len(subjects), -1)
-        )
+        decoded = self.decode(self(subjects), [full] * len(subjects))
+        decoded = decoded.unflatten(0, (len(subjects), -1))
         target = torch.zeros_like(decoded)
         for one, subject in zip(target, subjects, strict=True):
-            data = torch.cat([tokens for tokens, _ in subject.values()])
-            one[self.rows(subject) - 1] = data.to(one)
-        mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
-        return (decoded - (target - mean) / (var + 1e-6).sqrt()).pow(2).mean((1, 2))
+            one[self.rows(subject) - 1] = data_of(subject).to(one)
+        return (decoded - normalized(target)).pow(2).mean((1, 2))
 
     @torch.no_grad()
     def fit_means(self, subjects):
@@ -230,18 +213,21 @@ class Harmonizer(nn.Module):
         total, square = torch.zeros_like(self.mean_tokens), torch.zeros_like(self.mean_tokens)
         count = total.new_zeros(len(total), 1)
         for subject in subjects:
-            rows = self.rows(subject) - 1
-            data = torch.cat([tokens for tokens, _ in subject.values()])
+            rows, data = self.rows(subject) - 1, data_of(subject)
             total[rows] += data
             square[rows] += data**2
             count[rows] += 1
         self.mean_tokens.copy_(total / count.clamp(min=1))
         left = (square - count * self.mean_tokens**2).mean(1)
-        for i, (part, n) in enumerate(
-            zip(left.split(self.config.places), count.split(self.config.places), strict=True)
-        ):
+        parts = zip(*(x.split(self.config.places) for x in (left, count)), strict=True)
+        for i, (part, n) in enumerate(parts):
             if n.any():
                 self.spread[i] = (part.sum() / n.sum()).clamp(min=1e-6)
+
+
+def data_of(subject: dict) -> torch.Tensor:
+    """Data tokens (n, width) of a subject, one modality behind the other."""
+    return torch.cat([tokens for tokens, _ in subject.values()])
 
 
 def line_positions(tokens: int, width: int):

@@ -6,6 +6,8 @@ beside it; nothing is padded, so no sequence can see or change another.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -24,10 +26,8 @@ def packed_attention(q, k, v, lengths):
     if len(set(lengths)) == 1:
         q, k, v = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
-    parts = [x.split(list(lengths)) for x in (q, k, v)]
-    return torch.cat(
-        [packed_attention(*one, (n,)) for n, *one in zip(lengths, *parts, strict=True)]
-    )
+    parts = zip(lengths, *(x.split(list(lengths)) for x in (q, k, v)), strict=True)
+    return torch.cat([packed_attention(*one, (n,)) for n, *one in parts])
 
 
 def attention_weights(q, k):
@@ -50,18 +50,6 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
 
 
-class MLP(nn.Module):
-    """Two linear layers with the exact GELU between."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block over packed tokens (N, D)."""
 
@@ -70,7 +58,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, int(width * mlp_ratio))
+        hidden = int(width * mlp_ratio)
+        fc1, fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(), fc2=fc2))
         self.drop_path = 0.0  # probability of skipping a branch for a whole sequence, in training
 
     def forward(self, x, lengths):
@@ -101,11 +91,8 @@ class Block(nn.Module):
         Returns a list of (heads, rows, length), one sequence at a time, computed explicitly:
         the fused kernel of `forward` never shows them.
         """
-        q, k, _ = self.before(x)
-        return [
-            attention_weights(a[rows], b)
-            for a, b in zip(q.split(list(lengths)), k.split(list(lengths)), strict=True)
-        ]
+        q, k = (part.split(list(lengths)) for part in self.before(x)[:2])
+        return [attention_weights(a[rows], b) for a, b in zip(q, k, strict=True)]
 
 
 def run(blocks, x, lengths):
@@ -113,6 +100,12 @@ def run(blocks, x, lengths):
     for block in blocks:
         x = block(x, lengths)
     return x
+
+
+def normalized(x):
+    """Each row (..., n) minus its mean, over the root of its unbiased variance + 1e-6."""
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True)
+    return (x - mean) / (variance + 1e-6).sqrt()
 
 
 def initialize(module: nn.Module) -> None:
@@ -158,12 +151,9 @@ class LinearEmbedding(nn.Module):
         """Packed tokens (N, width) of inputs [(places, numbers)], those that `keep` names, and the
         number of tokens of each."""
         keep = [slice(None)] * len(inputs) if keep is None else keep
-        each = [self.standardized(x, at) for x, at in zip(inputs, keep, strict=True)]
-        return self.proj(torch.cat(each)), tuple(map(len, each))
-
-    def standardized(self, x, at=slice(None)):
-        """Numbers of one person (places, numbers) at some places, in deviations from the mean."""
-        return ((x[at] - self.mean[at]) / self.deviation[at]).nan_to_num()
+        pairs = zip(inputs, keep, strict=True)
+        each = [(x[at] - self.mean[at]) / self.deviation[at] for x, at in pairs]
+        return self.proj(torch.cat(each).nan_to_num()), tuple(map(len, each))
 
     @torch.no_grad()
     def fit(self, people):

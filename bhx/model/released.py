@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bhx.errors import InputError, listed
@@ -68,9 +69,7 @@ def read_release(folder, config: HarmonixConfig = RELEASE):
     harmonics = _table(paths["harmonics"], header=True)
     gradients = _table(paths["gradients"], header=False)
     model = build(config, harmonics, gradients)
-    digest = hashlib.sha256()
-    for name in sorted(paths):
-        digest.update(sha256(paths[name]).encode())
+    digest = hashlib.sha256("".join(sha256(paths[name]) for name in sorted(paths)).encode())
     _fill_dynamics(model, _tensors(paths["dynamics"]), str(paths["dynamics"]))
     _fill_structure(model, _tensors(paths["structure"]), str(paths["structure"]))
     _fill(model.harmonizer, _tensors(paths["harmonizer"]), str(paths["harmonizer"]))
@@ -80,9 +79,8 @@ def read_release(folder, config: HarmonixConfig = RELEASE):
 
 
 def _find(folder, path):
-    for place in (folder / path, folder / Path(path).name):
-        if place.is_file() and not (place.name == "model.pth" and place.parent == folder):
-            return place
+    if (folder / path).is_file():
+        return folder / path
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     fact = f"Expected the released file '{path}' in '{folder}', found {listed(there) or 'nothing'}"
     raise InputError(fact, f"The folder must hold {listed([*RELEASED.values(), *TABLES.values()])}")
@@ -109,10 +107,8 @@ def _tensors(path):
 
 def _table(path, header):
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.reader(file))
-        rows = [row[1:] for row in rows[1:]] if header else rows
-        return torch.tensor([[float(x) for x in row] for row in rows])
+        rows = np.loadtxt(path, str, delimiter=",", skiprows=int(header), ndmin=2)
+        return torch.tensor(rows[:, int(header) :].astype("float32"))  # but for names of rows
     except ValueError as error:
         fact = f"Expected a table of numbers at '{path}', found another content ({error})"
         raise InputError(fact, "Take the file of the release unchanged") from error
@@ -128,21 +124,16 @@ def _fill_dynamics(model, state, where):
             raise InputError(fact, "Is this the file of BrainHarmonix-F")
         if ".emb_h_" not in key:
             groups[group][rest] = value
-    tables = ("harmonics", "gradients")
-    for part, group, place in (
-        (model.dynamics, "encoder", "pos_embed"),  # only checked: the next replaces it
-        (model.dynamics, "encoder_ema", "pos_embed"),
-        (model.dynamics_predictor, "decoder", "predictor_pos_embed"),
-    ):
-        own = {f"{place}.{t}": part.state_dict()[f"{place}.{t}"] for t in tables}
-        load_strictly(part, groups[group] | own, f"{where} ({group})")
+    parts = {"encoder": model.dynamics, "decoder": model.dynamics_predictor}
+    for group in groups:  # the moving average last: it replaces the encoder, which is only checked
+        part = parts[group.removesuffix("_ema")]
+        load_strictly(part, groups[group] | dict(part.named_buffers()), f"{where} ({group})")
 
 
 def _fill_structure(model, state, where):
     """The encoder, and the decoder of the masked autoencoder if the file has one."""
-    is_decoder = {k: k.startswith(("decoder_", "mask_token")) for k in state}
-    _fill(model.structure, {k: v for k, v in state.items() if not is_decoder[k]}, where)
-    decoder = {k: v for k, v in state.items() if is_decoder[k]}
+    decoder = {k: state.pop(k) for k in list(state) if k.startswith(("decoder_", "mask_token"))}
+    _fill(model.structure, state, where)
     if decoder:
         _fill(model.structure_decoder, decoder, where)
     else:

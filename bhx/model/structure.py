@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import nn
 
-from bhx.model.layers import Block, initialize, run, sincos
+from bhx.model.layers import Block, initialize, normalized, run, sincos
 
 
 @dataclass(frozen=True)
@@ -122,16 +122,9 @@ def reconstruct(encoder, decoder, voxels, hidden):
 def mae_loss(encoder, decoder, voxels, hidden):
     """Mean squared error of the removed cubes of each T1 (B,), each target normalized by its own
     cube (He et al., arXiv 2111.06377)."""
-    error = (
-        (reconstruct(encoder, decoder, voxels, hidden) - normalized_cubes(voxels)).pow(2).mean(-1)
-    )
+    guess = reconstruct(encoder, decoder, voxels, hidden)
+    error = (guess - normalized(voxels)).pow(2).mean(-1)
     return (error * hidden).sum(1) / hidden.sum(1)
-
-
-def normalized_cubes(voxels):
-    """Each cube (..., voxel) minus its mean, over the root of its unbiased variance + 1e-6."""
-    mean, variance = voxels.mean(-1, keepdim=True), voxels.var(-1, keepdim=True)
-    return (voxels - mean) / (variance + 1e-6).sqrt()
 
 
 def cube_positions(grid, width: int):

@@ -16,7 +16,8 @@ from bhx.encode.model import Model
 from bhx.errors import InputError
 from bhx.modalities.bold import jepa_masks
 from bhx.modalities.t1 import ANATOMY, cube_mask, cubes, scale_t1, volume
-from bhx.model.structure import normalized_cubes, reconstruct
+from bhx.model.layers import normalized as normalized_cubes
+from bhx.model.structure import reconstruct
 from bhx.schema import who_has
 from bhx.show.volume import plot_volume
 from bhx.train.log import plot_log

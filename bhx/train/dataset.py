@@ -7,7 +7,7 @@ network is run here.
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,8 @@ import zarr
 
 from bhx.data.cohort import open_cohort
 from bhx.data.splits import cut
-from bhx.encode.inputs import Reading, Sequences
+from bhx.encode.inputs import Reading, Sequences, made_before
 from bhx.errors import InputError, listed
-from bhx.model.config import HarmonixConfig
 from bhx.schema import check, who_has
 from bhx.train.recipes import Recipe
 
@@ -34,6 +33,13 @@ class Sample:
     tokens: Sequences | None = None  # made before by frozen encoders
     hidden: dict[str, torch.Tensor] = field(default_factory=dict)  # see each objective's `hide`
     unseen: str = ""  # modality that the harmonizer has to do without
+
+    @property
+    def cost(self) -> int:
+        """Tokens that are computed for it, or read."""
+        if self.tokens is None:
+            return len(self.reading)
+        return sum(len(x) for one in self.tokens.subjects for x, _ in one.values())
 
     def to(self, device) -> Sample:
         """The same sample with what the networks read on a device."""
@@ -59,10 +65,8 @@ def _moved(value, move):
         return {k: _moved(v, move) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_moved(v, move) for v in value)
-    if isinstance(value, Sample | Reading | Sequences):
-        return replace(
-            value, **{f.name: _moved(getattr(value, f.name), move) for f in fields(value)}
-        )
+    if is_dataclass(value):
+        return replace(value, **_moved(vars(value), move))
     return value
 
 
@@ -74,28 +78,19 @@ class Samples(torch.utils.data.Dataset):
 
     Parameters
     ----------
-    cohort : aligned to the model; its labels are kept
+    cohort, config, plan : aligned to the model of that configuration; settings of the run
     names : modalities that the objective reads
     hide : function (sample, config, plan, random) that says what hides from the network
     path : of the cohort's store, whose zarr arrays are then read without Dask
     tokens : path or Dataset of `bhx.embed` with the tokens of these subjects, read instead of scans
     """
 
-    def __init__(
-        self,
-        cohort: xr.Dataset,
-        config: HarmonixConfig,
-        plan: Recipe,
-        names,
-        hide,
-        path=None,
-        tokens=None,
-    ):
+    def __init__(self, cohort, config, plan: Recipe, names, hide, path=None, tokens=None):
         self.config, self.plan, self.hide, self.path = config, plan, hide, path
         self.modalities = {n: m for n, m in config.modalities.items() if n in names}
         self.labels = cohort.drop_vars(list(cohort.data_vars)).compute()
-        self.cohort = None if path else cohort
-        self.tokens, self._arrays = tokens, None
+        self.source = path or cohort if tokens is None else tokens
+        self.tokens, self._arrays = tokens is not None, {}
         self.has = {
             name: who_has(cohort, m.variable) & (m.variable in cohort)
             for name, m in self.modalities.items()
@@ -108,10 +103,11 @@ class Samples(torch.utils.data.Dataset):
         subject = str(self.labels.subject.values[i])
         crop, hide = (np.random.default_rng([self.plan.seed, step + 1, i, n]) for n in (0, 1))
         try:
-            if self.tokens is not None:
-                sample = Sample(i, subject, tokens=self.read_tokens(i, crop))
+            sample = Sample(i, subject)
+            if self.tokens:
+                sample.tokens = self.read_tokens(i)
             else:
-                sample = Sample(i, subject, self.read(i, crop))
+                sample.reading = self.read(i, crop)
             self.hide(sample, self.config, self.plan, hide)
             return sample
         except InputError as error:
@@ -120,18 +116,14 @@ class Samples(torch.utils.data.Dataset):
     def read(self, i: int, random, one_window: bool = True) -> Reading:
         """A subject's modalities, thinned and cropped as the plan says; at most one window."""
         reading, windows = Reading(), None
-        for name, modality in self.modalities.items():
-            if not self.has[name][i]:
-                continue
+        for name, modality in self._had(i):
             facts = {k: self.labels[k].values[i] for k in modality.needs}
             values = modality.trim(self._stored(modality.variable, i), facts)
             names = self.labels.roi.values if "roi" in modality.dims else ()
             values, facts = modality.augment(values, facts, self.config, self.plan, random)
             scaled = modality.scale(values, self.config, scaling=self.config.scaling, names=names)
             if not np.isfinite(scaled).all():
-                fact = (
-                    f"Expected finite values of '{modality.variable}', found NaN or infinite ones"
-                )
+                fact = f"Expected finite values of '{modality.variable}', found others"
                 raise InputError(fact, "Leave this subject out with subjects=")
             cuts = modality.cut(scaled, facts, self.config)
             if one_window and len(cuts) > 1:
@@ -140,66 +132,33 @@ class Samples(torch.utils.data.Dataset):
             reading.add(name, cuts)
         return reading
 
-    def read_tokens(self, i: int, random) -> Sequences:
-        """Stored tokens of a subject."""
-        parts = {}
-        for name, modality in self.modalities.items():
-            if self.has[name][i]:
-                stored = self._token_arrays()[modality.tokens][self._token_rows[i]]
-                parts[name] = modality.split(stored, self.config)
-        windows = max(map(len, parts.values()))
-        whole = self.plan.stage == "label"  # reads every window; others one that is drawn
-        chosen = range(windows) if whole else [int(random.integers(windows))]
-        subjects, weight = [], []
-        for j in chosen:
-            one = {}
-            for name, cuts in parts.items():
-                x = torch.from_numpy(np.ascontiguousarray(cuts[j if len(cuts) > 1 else 0]))
-                places = self.modalities[name].rows(self.config, x.shape[:-1])
-                flat = x.flatten(0, -2)
-                there = flat.isfinite().all(-1)
-                if there.any():
-                    one[name] = flat[there], torch.from_numpy(places)[there]
-            subjects.append(one)
-            weight.append(max((len(t) for t, _ in one.values()), default=1))
-        share = torch.tensor(weight, dtype=torch.float32)
-        return Sequences(subjects, [0] * len(subjects), share / share.sum())
+    def read_tokens(self, i: int) -> Sequences:
+        """Stored tokens of a subject, of all windows."""
+        stored = {n: m.split(self._stored(m.tokens, i), self.config) for n, m in self._had(i)}
+        return made_before(self.config, stored)
+
+    def _had(self, i):
+        return [(name, m) for name, m in self.modalities.items() if self.has[name][i]]
 
     def _stored(self, variable, i):
+        subject = str(self.labels.subject.values[i])
         try:
-            if self.cohort is not None:
-                return self.cohort[variable].isel(subject=i).compute(scheduler="synchronous").values
-            return self._opened()[variable][self._rows[i]]
+            if isinstance(self.source, xr.Dataset):
+                found = self.source[variable].sel(subject=subject)
+                return found.compute(scheduler="synchronous").values
+            if not self._arrays:
+                self._arrays = dict(zarr.open_group(self.source, mode="r").arrays())
+                self._rows = {str(s): row for row, s in enumerate(self._arrays["subject"][:])}
+            return self._arrays[variable][self._rows[subject]]
         except InputError:
             raise
         except Exception as error:
+            where = "the cohort" if isinstance(self.source, xr.Dataset) else self.source
             raise InputError(
-                f"Expected to read '{variable}' in '{self.path or 'the cohort'}', found "
-                f"{type(error).__name__}: {error}",
+                f"Expected to read '{variable}' in '{where}', found {type(error).__name__}: "
+                f"{error}",
                 "The file is damaged: write the store again; the last checkpoint is untouched",
             ) from error
-
-    def _opened(self):
-        """The store's zarr arrays; where each subject stands in it."""
-        if self._arrays is None:
-            group = zarr.open_group(self.path, mode="r")
-            self._arrays = {m.variable: group[m.variable] for m in self.modalities.values()
-                            if m.variable in group}  # fmt: skip
-            self._rows = self._rows_in(group)
-        return self._arrays
-
-    def _token_arrays(self):
-        if self._arrays is None:
-            stored = isinstance(self.tokens, str)
-            group = zarr.open_group(self.tokens, mode="r") if stored else self.tokens
-            names = [m.tokens for m in self.modalities.values()]
-            self._arrays = {n: group[n] if stored else group[n].values for n in names}
-            self._token_rows = self._rows_in(group)
-        return self._arrays
-
-    def _rows_in(self, group):
-        ids = {str(s): row for row, s in enumerate(np.asarray(group["subject"][:]))}
-        return [ids[str(s)] for s in self.labels.subject.values]
 
     def _check(self, cohort):
         if not len(self.usable):
@@ -221,7 +180,14 @@ class Samples(torch.utils.data.Dataset):
         return other
 
     def __getstate__(self):  # zarr arrays are opened again in each worker
-        return self.__dict__ | {"_arrays": None}
+        return self.__dict__ | {"_arrays": {}}
+
+
+def readable(sample: Sample | InputError) -> Sample:
+    """The sample, or the error that stands in its place, raised."""
+    if isinstance(sample, InputError):
+        raise sample
+    return sample
 
 
 def opened(cohort, subjects=None) -> tuple[xr.Dataset, str | None]:
@@ -232,12 +198,18 @@ def opened(cohort, subjects=None) -> tuple[xr.Dataset, str | None]:
         cohort = open_cohort(cohort)
     cohort = check(cohort, "cohort")
     if subjects is not None:
-        wanted = [str(s) for s in np.asarray(subjects)]
-        if unknown := set(wanted) - set(cohort.subject.values.tolist()):
-            fact = f"Expected subjects of the cohort, found others ({listed(sorted(unknown))})"
-            raise InputError(fact, "cohort.subject lists them")
-        cohort = cohort.sel(subject=wanted)
+        cohort = cohort.isel(subject=_rows_of(cohort, subjects))
     return cohort, path
+
+
+def _rows_of(data, subjects):
+    """Where subjects stand in a Dataset."""
+    wanted = np.asarray(subjects, str)
+    rows = data.indexes["subject"].get_indexer(wanted)
+    if (rows < 0).any():
+        fact = f"Expected subjects of the cohort, found others ({listed(wanted[rows < 0])})"
+        raise InputError(fact, "cohort.subject lists them")
+    return rows
 
 
 def is_as_stored(aligned: xr.Dataset, cohort: xr.Dataset) -> bool:
@@ -258,11 +230,8 @@ def held_out_rows(samples: Samples, held_out) -> tuple[np.ndarray, np.ndarray]:
         shares = {"held out": float(held_out), "train": 1 - float(held_out)}
         is_test = cut(everyone, shares, samples.plan.seed) == "held out"
     else:
-        wanted = [str(s) for s in np.asarray(held_out)]
-        if unknown := set(wanted) - set(labels.subject.values.tolist()):
-            fact = f"Expected held-out subjects of the cohort, found others ({listed(unknown)})"
-            raise InputError(fact, "cohort.subject lists them")
-        is_test = np.isin(labels.subject.values, wanted)
+        is_test = np.zeros(len(everyone), bool)
+        is_test[_rows_of(labels, held_out)] = True
         if both := set(everyone[is_test]) & set(everyone[~is_test]):
             fact = "Expected held-out subjects whose participants are not trained on, found "
             fact += f"participants on both sides ({listed(sorted(both))})"

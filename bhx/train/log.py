@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import warnings
 from pathlib import Path
@@ -46,8 +45,7 @@ def append(path: Path, kind: str, step: int, values: dict) -> None:
 
 def cut_after(path: Path, step: int) -> None:
     """Drop what was logged after a step, whole or not at all."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [x + "\n" for x in lines if _parsed(x).get("step", math.inf) <= step]
+    kept = [json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step]
     part = path.with_suffix(".part")
     with names_what_failed(path):
         part.write_text("".join(kept))
@@ -82,8 +80,7 @@ def read_log(out, stage: str) -> xr.Dataset:
     if not path.exists():
         fact = f"Expected a log at '{path}', found none"
         raise InputError(fact, "Give the folder that bhx.pretrain was given as out=")
-    lines = [x for x in map(_parsed, path.read_text().splitlines()) if x]
-    data, coords = {}, {}
+    lines, data, coords = _lines(path), {}, {}
     for dim in ("step", "evaluation"):
         rows = [x for x in lines if x["kind"] == dim]
         for key in dict.fromkeys(k for x in rows for k in x if k not in ("kind", "step")):
@@ -93,12 +90,9 @@ def read_log(out, stage: str) -> xr.Dataset:
     return xr.Dataset(data, coords, {"stage": stage})
 
 
-def _parsed(line: str) -> dict:
-    """One line of a log; empty for a line that a kill cut short."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return {}
+def _lines(path):
+    """What a log says, but for a last line that a kill cut short."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def plot_log(log: xr.Dataset):
@@ -109,9 +103,9 @@ def plot_log(log: xr.Dataset):
     titles, n = ["", *(NAMES[k].split(",")[0] for k in shown)], max(1, len(shown))
     places = [[{"colspan": n}] + [None] * (n - 1), [{}] * n]
     figure = make_subplots(2, n, specs=places, subplot_titles=titles, vertical_spacing=0.2)
-    names = [str(name) for name in log]
-    in_parts = any(k.startswith("loss_") for k in names)
-    for name in [k for k in names if "loss" in k and not (k == "loss" and in_parts)]:
+    losses = [k for k in map(str, log) if "loss" in k]
+    in_parts = any(k.startswith("loss_") for k in losses)
+    for name in [k for k in losses if not (k == "loss" and in_parts)]:
         dim = log[name].dims[0]
         mode = "lines" if dim == "step" else "lines+markers"
         x, y = log[dim].values, log[name].values

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 
 import numpy as np
 import torch
@@ -16,8 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from bhx.encode.inputs import in_turns
 from bhx.errors import InputError, listed
-from bhx.train.dataset import Samples
+from bhx.train.dataset import Samples, readable
 from bhx.train.log import append, collapse, cut_after, names_what_failed, warn_of_collapse
 from bhx.train.objectives import Objective, compile_blocks
 from bhx.train.processes import Processes, gathered, split_like
@@ -61,7 +61,6 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, plan.rate[0], plan.betas, fused=on_gpu)
         self.step = 0
         self.lowest, self.kept, self.best = math.inf, 0, None  # for stopping early
-        self.seen, self.began = 0, time.perf_counter()
         quiet = not progress or self.processes.rank > 0
         self.bar = tqdm(total=plan.steps, desc=plan.stage, unit="step", disable=quiet)
 
@@ -122,7 +121,8 @@ class Run:
         self.step += 1
         total = sum(losses.values())
         self._log("step", {**losses, "loss": total, "rate": rate, "norm": norm, "tokens": tokens})
-        self._show(total, tokens)
+        self.bar.set_postfix(loss=f"{total:.4f}", refresh=False)
+        self.bar.update(1)
         last = self.step == plan.steps
         if self.step % plan.evaluate_every == 0 or last:
             self._evaluate()
@@ -160,26 +160,13 @@ class Run:
         count, samples = len(self.processes.share_of(self.batch(self.step))), []
         while len(samples) < count:
             samples += next(batches)
-        for sample in samples:
-            if isinstance(sample, InputError):
-                raise sample
-        return samples
-
-    def _parts(self, samples) -> list[list]:
-        """Samples in parts that are computed at once."""
-        parts, total = [[]], 0
-        for sample in samples:
-            cost = self.objective.cost(sample)
-            if parts[-1] and total + cost > self.plan.tokens_at_once:
-                parts, total = [*parts, []], 0
-            parts[-1].append(sample)
-            total += cost
-        return parts
+        return [readable(sample) for sample in samples]
 
     def _gradients(self, samples):
         """Accumulate the gradient of the batch's mean loss, clipped; losses, tokens and norm of
         the whole batch."""
-        counts, parts, found = self._counts(self.batch(self.step)), self._parts(samples), []
+        counts, costs, found = self._counts(self.batch(self.step)), [s.cost for s in samples], []
+        parts = [samples[turn] for turn in in_turns(costs, self.plan.tokens_at_once)]
         rounds = self.processes.most(len(parts)) if self.plan.shard else len(parts)
         for i in range(rounds):  # all gather split weights: who is done repeats for nothing
             part, weight = parts[min(i, len(parts) - 1)], float(i < len(parts))
@@ -192,8 +179,7 @@ class Run:
             found.append(torch.stack([t.detach() for t in terms]))
         norm = nn.utils.clip_grad_norm_(self.learning, self.plan.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        tokens = sum(map(self.objective.cost, samples))
-        *total, tokens = self.processes.summed([*torch.stack(found).sum(0).tolist(), tokens])
+        *total, tokens = self.processes.summed([*torch.stack(found).sum(0).tolist(), sum(costs)])
         losses = dict(zip(counts, total, strict=True))
         if not all(map(math.isfinite, (*total, norm))):
             self._stop_at_nan(losses, norm, [
@@ -204,10 +190,8 @@ class Run:
 
     def _counts(self, rows):
         """How many subjects of the whole batch have each term of the loss."""
-        return {
-            term: len(rows) if name is None else int(self.samples.has[name][rows].sum())
-            for term, name in self.objective.terms.items()
-        }
+        has = {None: np.ones(len(self.samples.labels.subject), bool), **self.samples.has}
+        return {term: int(has[name][rows].sum()) for term, name in self.objective.terms.items()}
 
     def _stop_at_nan(self, losses, norm, suspects):
         subjects = suspects or self.samples.labels.subject.values[self.batch(self.step)]
@@ -223,12 +207,6 @@ class Run:
 
     # What is shown of it ---
 
-    def _show(self, loss, tokens):
-        self.seen += tokens
-        speed = self.seen / (time.perf_counter() - self.began)
-        self.bar.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}", refresh=False)
-        self.bar.update(1)
-
     def _log(self, kind, values):
         if self.folder and self.processes.rank == 0:
             append(self.folder / "log.jsonl", kind, self.step, values)
@@ -236,10 +214,7 @@ class Run:
     def read(self, rows):
         """One sample of each row, the same at every call."""
         for i in rows:
-            sample = self.samples[-1, int(i)]
-            if isinstance(sample, InputError):
-                raise sample
-            yield sample.to(self.device)
+            yield readable(self.samples[-1, int(i)]).to(self.device)
 
     def _evaluate(self):
         """Held-out loss, and whether the representation still tells subjects apart; with patience,
@@ -279,9 +254,8 @@ class Run:
 
     def _learned(self):
         """What learns, by name; clones."""
-        return {
-            k: p.detach().clone() for k, p in self.objective.named_parameters() if p.requires_grad
-        }
+        named = self.objective.named_parameters()
+        return {k: p.detach().clone() for k, p in named if p.requires_grad}
 
     def _save(self):
         state = {
@@ -309,23 +283,16 @@ class Run:
         }
         self.optimizer.load_state_dict({**state["optimizer"], "state": each})
         self.step = state["step"]
-        self.lowest, self.kept, self.best = (
-            state["stopping"][k] for k in ("lowest", "kept", "best")
-        )
+        stopping = state["stopping"]
+        self.lowest, self.kept, self.best = (stopping[k] for k in ("lowest", "kept", "best"))
         if self.processes.rank == 0:
             cut_after(self.folder / "log.jsonl", self.step)
 
 
 def check_unchanged(old: dict, new: dict, path) -> None:
     """Refuse to continue with another plan, model or cohort, naming what differs."""
-    changed = []
-    for key, value in new.items():
-        if key == "plan":
-            changed += [k for k in differences(old["plan"], value) if k not in FREE]
-        elif isinstance(value, dict):
-            changed += differences(old.get(key, {}), value)
-        elif old.get(key) != value:
-            changed.append(key)
+    names = [k.removeprefix("plan.") for k in differences({k: old.get(k) for k in new}, new)]
+    changed = [k for k in names if k not in FREE]
     if changed:
         fact = f"Expected the settings of the run at '{path}', found other {listed(changed, 12)}"
         raise InputError(fact, "Resume with the same settings, or start in another folder")

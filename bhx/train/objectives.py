@@ -9,6 +9,7 @@ sample, for the log. `hide` says what of a sample the network does not see.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from copy import deepcopy
 
 import torch
@@ -28,7 +29,7 @@ class Objective(nn.Module):
     """What the loop asks of every stage, and what holds for most."""
 
     names: tuple[str, ...] = ()  # modalities that it reads; all of the model's where empty
-    terms: dict[str, str | None]
+    terms: Mapping[str, str | None]
 
     @staticmethod
     def hide(sample, config, plan, random) -> None:
@@ -40,28 +41,23 @@ class Objective(nn.Module):
     def follow(self, momentum: float) -> None:
         """What moves after each step without a gradient."""
 
-    def cost(self, sample) -> int:
-        """Tokens of a sample."""
-        return len(sample.reading)
-
     def groups(self, plan) -> list[dict]:
         """Groups of parameters: `decays` and `scale` multiply weight decay and learning rate.
         Biases and 1-D parameters do not decay."""
-        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        still = [p for n, p in named if p.ndim <= 1 or n.endswith("bias")]
-        decays = [p for n, p in named if not (p.ndim <= 1 or n.endswith("bias"))]
-        groups = [{"params": decays, "decays": 1.0}, {"params": still, "decays": 0.0}]
-        return [{**g, "scale": 1.0} for g in groups if g["params"]]
+        groups = {1.0: [], 0.0: []}
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                groups[float(p.ndim > 1 and not name.endswith("bias"))].append(p)
+        return [{"params": p, "decays": d, "scale": 1.0} for d, p in groups.items() if p]
 
 
 class StructureObjective(Objective):
     """Masked autoencoding of T1 cubes."""
 
-    names = (ANATOMY.name,)
+    names, terms = (ANATOMY.name,), {"loss": ANATOMY.name}
 
     def __init__(self, networks, plan):
         super().__init__()
-        self.terms = {"loss": ANATOMY.name}
         self.encoder, self.decoder = networks.structure, networks.structure_decoder
 
     @staticmethod
@@ -86,11 +82,10 @@ class DynamicsObjective(Objective):
     student; the teacher is what is kept.
     """
 
-    names = (BOLD.name,)
+    names, terms = (BOLD.name,), {"loss": BOLD.name}
 
     def __init__(self, networks, plan):
         super().__init__()
-        self.terms = {"loss": BOLD.name}
         self.student = deepcopy(networks.dynamics)
         self.predictor = networks.dynamics_predictor
         self.predictor.predictor_pos_embed = self.student.pos_embed
@@ -100,8 +95,8 @@ class DynamicsObjective(Objective):
     def hide(sample, config, plan, random):
         """Blocks of parcels x patches (`modalities.bold.jepa_masks`)."""
         shape = sample.reading.windows[BOLD.name][0].shape[:2]
-        masks = jepa_masks(*shape, random)
-        sample.hidden = dict(zip(("keep", "hide"), map(torch.from_numpy, masks), strict=True))
+        keep, hide = map(torch.from_numpy, jepa_masks(*shape, random))
+        sample.hidden = {"keep": keep, "hide": hide}
 
     def forward(self, samples, look=False):
         patches = [s.reading.windows[BOLD.name][0] for s in samples]
@@ -126,18 +121,17 @@ class HarmonizerObjective(Objective):
     def __init__(self, networks, plan):
         super().__init__()
         self.harmonizer = networks.harmonizer
-        self.embeddings = nn.ModuleDict(
-            {n: m for n in networks.config.modalities
-             if isinstance(m := networks.encoder(n), LinearEmbedding)}
-        )  # fmt: skip
+        self.embeddings = nn.ModuleDict()
         self.networks = [networks]  # in a list: the frozen encoders are no parameters of this
         for name in networks.config.modalities:
-            if name not in self.embeddings:
-                networks.encoder(name).requires_grad_(False)
+            encoder = networks.encoder(name)
+            if isinstance(encoder, LinearEmbedding):
+                self.embeddings[name] = encoder
+            else:
+                encoder.requires_grad_(False)
         self.release = plan.loss == "release"
-        self.terms = {f"loss_{name}": name for name in networks.config.modalities}
-        if self.release:
-            self.terms = {"loss": None}
+        terms = {f"loss_{name}": name for name in networks.config.modalities}
+        self.terms = {"loss": None} if self.release else terms
 
     @staticmethod
     def hide(sample, config, plan, random):
@@ -151,10 +145,8 @@ class HarmonizerObjective(Objective):
             return list(self.harmonizer(subjects)[:, 1:])
         if self.release:
             return {"loss": self.harmonizer.release_loss(subjects)}
-        seen = [
-            {name: part for name, part in one.items() if name != sample.unseen}
-            for one, sample in zip(subjects, samples, strict=True)
-        ]
+        pairs = zip(subjects, samples, strict=True)
+        seen = [{n: x for n, x in one.items() if n != sample.unseen} for one, sample in pairs]
         targets = [{name: (x.detach(), at) for name, (x, at) in one.items()} for one in subjects]
         return self.harmonizer.losses(seen, targets)
 
@@ -172,10 +164,6 @@ class HarmonizerObjective(Objective):
     def read(self, samples) -> Sequences:
         """What the harmonizer reads of these samples, in float32."""
         return read_sequences(self.networks[0], samples, self.harmonizer.cls_token.device)
-
-    def cost(self, sample):
-        """Tokens of a sample."""
-        return tokens_of(sample)
 
 
 class LabelObjective(Objective):
@@ -251,10 +239,6 @@ class LabelObjective(Objective):
         out = hub.new_zeros(len(samples), hub.shape[1])
         return out.index_add(0, owner, hub * read.share.to(hub)[:, None])
 
-    def cost(self, sample):
-        """Tokens of a sample."""
-        return tokens_of(sample)
-
 
 def read_sequences(networks, samples, device) -> Sequences:
     """What the harmonizer reads of samples: their stored tokens, or those that the encoders make;
@@ -271,13 +255,6 @@ def read_sequences(networks, samples, device) -> Sequences:
     return Sequences(subjects, owner, share)
 
 
-def tokens_of(sample) -> int:
-    """Tokens of a sample, read or stored."""
-    if sample.tokens is None:
-        return len(sample.reading)
-    return sum(len(x) for one in sample.tokens.subjects for x, _ in one.values())
-
-
 OBJECTIVES = {
     "structure": StructureObjective,
     "dynamics": DynamicsObjective,
@@ -289,8 +266,8 @@ def compile_blocks(objective) -> None:
     """Compile what each token goes through alone; attention keeps its own fused kernels."""
     for module in objective.modules():
         if isinstance(module, Block):
-            for part in ("before", "after"):
-                setattr(module, part, torch.compile(getattr(module, part), dynamic=True))
+            for name in ("before", "after"):
+                setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
 
 
 def digest(*modules) -> str:

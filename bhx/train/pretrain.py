@@ -7,9 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
-from bhx.encode.embed import aligned_to, counts_of, embed
+from bhx.encode.embed import aligned_to
 from bhx.encode.model import Model, config_of, random_model, reading_all_of
 from bhx.errors import InputError, listed
 from bhx.model.checkpoints import read_weights, save_weights
@@ -19,7 +18,7 @@ from bhx.train.dataset import Samples, held_out_rows, is_as_stored, opened
 from bhx.train.log import read_log
 from bhx.train.loop import Run, differences
 from bhx.train.objectives import OBJECTIVES, digest
-from bhx.train.processes import Processes, gathered, own_device
+from bhx.train.processes import gathered, own_device
 from bhx.train.recipes import recipe
 
 
@@ -33,7 +32,6 @@ def pretrain(
     subjects=None,
     held_out: float | list = 0.1,
     resume: bool = False,
-    cache=None,
     watch=None,
     device: str | None = None,
     workers: int = 0,
@@ -56,9 +54,6 @@ def pretrain(
     held_out : share of the participants, or subject ids, that are evaluated and never trained on.
         The same share and seed hold out the same participants in every stage.
     resume : continue the run in `out` where its last checkpoint left it
-    cache : path of a store of the frozen encoders' tokens (`bhx.embed`), for the harmonizer: made
-        once, its size said beforehand, then read instead of scans. Needs crop=False and
-        decimate=(1,), which are then the default.
     watch : called with the log (see `bhx.read_log`) and the model after every evaluation;
         `bhx.live` draws both in a notebook
     workers : processes that read ahead
@@ -75,8 +70,6 @@ def pretrain(
         The cohort lacks what the stage needs, `out` holds another run, the configuration changed,
         a loss was not finite, or data could not be read; the last checkpoint stays.
     """
-    if cache is not None:
-        settings = {"crop": False, "decimate": (1,)} | settings
     plan = recipe(stage, preset if isinstance(preset, str) else preset.name, **settings)
     cohort, path = opened(cohort, subjects)
     start = _starting_point(model, preset, cohort, Path(out), plan, own_device(device))
@@ -86,8 +79,6 @@ def pretrain(
     names = objective.names or tuple(start.config.modalities)
     samples = Samples(aligned, start.config, plan, names, objective.hide, path)
     train, test = held_out_rows(samples, held_out)
-    if cache is not None:
-        samples.tokens = _cached(cache, aligned, start, objective, plan, progress)
     ids = samples.labels.subject.values
     encoders = [start.networks.encoder(n) for n in start.config.modalities]
     fixed = {
@@ -98,12 +89,9 @@ def pretrain(
         "encoders": digest(*encoders) if stage == "harmonizer" else "",
     }
     folder = Path(out) / stage
-
-    def shown(run):
-        watch(read_log(out, stage), start)
-
-    run = Run(objective, samples, plan, folder, train, test, fixed, workers=workers,
-              progress=progress, watch=watch and shown)  # fmt: skip
+    shown = watch and (lambda run: watch(read_log(out, stage), start))
+    options = {"workers": workers, "progress": progress, "watch": shown}
+    run = Run(objective, samples, plan, folder, train, test, fixed, **options)
     run.go(resume)
     return _finished(run, start, Path(out))
 
@@ -126,44 +114,6 @@ def _finished(run, start, out) -> Model:
         save_weights(networks, out, {"source": source, "stages": stages})
     run.processes.wait()
     return Model(read_weights(out), start.device)
-
-
-def _cached(path, cohort, model, objective, plan, progress):
-    """The store of the frozen encoders' tokens, made or continued by the first process."""
-    if plan.stage != "harmonizer":
-        fact = f"Expected a token cache for the stage 'harmonizer', found '{plan.stage}'"
-        raise InputError(fact, "Leave cache= out: this stage trains an encoder")
-    if plan.crop or plan.decimate != (1,):
-        fact = "Expected a recipe without crops and decimation beside a token cache, found "
-        fact += f"crop={plan.crop}, decimate={plan.decimate}"
-        raise InputError(fact, "Set crop=False, decimate=(1,), or train without cache=")
-    if len(objective.embeddings):
-        fact = "Expected modalities with frozen encoders beside a token cache, found "
-        fact += listed(objective.embeddings)
-        raise InputError(fact, "Their linear embeddings learn along: train without cache=")
-    keep = [m.tokens for m in model.config.modalities.values()]
-    frozen = Model(model.networks, model.device)
-    encoders = digest(*(model.networks.encoder(name) for name in model.config.modalities))
-    frozen.provenance = {"source": "frozen encoders", "weights_sha256": encoders}
-    processes = Processes.join(model.device)
-    for turn in (True, False):
-        if (processes.rank == 0) == turn:
-            if turn and progress:
-                tqdm.write(f"Token cache '{path}': {_gigabytes(cohort, model.config):.3g} GB")
-            embed(cohort, frozen, store=path, keep=keep, precision=plan.precision,
-                  progress=progress and turn)  # fmt: skip
-        processes.wait()
-    return str(path)
-
-
-def _gigabytes(cohort, config) -> float:
-    """What the tokens of a cohort take before compression, which they hardly bear."""
-    tokens = 0
-    for modality in config.modalities.values():
-        for count in counts_of(cohort, modality, config):
-            shape = modality.token_shape(config, int(count)) if count else (0,)
-            tokens += int(torch.Size(shape).numel())
-    return 4 * config.harmonizer.width * tokens / 1e9
 
 
 def _starting_point(model, preset, cohort, out, plan, device) -> Model:

@@ -7,7 +7,7 @@ No data is read and nothing is trained here.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,9 +31,7 @@ Shares = Annotated[tuple[Share, Share], Field(description="two shares from 0 to 
 Factors = Annotated[
     tuple[Count, ...], Field(min_length=1, description="whole factors such as (1, 2)")
 ]
-Patience = Annotated[
-    Annotated[int, Field(ge=1)] | None, Field(description="a whole number of at least 1, or None")
-]
+Patience = Annotated[Count | None, Field(description="a whole number of at least 1, or None")]
 
 
 class Settings(BaseModel):
