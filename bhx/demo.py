@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import bhx
+from bhx.data.page import page
 from bhx.modalities.t1 import ANATOMY
 
 TARGETS = ("age", "sex", "diagnosis", "fusion")
@@ -44,13 +45,13 @@ def run_demo(out="demo", *, subjects: int | None = None, model: str = "workshop"
         table.to_csv(out / "scores.csv")
     with _step("draw the page"):
         body = _body(table, _figures(sample, latents, cohort), latents)
-        page = out / "index.html"
-        page.write_text(_page("bhx: a scan in, labeled tokens out", body), encoding="utf-8")
+        file = out / "index.html"
+        file.write_text(page("bhx: a scan in, labeled tokens out", body), encoding="utf-8")
     print(main_scores(table).to_string())
     print(f"\nlatents   {out / 'latents.zarr'}, {out / 'sample.zarr'}")
     print(f"scores    {out / 'scores.csv'}")
-    print(f"figures   {page}   <- open this in a browser")
-    return page
+    print(f"figures   {file}   <- open this in a browser")
+    return file
 
 
 def score_table(latents, cohort):
@@ -68,15 +69,13 @@ def main_scores(table):
 def _figures(sample, latents, cohort):
     """Title and figure, in the order of the page."""
     first = cohort[ANATOMY.variable].sel(subject=str(latents.subject.values[0]))
-    cubes = bhx.region_map(latents, of=ANATOMY.name)
+    cubes = bhx.plot_volume(first, overlay=bhx.region_map(latents, of=ANATOMY.name))
     people = bhx.plot_latents(bhx.project(bhx.pool(latents)), color="age")
     return {
         "The real scan: parcels its hub tokens read": bhx.plot_surface(bhx.region_map(sample)),
         "The synthetic cohort: subjects in the latent space": people,
         "Its hub tokens: which network, which modality": bhx.plot_tokens(latents),
-        "Its T1 cubes that hub tokens read, on the first subject": bhx.plot_volume(
-            first, overlay=cubes
-        ),
+        "Its T1 cubes that hub tokens read, on the first subject": cubes,
     }
 
 
@@ -97,16 +96,6 @@ def _body(table, figures, latents):
         + main_scores(table).to_html(border=0, na_rep="")
         + "".join(parts)
         + f"<footer>{made_by}</footer>"
-    )
-
-
-def _page(title, body):
-    return (
-        f"<!doctype html><meta charset=utf-8><title>{title}</title>"
-        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;"
-        "padding:0 1rem;color:#222}table{border-collapse:collapse}td,th{padding:.2rem .8rem;"
-        "text-align:right;border-bottom:1px solid #ddd}footer{color:#666;font-size:.8rem}</style>"
-        f"<h1>{title}</h1>{body}"
     )
 
 

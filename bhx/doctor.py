@@ -28,24 +28,21 @@ def doctor() -> int:
     """Print what this machine has, and what is missing; 1 when the core is not complete."""
     packages = _packages()
     sections = {
-        f"bhx {__version__}": _system(),
+        f"bhx {__version__}": [
+            f"Python {platform.python_version()} at {sys.prefix}",
+            platform.platform(),
+        ],
         "device": _devices(),
         "memory": _memory(),
         "notebooks": _front_end(),
         "folders": [f"{name:<8}{_state(path)}" for name, path in folders().items()],
         "packages": [_row(*package) for package in packages],
         "missing": _missing(p for p in packages if p[1] in NEEDED),
-        "optional, and not needed by the notebooks": _missing(
-            p for p in packages if p[1] not in NEEDED
-        ),
+        "optional": _missing(p for p in packages if p[1] not in NEEDED),
     }
     for title, lines in sections.items():
         print(title, *(f"  {line}" for line in lines or ["nothing: ready"]), sep="\n")
     return int(any(extra == "" and problem for _, extra, _, problem in packages))
-
-
-def _system():
-    return [f"Python {platform.python_version()} at {sys.prefix}", platform.platform()]
 
 
 def _devices():

@@ -22,7 +22,7 @@ from bhx.data.atlas import load_atlas, match_names
 from bhx.data.derivatives import find_scans, join_phenotypes, write_derivatives
 from bhx.errors import InputError
 from bhx.modalities.base import Modality
-from bhx.modalities.t1 import t1_grid
+from bhx.modalities.t1 import coarsen_t1, t1_grid
 from bhx.modalities.table import MODALITIES
 
 OPTIONS = {"atlas": ATLAS, "voxel_mm": 16.0}
@@ -63,7 +63,7 @@ def test_a_folder_becomes_its_cohort(tmp_path):
         "network",
     ):
         np.testing.assert_array_equal(again[name], cohort[name])
-    coarse = cohort_file.coarsen_t1(cohort, 16).t1[0]
+    coarse = coarsen_t1(cohort, 16).t1[0]
     assert np.corrcoef(again.t1[0].values.ravel(), coarse.values.ravel())[0, 1] > 0.99
     assert np.isnan(again.t1[1:]).all()
     for axis, values in t1_grid(16).items():

@@ -6,12 +6,12 @@ Nothing about subjects is known here and no atlas array is computed; `assets/mak
 
 from __future__ import annotations
 
-import csv
 import json
 from functools import cache
 from importlib.resources import files
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from scipy.spatial.distance import squareform
 
@@ -21,6 +21,7 @@ from bhx.schema import ROI_COORDS, UNITS
 
 ATLASES = {"schaefer100": 100, "schaefer200": 200, "schaefer400": 400}
 N_FSAVERAGE5 = 10_242  # vertices of one hemisphere
+TEXT = ("name7", "name17", "network", "hemi")  # labels of parcels
 SURFACES = ("inflated", "pial", "white", "flat", "sphere")
 HEMISPHERES = {"left": "left", "right": "right", "L": "left", "R": "right"}
 
@@ -42,7 +43,11 @@ def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Datase
         sphere (roi, axis), labels_fsaverage5 (vertex_fsaverage5),
         labels_fslr32k (vertex_fslr32k); left hemisphere first, 0 = no parcel.
     """
-    _check_choice(name, order)
+    check_choice("the atlas", name, ATLASES)
+    check_choice("order", order, ("7networks", "17networks"))
+    if order == "17networks" and name != "schaefer400":
+        fact = f"Expected order '7networks' for {name}, found '17networks'"
+        raise InputError(fact, "The 17-network order is known for schaefer400 only")
     parcels, arrays = _parcels(ATLASES[name]), _arrays(name)
     connectome = squareform(arrays["connectome"])  # its upper triangle is stored
     out = xr.Dataset(
@@ -63,28 +68,19 @@ def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Datase
             "component": np.arange(1, arrays["gradients"].shape[1] + 1),
             "axis": list("xyz"),
         },
-        {"atlas": name, "order": "7networks"},
+        {"atlas": name},
     )
-    out = _with_provenance(out, float(arrays["agreement"]))
-    return out if order == "7networks" else _reordered(out)
-
-
-def _with_provenance(atlas, agreement):
     sources = _provenance()
-    for name, variable in atlas.data_vars.items():
-        variable.attrs |= sources[name]
-    for name in ("mni_x", "mni_y", "mni_z"):
-        atlas[name].attrs |= {"units": UNITS[name], **sources["mni"]}
-    atlas["labels_fsaverage5"].attrs["agreement"] = agreement
-    return atlas.assign_attrs(sources["atlas"])
-
-
-def _reordered(atlas):
-    """The same parcels in the 17-network order, under their 17-network names."""
-    rank = atlas.label17.argsort().values
-    out = atlas.isel(roi=rank, roi_other=rank)
-    names = out.name17.values
-    return out.assign_coords(roi=names, roi_other=names).assign_attrs(order="17networks")
+    for variable in out.data_vars:
+        out[variable].attrs |= sources[variable]
+    for axis in ("mni_x", "mni_y", "mni_z"):
+        out[axis].attrs |= {"units": UNITS[axis], **sources["mni"]}
+    out["labels_fsaverage5"].attrs["agreement"] = float(arrays["agreement"])
+    out = out.assign_attrs({**sources["atlas"], "order": order})
+    if order == "7networks":
+        return out
+    out = out.sortby("label17").sortby(out.label17.rename(roi="roi_other"))
+    return out.assign_coords(roi=out.name17.values, roi_other=out.name17.values)
 
 
 def match_names(names, atlas: xr.Dataset | str) -> list[str]:
@@ -200,14 +196,13 @@ def _arrays(name):
 
 
 def _parcels(scale):
-    with _asset("parcels.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["scale"]) == scale]
-    kinds = {"mni_x": float, "mni_y": float, "mni_z": float, "label": int, "name7": str}
-    if scale == 400:
-        kinds |= {"name17": str, "label17": int}
-    out = {key: np.array([kind(row[key]) for row in rows]) for key, kind in kinds.items()}
-    _, side, network = zip(*(name.split("_")[:3] for name in out["name7"]), strict=True)
-    return {"network": np.array(network), "hemi": np.array([s[0] for s in side]), **out}
+    with _asset("parcels.csv").open("rb") as file:
+        table = pd.read_csv(file).query("scale == @scale").drop(columns="scale")
+    table = table.dropna(axis=1).astype({f"mni_{axis}": float for axis in "xyz"})
+    table = table.astype({"label17": int}) if "label17" in table else table
+    name = table["name7"].str.split("_", expand=True)
+    table = table.assign(network=name[2], hemi=name[1].str[0])
+    return {key: table[key].to_numpy(str if key in TEXT else None) for key in table}
 
 
 def _provenance():
@@ -216,11 +211,3 @@ def _provenance():
 
 def _asset(name):
     return files("bhx") / "assets" / name
-
-
-def _check_choice(name, order):
-    check_choice("the atlas", name, ATLASES)
-    check_choice("order", order, ("7networks", "17networks"))
-    if order == "17networks" and name != "schaefer400":
-        fact = f"Expected order '7networks' for {name}, found '17networks'"
-        raise InputError(fact, "The 17-network order is known for schaefer400 only")

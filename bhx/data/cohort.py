@@ -20,12 +20,12 @@ from bhx.data.prepare import prepare
 from bhx.data.store import open_store
 from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD
-from bhx.modalities.t1 import ANATOMY, T1_SHAPE, coarsen_t1
+from bhx.modalities.t1 import ANATOMY, T1_SHAPE
 from bhx.schema import build_cohort, check
 from bhx.settings import folders
 
 
-def open_cohort(name_or_path, *, catalog=None, voxel_mm=None) -> xr.Dataset:
+def open_cohort(name_or_path, *, catalog=None) -> xr.Dataset:
     """Open a cohort lazily.
 
     Parameters
@@ -33,7 +33,6 @@ def open_cohort(name_or_path, *, catalog=None, voxel_mm=None) -> xr.Dataset:
     name_or_path : name of a catalog entry ("synthetic", "abide1", ...), path of a zarr store, or
         a folder of derivatives, which is prepared into bhx's cache folder first (see `prepare`)
     catalog : folder with catalog entries of your own
-    voxel_mm : average the T1 to voxels of this size [mm]; as stored by default
 
     Returns
     -------
@@ -49,12 +48,8 @@ def open_cohort(name_or_path, *, catalog=None, voxel_mm=None) -> xr.Dataset:
     path = Path(name_or_path)
     is_store = path.suffix == ".zarr" or (path / "zarr.json").exists()
     if str(name_or_path) in catalog_files(catalog) or not (is_store or path.exists()):
-        cohort = _open_entry(load_entry(str(name_or_path), catalog))
-    elif is_store:
-        cohort = open_store(path)
-    else:
-        cohort = _prepared(path.name, path)
-    return cohort if voxel_mm is None else coarsen_t1(check(cohort, "cohort"), voxel_mm)
+        return _open_entry(load_entry(str(name_or_path), catalog))
+    return open_store(path) if is_store else _prepared(path.name, path)
 
 
 def scan(cohort: xr.Dataset, subject) -> xr.DataArray:
@@ -119,12 +114,8 @@ def _open_sample(entry):
         BOLD.has: [True, False],
         ANATOMY.has: [False, True],
     }
-    about = {"source": entry.name, "licence": entry.licence}
     bold = da.concatenate([series, da.full_like(series, np.nan)])
     t1 = da.concatenate([da.full_like(template, np.nan), template])
-    return build_cohort(
-        {BOLD.name: bold, ANATOMY.name: t1},
-        subject,
-        parcel_labels(atlas),
-        {"atlas": "schaefer400", **about, "preprocessing": real.attrs["preprocessing"]},
-    )
+    about = {"atlas": "schaefer400", "source": entry.name, "licence": entry.licence}
+    about["preprocessing"] = real.attrs["preprocessing"]
+    return build_cohort({BOLD.name: bold, ANATOMY.name: t1}, subject, parcel_labels(atlas), about)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import optimize, spatial
 
-from bhx.errors import InputError, listed
+from bhx.data.files import attempt
+from bhx.errors import InputError
 
 
 def harmonics(coords, faces, n_modes: int, mask=None) -> tuple[np.ndarray, np.ndarray]:
@@ -28,15 +29,14 @@ def harmonics(coords, faces, n_modes: int, mask=None) -> tuple[np.ndarray, np.nd
     Returns
     -------
     eigenvalues : array (mode,) in 1 / unit of coords squared, ascending
-    modes : array (vertex, mode), u' M u = 1, NaN outside the mask; the entry of largest
-        magnitude of each mode is positive
+    modes : array (vertex, mode), u' M u = 1, NaN outside the mask and where there is no
+        triangle; the entry of largest magnitude of each mode is positive
 
     Source: Pang et al., Nature 2023; Reuter et al., Computer-Aided Design 2006.
     """
     from lapy import Solver
 
-    coords, faces, mask = _checked_mesh(coords, faces, mask)
-    mesh = _cut(coords, faces, mask)
+    mesh, inside = _surface(coords, faces, mask)
     if not 1 <= n_modes < len(mesh.v):
         fact = f"Expected 1 to {len(mesh.v) - 1} modes on {len(mesh.v)} vertices, found {n_modes}"
         raise InputError(fact, "Ask for far fewer modes than the mesh has vertices")
@@ -44,8 +44,8 @@ def harmonics(coords, faces, n_modes: int, mask=None) -> tuple[np.ndarray, np.nd
     mesh.v = mesh.v / np.sqrt(area)  # of area 1, so that LaPy's shift suits every scale
     start = np.random.default_rng(0).standard_normal(len(mesh.v))
     values, vectors = Solver(mesh).eigs(n_modes, v0=start)
-    modes = np.full((len(mask), n_modes), np.nan)
-    modes[mask] = fix_signs(vectors) / np.sqrt(area)
+    modes = np.full((len(coords), n_modes), np.nan)
+    modes[inside] = fix_signs(vectors) / np.sqrt(area)
     return values / area, modes
 
 
@@ -65,10 +65,6 @@ def spins(sphere, hemi, n: int, seed: int) -> np.ndarray:
     Source: Alexander-Bloch et al., NeuroImage 2018; Markello and Misic, NeuroImage 2021.
     """
     sphere, hemi = np.asarray(sphere, float), np.asarray(hemi)
-    if sphere.shape != (len(hemi), 3) or not np.isin(hemi, ["L", "R"]).all():
-        fact = f"Expected sphere (roi, 3) with hemi 'L' or 'R' for each roi, found {sphere.shape} "
-        fact += f"and {listed(np.unique(hemi))}"
-        raise InputError(fact, "Take atlas.sphere and atlas.hemi")
     unit = sphere / np.linalg.norm(sphere, axis=1, keepdims=True)
     out = np.empty((n, len(hemi)), int)
     for i, rotation in enumerate(random_rotations(n, seed)):
@@ -94,41 +90,22 @@ def fix_signs(vectors) -> np.ndarray:
     return vectors * np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
 
 
-def _checked_mesh(coords, faces, mask):
-    """A mesh as arrays, with a mask, where their shapes and numbers can be those of a mesh."""
-    coords, faces = np.asarray(coords, float), np.asarray(faces)
-    if coords.ndim != 2 or coords.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3:
-        fact = f"Expected coords (vertex, 3) and faces (triangle, 3), found {coords.shape} and "
-        raise InputError(f"{fact}{faces.shape}", "Pass the mesh as coords, faces")
-    if len(bad := np.flatnonzero(~np.isfinite(coords).all(1))):
-        fact = f"Expected finite coordinates, found NaN or infinity at vertex {listed(bad)}"
-        raise InputError(fact, "Give coordinates to every vertex, or read the file again")
-    n, whole = len(coords), np.issubdtype(faces.dtype, np.integer) and faces.size > 0
-    if not whole or faces.min() < 0 or faces.max() >= n:
-        found = f"{faces.min()} to {faces.max()}" if faces.size else "no triangle"
-        fact = f"Expected faces as whole numbers from 0 to {n - 1}, found {found} ({faces.dtype})"
-        raise InputError(fact, "Number the vertices from 0, and pass coords and faces of one mesh")
-    mask = np.ones(n, bool) if mask is None else np.asarray(mask)
-    if mask.shape != (n,) or mask.dtype != bool:
-        fact = f"Expected a mask of {n} bools, one a vertex, found shape {mask.shape} of "
-        raise InputError(f"{fact}{mask.dtype}", "Pass mask = labels > 0, for example")
-    return coords, faces, mask
-
-
-def _cut(coords, faces, mask):
-    """The part of a mesh inside the mask as LaPy's, where it is a surface."""
+def _surface(coords, faces, mask):
+    """The part of a mesh inside the mask as LaPy's, and the vertices that are in it."""
     from lapy import TriaMesh
 
-    kept = faces[mask[faces].all(1)]
-    if len(lone := np.setdiff1d(np.flatnonzero(mask), kept)):
-        fact = f"Expected every vertex in a triangle, found {len(lone)} of {mask.sum()} in none "
-        raise InputError(f"{fact}({listed(lone)})", "Leave them out with mask")
-    mesh = TriaMesh(coords[mask], (np.cumsum(mask) - 1)[kept])
-    area = mesh.tria_areas()
+    what = "a mesh of coords (vertex, 3), faces (triangle, 3) and mask (vertex,)"
+    with attempt(what, "Pass coords and faces of one mesh; mask = labels > 0, for example"):
+        coords, faces = np.asarray_chkfinite(coords, float), np.asarray(faces)
+        mask = np.broadcast_to(True if mask is None else np.asarray(mask, bool), len(coords))
+        kept = faces[mask[faces].all(1)]
+        inside = np.flatnonzero(np.bincount(kept.ravel()))
+        mesh = TriaMesh(coords[inside], np.searchsorted(inside, kept))
+        area = mesh.tria_areas()
     if flat := np.count_nonzero(area <= 1e-12 * area.mean()):
         fact = f"Expected triangles with an area, found {flat} degenerate of {len(area)}"
         raise InputError(fact, "Merge repeated vertices and remove the triangles they leave")
     if not mesh.is_manifold():
         fact = f"Expected at most 2 triangles at an edge, found {int(mesh.adj_sym.max())}"
         raise InputError(fact, "Remove repeated triangles, or split the mesh at that edge")
-    return mesh
+    return mesh, inside

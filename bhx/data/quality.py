@@ -37,8 +37,8 @@ def check_bold_quality(
     """
     tr, n, name = bold.attrs["tr"], bold.sizes["time"], bold.attrs.get("file", "a scan")
     if n * tr < PATCH_SECONDS:
-        fact = f"Expected at least {PATCH_SECONDS} s of BOLD in {name}, "
-        fact += f"found {n * tr:.1f} s ({n} volumes at TR {tr:g} s)"
+        found = f"{n * tr:.1f} s ({n} volumes at TR {tr:g} s)"
+        fact = f"Expected at least {PATCH_SECONDS} s of BOLD in {name}, found {found}"
         raise InputError(fact, "Leave this scan out: it is shorter than one patch, one token")
     values = bold.values
     lost = ~np.isfinite(values).all(1)
@@ -65,15 +65,14 @@ def check_bold_quality(
         "bold_scale": scale_of(values[~without]),
         "homotopy": homotopy(out.isel(roi=np.flatnonzero(~without))),
     }
-    warnings = []
-    if without.any():
-        warnings.append(f"no signal in {listed(bold.roi.values[without])} (stored as zeros)")
-    if n * tr < SHORT_SECONDS:
-        warnings.append(f"only {n * tr:.0f} s of BOLD, expected {SHORT_SECONDS:.0f} s or more")
-    if mean_fd > HIGH_MOTION:
-        fd = f"mean framewise displacement {mean_fd:.2f} mm"
-        warnings.append(f"{fd}, expected below {HIGH_MOTION}")
-    return out, facts, warnings
+    displaced = f"mean framewise displacement {mean_fd:.2f} mm, expected below {HIGH_MOTION}"
+    warnings = {
+        f"no signal in {listed(bold.roi.values[without])} (stored as zeros)": without.any(),
+        f"only {n * tr:.0f} s of BOLD, expected {SHORT_SECONDS:.0f} s or more": n * tr
+        < SHORT_SECONDS,
+        displaced: mean_fd > HIGH_MOTION,
+    }
+    return out, facts, [text for text, found in warnings.items() if found]
 
 
 def scale_of(series: np.ndarray) -> str:
@@ -129,8 +128,7 @@ def check_t1_quality(t1: np.ndarray, template: np.ndarray, name: str = "a T1") -
     inside = t1 != 0
     brain = inside.sum() / 1000
     if brain > BRAIN_ML[1]:
-        fact = f"Expected a brain of {BRAIN_ML[0]:.0f} to {BRAIN_ML[1]:.0f} ml in {name}, found "
-        fact += f"{brain:.0f} ml"
+        fact = f"Expected at most {BRAIN_ML[1]:.0f} ml of brain in {name}, found {brain:.0f} ml"
         raise InputError(fact, "Skull-strip it or give its brain mask")
 
     def likeness(volume):
@@ -145,11 +143,9 @@ def check_t1_quality(t1: np.ndarray, template: np.ndarray, name: str = "a T1") -
         fact += "".join(f"; {how} it fits better" for how in better)
         raise InputError(fact, "Register it to MNI152, for instance with fMRIPrep or sMRIPrep")
     covered = (inside & (template > 0)).sum() / (template > 0).sum()
-    warnings = []
-    if r < LOW_TEMPLATE_R:
-        warnings.append(f"the T1 correlates only {r:.2f} with the MNI152 template")
-    if covered < MIN_T1_COVERAGE:
-        warnings.append(f"the T1 covers only {covered:.0%} of the template's brain")
-    if (t1 < 0).any():
-        warnings.append(f"negative T1 intensities, down to {t1.min():g}")
-    return warnings
+    warnings = {
+        f"the T1 correlates only {r:.2f} with the MNI152 template": r < LOW_TEMPLATE_R,
+        f"the T1 covers only {covered:.0%} of the template's brain": covered < MIN_T1_COVERAGE,
+        f"negative T1 intensities, down to {t1.min():g}": t1.min() < 0,
+    }
+    return [text for text, found in warnings.items() if found]

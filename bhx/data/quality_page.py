@@ -12,6 +12,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
+from bhx.data.atlas import centroids
 from bhx.data.page import page
 from bhx.errors import listed
 from bhx.schema import check, who_has
@@ -51,10 +52,9 @@ def quality_page(cohort: xr.Dataset, path, *, pictures: int = 12) -> Path:
         "Every subject": table.to_html(float_format="{:.3g}".format),
     }
     body = "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
-    path = Path(path)
     title = f"Quality of {facts['source'] or 'a cohort'}"
-    path.write_text(page(title, body), encoding="utf8")
-    return path
+    Path(path).write_text(page(title, body), encoding="utf8")
+    return Path(path)
 
 
 def _ranked(cohort):
@@ -104,7 +104,7 @@ PANELS = {SERIES: _carpet, ("x", "y", "z"): _mosaic}  # variables of other dims 
 
 
 def _coverage(cohort, name):
-    """Share of scans with signal in each parcel, drawn at the parcels' centroids."""
+    """Share of scans with signal in each parcel, in a glass brain."""
     series = cohort[name].isel(subject=np.flatnonzero(who_has(cohort, name)))
     share = ((series.fillna(0) != 0).any("time")).mean("subject").values
     worst = sorted(zip(share, cohort.roi.values, strict=True))[:5]
@@ -112,16 +112,11 @@ def _coverage(cohort, name):
     text = f"<p>Parcels without signal in some scans: {escape(listed(worst)) or 'none'}.</p>"
     if "mni_x" not in cohort.coords:
         return text
-    x, y, z = (cohort[f"mni_{axis}"].values for axis in "xyz")
-    views = {"the left": (-y, z, x < 0), "above": (x, y, x == x), "the right": (y, z, x > 0)}
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    panels = figure.subplots(1, 3)
-    style = {"vmin": 0, "vmax": 1, "cmap": "viridis", "s": 30}
-    for axes, (name, (across, up, seen)) in zip(panels, views.items(), strict=True):
-        dots = axes.scatter(across[seen], up[seen], c=share[seen], **style)
-        axes.set(title=f"from {name}", aspect="equal")
-        axes.set_axis_off()
-    figure.colorbar(dots, ax=panels, label="share of scans with signal")
+    from nilearn.plotting import plot_markers  # slow to import
+
+    figure = Figure(figsize=(11, 3.2))
+    colors = {"node_vmin": 0, "node_vmax": 1, "node_cmap": "viridis", "node_size": 30}
+    plot_markers(share, centroids(cohort), display_mode="lzr", figure=figure, **colors)
     return text + _image(figure)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -51,7 +50,6 @@ def split(
     leave_out: str | None = None,
     repeats: int = 1,
     seed: int = 0,
-    path=None,
 ) -> xr.DataArray:
     """Cut a cohort into parts by participant: all scans of one participant share a part.
 
@@ -63,45 +61,34 @@ def split(
     leave_out : subject coordinate, such as "site": one repeat for each of its values, whose
         participants are "test" and all others "train"
     repeats, seed : how many independent cuts, and where the random numbers start
-    path : of a JSON file that keeps the split with the cohort's hash; when it is there already, the
-        split is read from it
 
     Returns
     -------
-    DataArray (repeat, subject) of part names; `cohort.sel(subject=parts[0] == "train")`
+    DataArray (repeat, subject) of part names; `cohort.sel(subject=parts[0] == "train")`. The same
+    subjects and options give the same parts; the attributes name both, the subjects by their hash,
+    and `parts.to_pandas().to_csv(path)` writes the list.
 
     Raises
     ------
     InputError
-        A coordinate is missing, the shares do not sum to 1, a participant has two values of
-        `leave_out`, or the kept split was made from other subjects or with other options.
+        A coordinate is missing, the shares do not sum to 1, or a participant has two values of
+        `leave_out`.
     """
     check(cohort, "cohort")
     shares = shares or {"train": 0.6, "validation": 0.2, "test": 0.2}
     stratify = [stratify] if isinstance(stratify, str) else list(stratify)
-    made_by = {
-        "cohort_sha256": cohort_hash(cohort),
-        "seed": seed,
-        "shares": shares,
-        "stratify": stratify,
-        "leave_out": leave_out,
-        "repeats": repeats,
-    }
-    if path is not None and Path(path).exists():
-        kept = _kept(path, made_by)
-    elif leave_out:
-        kept = _one_out(_labels(cohort, leave_out), cohort.participant.values, leave_out)
+    people = cohort.participant.values
+    if leave_out:
+        parts = _one_out(_labels(cohort, leave_out), people, leave_out)
     else:
-        strata = [_labels(cohort, name).astype(str) for name in stratify]
-        strata = [" / ".join(names) for names in zip(*strata, strict=True)] if strata else None
-        people = cohort.participant.values
-        kept = {i: cut(people, shares, seed + i, strata) for i in range(repeats)}
-    if path is not None:
-        parts = {"repeat": [*kept], "part": [part.tolist() for part in kept.values()]}
-        parts = {**parts, "subject": cohort.subject.values.tolist(), "made_by": made_by}
-        Path(path).write_text(json.dumps(parts, indent=1, default=str), encoding="utf8")
-    coords = {"repeat": [*kept], "subject": cohort.subject.values}
-    return xr.DataArray(np.stack([*kept.values()]), coords, ("repeat", "subject"), "part", made_by)
+        labels = [_labels(cohort, name).astype(str) for name in stratify]
+        strata = [" / ".join(names) for names in zip(*labels, strict=True)] or None
+        parts = {i: cut(people, shares, seed + i, strata) for i in range(repeats)}
+    made_by = {"cohort_sha256": cohort_hash(cohort), "seed": seed, "shares": shares}
+    made_by |= {"stratify": stratify, "leave_out": leave_out, "repeats": repeats}
+    coords = {"repeat": [*parts], "subject": cohort.subject.values}
+    values = np.stack([*parts.values()])
+    return xr.DataArray(values, coords, ("repeat", "subject"), "part", made_by)
 
 
 def cohort_hash(cohort: xr.Dataset) -> str:
@@ -126,17 +113,6 @@ def _one_out(values, participants, name):
         fact += f"{listed(several.index[several > 1])}"
         raise InputError(fact, f"Choose the scans of one {name} for them")
     return {value: np.where(values == value, "test", "train") for value in np.unique(values)}
-
-
-def _kept(path, made_by):
-    """A kept split, when it was made from these subjects with these options."""
-    kept = json.loads(Path(path).read_text(encoding="utf8"))
-    for name, value in made_by.items():
-        found = kept["made_by"].get(name)
-        if found != value:
-            fact = f"Expected the split in {path} to be made with {name}={value}, found {found}"
-            raise InputError(fact, "Give the same subjects and options, or another path")
-    return dict(zip(kept["repeat"], map(np.array, kept["part"]), strict=True))
 
 
 def permute_within(units, strata, rng, families=None) -> np.ndarray:
