@@ -164,6 +164,9 @@ def test_maps_of_both_signs_are_symmetric_and_others_are_not(values):
     assert axis.cmin == -axis.cmax == -float(abs(values).max())
     axis = surface_file.plot_surface(values + 200).layout.coloraxis
     assert axis.cmin == pytest.approx(float(values.min() + 200))
+    axis = surface_file.plot_surface(values, limits=(-5, 10), cmap="cividis").layout.coloraxis
+    assert (axis.cmin, axis.cmax) == (-5, 10)
+    assert axis.colorscale[0][1] == "rgb(0,34,78)"  # the first color of matplotlib's cividis
 
 
 def test_outlines_lie_on_borders_between_networks(values):
@@ -289,6 +292,7 @@ def bad_calls():
     yield "dims", lambda v: surface_file.plot_surface(v.expand_dims("subject")), "'subject'"
     yield "names", lambda v: surface_file.plot_surface(v.assign_coords(roi=np.arange(400))), "0, 1"
     yield "hemi", lambda v: surface_file.plot_surface(v, hemi="l"), "found 'l'"
+    yield "limits", lambda v: surface_file.plot_surface(v, limits=(1, 0)), "(1, 0)"
     yield "t1", lambda v: volume_file.plot_volume(v), "('roi',)"
     yield "cubes", lambda v: volume_file.plot_volume(overlay=v), "('roi',)"
     yield "points", lambda v: people_file.plot_latents(v), "('roi',)"

@@ -10,6 +10,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from bhx.errors import InputError
+
 # Okabe and Ito's colors, distinct in every common form of color blindness
 CATEGORIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000")
 
@@ -24,17 +26,21 @@ class Scale:
     units: str = ""
 
     @classmethod
-    def of(cls, values, *, title=None) -> Scale:
+    def of(cls, values, *, cmap=None, limits=None, title=None) -> Scale:
         """The scale of these values: from their lowest to their highest, or where they have both
         signs a diverging one, symmetric around 0."""
         attrs, values = getattr(values, "attrs", {}), np.asarray(values)
         finite = values[np.isfinite(values)]
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-        cmap, limits = "viridis", (low, high if high > low else low + 1)
+        usual, ends = "viridis", (low, high if high > low else low + 1)
         if low < 0 < high:
-            cmap, limits = "RdBu_r", (-max(-low, high), max(-low, high))
+            usual, ends = "RdBu_r", (-max(-low, high), max(-low, high))
+        low, high = limits or ends
+        if not low < high:
+            fact = f"Expected limits (low, high), found {(low, high)}"
+            raise InputError(fact, "Give the lower one first")
         title = attrs.get("long_name", "") if title is None else title
-        return cls(cmap, limits, title, attrs.get("units", ""))
+        return cls(cmap or usual, (low, high), title, attrs.get("units", ""))
 
     def color_axis(self) -> dict:
         """For plotly, with its color bar."""

@@ -40,20 +40,23 @@ def plot_surface(
     values,
     *,
     hemi: str = "both",
+    cmap: str | None = None,
+    limits: tuple[float, float] | None = None,
     outlines: bool = False,
     title: str | None = None,
     static: bool = False,
 ):
     """Draw one value per parcel or vertex on fsaverage5, inflated.
 
-    Values of both signs are colored symmetrically around 0, others from the lowest to the highest;
-    both color maps are safe for color-blind readers.
-
     Parameters
     ----------
     values : DataArray on roi (aligned by parcel name; parcels that are absent stay gray), or
         values of the 20,484 vertices (left first); where they are NaN nothing is drawn
     hemi : "both", "left" or "right"
+    cmap : a matplotlib color map; by default a sequential one, or where values have both signs a
+        diverging one, both safe for color-blind readers
+    limits : values at the ends of the color map; by default the extremes, symmetric around 0 for
+        values of both signs
     outlines : draw the borders of the seven networks
     static : a matplotlib figure with the four standard views instead of a plotly one
 
@@ -64,7 +67,7 @@ def plot_surface(
     check_choice("hemi", hemi, SIDES)
     brain = on_vertices(values)
     draw = _static_surface if static else _surface_figure
-    return draw(brain, hemi, Scale.of(brain, title=title), outlines)
+    return draw(brain, hemi, Scale.of(brain, cmap=cmap, limits=limits, title=title), outlines)
 
 
 def on_vertices(values) -> xr.DataArray:

@@ -24,6 +24,8 @@ def plot_volume(
     *,
     overlay: xr.DataArray | None = None,
     at: tuple[float, float, float] = (0, -20, 10),
+    cmap: str | None = None,
+    limits: tuple[float, float] | None = None,
     title: str | None = None,
     static: bool = False,
 ):
@@ -34,6 +36,7 @@ def plot_volume(
     values : DataArray (x, y, z) on the T1 grid, one subject's; None for the MNI152 template
     overlay : DataArray (cx, cy, cz), such as a `region_map` over cubes
     at : MNI coordinates [mm] where the planes start, or for static=True lie
+    cmap, limits, title : as in `plot_surface`, of the overlay
     static : a matplotlib figure instead of a plotly one
 
     Returns
@@ -47,7 +50,7 @@ def plot_volume(
     cubes = None if overlay is None else with_mm(overlay)
     shown = t1 if cubes is None else cubes
     title = shown.attrs.get("long_name", "T1") if title is None else title
-    scale = Scale.of([] if cubes is None else cubes, title=title)
+    scale = Scale.of([] if cubes is None else cubes, cmap=cmap, limits=limits, title=title)
     gray = gray_levels(t1)
     return (_static_volume if static else _volume_figure)(gray, cubes, at, scale)
 
