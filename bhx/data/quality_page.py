@@ -38,7 +38,7 @@ def quality_page(cohort: xr.Dataset, path, *, pictures: int = 12) -> Path:
     table = _ranked(cohort)
     ranked = cohort.get_index("subject").get_indexer(table.index[:pictures])
     facts = {n: cohort.attrs.get(n, "") for n in ("source", "atlas", "preprocessing", "licence")}
-    has = (f"{who_has(cohort, name).sum()} with {name}" for name in cohort.data_vars)
+    has = (f"{who_has(cohort, name).sum()} with {name}" for name in map(str, cohort.data_vars))
     facts["rows"] = ", ".join([str(len(table)), *has])
     facts["participants"] = len(np.unique(cohort.participant))
     facts["with warnings"] = int((table["warnings"] != "").sum())
@@ -73,7 +73,7 @@ def _ranked(cohort):
 def _portrait(cohort, i):
     """Heading, warnings and pictures of one subject."""
     row = cohort.isel(subject=i)
-    drawn = [n for n, v in row.data_vars.items() if v.dims in PANELS and who_has(cohort, n)[i]]
+    drawn = [n for n in map(str, row) if row[n].dims in PANELS and who_has(cohort, n)[i]]
     figure = Figure(figsize=(11, 2.6), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(drawn) or 1)), drawn, strict=False):
         PANELS[row[name].dims](axes, row[name], row)

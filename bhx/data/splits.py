@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -46,7 +46,7 @@ def split(
     cohort: xr.Dataset,
     *,
     shares: dict[str, float] | None = None,
-    stratify: str | list[str] = (),
+    stratify: str | Sequence[str] = (),
     leave_out: str | None = None,
     repeats: int = 1,
     seed: int = 0,
