@@ -123,11 +123,10 @@ def _evaluate(latents, cohort, target, groups=None):
     example:
       python -m bhx evaluate latents.zarr cohort.zarr --target age sex --groups site
     """
-    import xarray as xr
+    from bhx.data.store import open_store
+    from bhx.schema import subject_coords
 
-    from bhx.schema import check, subject_coords
-
-    tokens = check(xr.open_zarr(latents, consolidated=False), "latents")
+    tokens = open_store(latents, "latents")
     for name in [*target, *([groups] if groups else [])]:
         if name not in subject_coords(tokens):
             fact = f"Expected a label of the subjects in '{latents}', found '{name}'"

@@ -79,7 +79,7 @@ BAD_ENTRIES = {
     "absolute path": ({"path": "/etc"}, "'/etc' leads out"),
     "backslashes": ({"path": "..\\x"}, "leads out"),
     "pattern outside": ({"files": {"bold": "../{participant}/a.tsv"}}, "files.bold: .* leads out"),
-    "pattern without participant": ({"files": {"bold": "a.tsv"}}, "has no folder {participant}"),
+    "pattern without participant": ({"files": {"bold": "a.tsv"}}, "files.bold: .*participant"),
     "file of no modality": (
         {"files": {"eeg": "{participant}/a.edf"}},
         "a column of files to be bold.*'eeg'",

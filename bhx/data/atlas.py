@@ -92,11 +92,10 @@ def match_names(names, atlas: xr.Dataset | str) -> list[str]:
     atlas = load_atlas(atlas) if isinstance(atlas, str) else atlas
     known = aliases(atlas)
     given = [n.decode() if isinstance(n, bytes) else str(n) for n in np.asarray(names).tolist()]
-    found = [known.get(n) for n in given]
-    unknown = [n for n, f in zip(given, found, strict=True) if f is None]
-    missing = atlas.indexes["roi"].difference(found, sort=False)
-    twice = [n for i, n in enumerate(given) if found[i] is not None and found[i] in found[:i]]
-    wrong = {"unknown": unknown, "missing": missing, "repeated": twice}
+    found = [known[n] for n in given if n in known]
+    unknown = [n for n in given if n not in known]
+    missing, own = atlas.indexes["roi"].difference(found, sort=False), pd.Series(found)
+    wrong = {"unknown": unknown, "missing": missing, "repeated": own[own.duplicated()]}
     if wrong := [f"{kind}: {listed(names)}" for kind, names in wrong.items() if len(names)]:
         raise InputError(
             f"Expected the {atlas.sizes['roi']} parcels of {atlas.attrs.get('atlas', 'the atlas')}"

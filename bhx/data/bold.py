@@ -35,8 +35,8 @@ def read_run(row: dict, options: dict) -> tuple[xr.DataArray, dict, list[str]]:
     if options["denoising"] and needs_denoising(file):
         bold = denoise(bold, file, confounds, **options["denoising"])
     series, facts, warnings = check_bold_quality(bold, mean_fd)
-    scrubbed = bold.attrs.get("n_scrubbed", 0)
-    return series, {"mean_fd": mean_fd, **facts, "n_scrubbed": scrubbed}, warnings
+    facts["n_scrubbed"] = bold.attrs.get("n_scrubbed", 0)
+    return series, {"mean_fd": mean_fd, **facts}, warnings
 
 
 def read_bold(
@@ -65,6 +65,10 @@ def read_bold(
     if reader is None:
         fact = f"Expected BOLD in a file ending in {listed(_READERS, 12)}, found {path.name}"
         raise InputError(fact, "Convert it, or give the parcels as a table")
+    needs_one = reader in (_read_dtseries, _read_surface) or (reader is _read_volume and not labels)
+    if atlas is None and needs_one:
+        fact = f"Expected an atlas to average {path.name} in parcels, found none"
+        raise InputError(fact, "Name one, such as atlas='schaefer400'")
     atlas = None if atlas is None else load_atlas(atlas)
     with reading(path, "BOLD"):
         names, series, covered, header_tr = reader(path, atlas, order, labels)
@@ -90,12 +94,11 @@ def _read_volume(path, atlas, order, labels):
         raise InputError(fact, "Give the preprocessed BOLD run, not its reference or mask")
     check_affine(image, path)
     check_space(path)
-    numbers, names = _labels_on(image, atlas, labels, path)
+    numbers, names = _labels_on(image, atlas, labels)
     unit = image.header.get_xyzt_units()[1]
     tr = float(image.header.get_zooms()[3]) * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1)
-    volumes = (
-        np.asarray(image.dataobj[..., t], "float32").reshape(-1, 1) for t in range(image.shape[3])
-    )
+    moments = range(image.shape[3])
+    volumes = (np.asarray(image.dataobj[..., t], "float32").reshape(-1, 1) for t in moments)
     return names, *_parcel_means(volumes, numbers.ravel(), len(names)), tr
 
 
@@ -103,21 +106,18 @@ def _read_dtseries(path, atlas, order, labels):
     """CIFTI grayordinates: the cortex's vertices by the shipped fsLR-32k labels."""
     image = nib.load(path)
     series, brain = (image.header.get_axis(i) for i in range(2))
-    _need(atlas, path)
     whole = np.zeros(image.shape[1], int)
     at = {"CIFTI_STRUCTURE_CORTEX_LEFT": 0, "CIFTI_STRUCTURE_CORTEX_RIGHT": 32492}
     for structure, where, model in brain.iter_structures():
         if structure in at:
-            if brain.nvertices[structure] != 32492:
-                fact = f"Expected fsLR-32k in {path.name}, found a cortex of "
-                fact += f"{brain.nvertices[structure]} vertices"
+            if (n := brain.nvertices[structure]) != 32492:
+                fact = f"Expected fsLR-32k in {path.name}, found a cortex of {n} vertices"
                 raise InputError(fact, "Resample to fsLR-32k (91k grayordinates)")
             whole[where] = atlas.labels_fslr32k.values[at[structure] + model.vertex]
-    blocks = (
-        np.asarray(image.dataobj[t : t + 64], "float32").T for t in range(0, image.shape[0], 64)
-    )
+    starts = range(0, image.shape[0], 64)
+    blocks = (np.asarray(image.dataobj[t : t + 64], "float32").T for t in starts)
     tr = series.step * {"SECOND": 1, "MILLISECOND": 1e-3}.get(str(series.unit).upper(), 1)
-    return _names_by_label(atlas), *_parcel_means(blocks, whole, atlas.sizes["roi"]), tr
+    return atlas.roi.values, *_parcel_means(blocks, whole, atlas.sizes["roi"]), tr
 
 
 def _read_ptseries(path, atlas, order, labels):
@@ -130,7 +130,6 @@ def _read_ptseries(path, atlas, order, labels):
 def _read_surface(path, atlas, order, labels):
     """Both hemispheres of fsaverage5 or fsLR-32k, of which one file is named."""
     left, right = _hemispheres(path)
-    _need(atlas, path)
     values, tr = [], None
     for file in (left, right):
         image = nib.load(check_file(file))
@@ -145,11 +144,11 @@ def _read_surface(path, atlas, order, labels):
     kinds = {10242: "labels_fsaverage5", 32492: "labels_fslr32k"}
     if sizes[0] != sizes[1] or sizes[0][0] not in kinds:
         fact = "Expected two hemispheres of 10242 (fsaverage5) or 32492 (fsLR) vertices in "
-        fact += f"{left.name} and {right.name}, found {sizes[0]} and {sizes[1]}"
+        fact += f"{left.name} and its partner, found {sizes[0]} and {sizes[1]}"
         raise InputError(fact, "Resample to fsaverage5 or fsLR-32k")
     numbers = atlas[kinds[sizes[0][0]]].values
     means = _parcel_means([np.concatenate(values)], numbers, atlas.sizes["roi"])
-    return _names_by_label(atlas), *means, tr
+    return atlas.roi.values, *means, tr
 
 
 def _read_table(path, atlas, order, labels):
@@ -222,24 +221,12 @@ def _take_parcels(names, values, atlas, order, path):
             fact = f"Expected parcel names in {path.name}, found none"
             raise InputError(fact, "Give the order of its columns, such as order='7networks'")
         names = load_atlas(atlas.attrs["atlas"], order).roi.values
-        names = _names_by_label(atlas) if order == "7networks" else names
         if len(names) != len(values):
             fact = f"Expected the {len(names)} parcels of {atlas.attrs['atlas']} in {path.name}, "
             raise InputError(f"{fact}found {len(values)}", "Choose the atlas it was made with")
     known = np.isin(names, [*aliases(atlas)])
     known = known if known.any() else slice(None)
     return match_names(np.asarray(names)[known], atlas), values[known], whole[known]
-
-
-def _names_by_label(atlas):
-    """Parcel names by their number, 1 to n, which is the 7-network order."""
-    return atlas.roi.values[np.argsort(atlas.label.values)]
-
-
-def _need(atlas, path):
-    if atlas is None:
-        fact = f"Expected an atlas to average {path.name} in parcels, found none"
-        raise InputError(fact, "Name one, such as atlas='schaefer400'")
 
 
 def _is_number(cells):
@@ -271,14 +258,11 @@ def fetch_labels(atlas: str) -> Path:
     return Path(fetched.maps)
 
 
-def _labels_on(image, atlas, labels, path):
+def _labels_on(image, atlas, labels):
     """The label of each voxel of an image (nearest neighbor), and the parcels' names."""
     from nilearn.image import resample_to_img
 
-    if labels is None:
-        _need(atlas, path)
-        labels = fetch_labels(atlas.attrs["atlas"])
-    file = check_file(labels)
+    file = check_file(labels or fetch_labels(atlas.attrs["atlas"]))
     with reading(file, "labels"):
         source = nib.load(file)
         numbers = np.asarray(source.dataobj)
@@ -288,9 +272,9 @@ def _labels_on(image, atlas, labels, path):
     found = np.unique(numbers[numbers > 0]).astype(int)
     if atlas is not None:
         _check_label_image(numbers, source.affine, atlas, file)
-        names = _names_by_label(atlas)
+        names = atlas.roi.values
     else:
-        names = np.array([str(i) for i in found])
+        names = found.astype(str)
         numbers = np.searchsorted(found, numbers) * (numbers > 0) + (numbers > 0)
     source = nib.Nifti1Image(numbers.astype("int32"), source.affine)
     grid = nib.Nifti1Image(np.zeros(image.shape[:3], "int8"), image.affine)
@@ -305,10 +289,9 @@ def _check_label_image(numbers, affine, parcels, file):
         raise InputError(fact, "Give the label image of the atlas you name")
     present = np.unique(numbers[numbers > 0]).astype(int)
     middle = np.array(ndimage.center_of_mass(numbers > 0, numbers, present))  # voxels
-    published = centroids(parcels)[np.argsort(parcels.label.values)][present - 1]
+    published = centroids(parcels)[present - 1]
     distance = np.linalg.norm(nib.affines.apply_affine(affine, middle) - published, axis=1)
-    far = np.median(distance)
-    if far > 10:
+    if (far := np.median(distance)) > 10:
         fact = f"Expected labels of {file.name} where {parcels.attrs['atlas']} has them, found "
         help = "Give labels in MNI152 space numbered in the 7-network order"
         raise InputError(f"{fact}them {far:.0f} mm away (median)", help)
@@ -331,8 +314,8 @@ def read_tr(path, header_tr: float | None = None, given: float | None = None) ->
     first, tr = next(iter(known.items()))
     for place, value in known.items():
         if abs(value - tr) > 1e-3 * max(abs(tr), 1e-3):
-            fact = f"Expected one repetition time for {path.name}, found {tr:g} s in {first} and "
-            fact += f"{value:g} s in {place}"
+            found = f"{tr:g} s in {first} and {value:g} s in {place}"
+            fact = f"Expected one repetition time for {path.name}, found {found}"
             raise InputError(fact, "Correct the wrong one")
     check_tr(tr, [path.name])
     return tr
@@ -425,11 +408,10 @@ def denoise(
         with reading(Path(confounds), "confounds"):
             table, kept = load_confounds_strategy(image, strategy, **options)
     n = bold.sizes["time"]
-    if table is not None and len(table) != n:
-        fact = f"Expected confounds for {n} volumes of {path.name}, found {len(table)}"
-        raise InputError(fact, "Give the table of this run")
     filters = {"t_r": bold.attrs["tr"], "low_pass": low_pass, "high_pass": high_pass}
-    cleaned = clean(bold.values.T, confounds=table, sample_mask=kept, standardize=None, **filters)
+    options = {"confounds": table, "sample_mask": kept, "standardize": None, **filters}
+    with attempt(f"confounds for {n} volumes of {path.name}", "Give the table of this run"):
+        cleaned = clean(bold.values.T, **options)
     kept = np.arange(n) if kept is None else kept
     full = np.stack([np.interp(np.arange(n), kept, series) for series in cleaned.T])
     out = bold.copy(data=full + bold.values.mean(1, keepdims=True))

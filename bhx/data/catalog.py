@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bhx.data.derivatives import find_scans, join_phenotypes
+from bhx.data.derivatives import find_scans, with_participants
 from bhx.data.files import attempt, file_columns
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.table import modality
@@ -24,14 +24,8 @@ USER_FOLDER = "BHX_CATALOG"  # environment variable: a folder with entries of yo
 
 def _inside(path: str) -> str:
     """A path that stays below the folder it is relative to."""
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path:
+    if {"/", ".."} & {*PurePosixPath(path).parts} or "\\" in path:
         raise ValueError(f"'{path}' leads out of the data folder")
-    return path
-
-
-def _of_participant(path: str) -> str:
-    if "{participant}" not in path.split("/"):
-        raise ValueError(f"'{path}' has no folder {{participant}}")
     return path
 
 
@@ -41,7 +35,7 @@ def _column(name: str) -> str:
 
 
 InsidePath = Annotated[str, AfterValidator(_inside)]
-PatternPath = Annotated[InsidePath, AfterValidator(_of_participant)]
+PatternPath = Annotated[InsidePath, Field(pattern=r"(^|/)\{participant\}/")]
 FileColumn = Annotated[str, AfterValidator(_column)]  # of a table of scans
 ModalityName = Annotated[str, AfterValidator(lambda name: modality(name).name)]
 
@@ -198,8 +192,8 @@ def _fetched(entry, data_folder):
     with attempt(f"to fetch {entry.title}", help):
         found = getattr(datasets, how.function)(data_dir=data_folder, **how.options)
     rows = pd.DataFrame(found["phenotypic"]).reset_index(drop=True)
-    named = pd.DataFrame({"subject": rows[how.id].astype(str)})
-    named["participant"] = named["subject"]
+    ids = rows[how.id].astype(str)
+    named = pd.DataFrame({"subject": ids, "participant": ids})
     named["site"] = rows[how.site].astype(str) if how.site else next(iter(entry.sites), "")
     for column, key in how.files.items():
         named[column] = [*map(str, found[key])]
@@ -228,6 +222,4 @@ def _by_pattern(entry, folder):
     if not rows:
         fact = f"Expected files such as {next(iter(entry.files.values()))} in {folder}, found none"
         raise InputError(fact, " ".join(entry.steps))
-    table = folder / "participants.tsv"
-    rows = pd.DataFrame(rows).fillna("")
-    return join_phenotypes(rows, table) if table.is_file() else rows
+    return with_participants(pd.DataFrame(rows).fillna(""), folder)

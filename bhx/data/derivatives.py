@@ -70,9 +70,7 @@ def find_scans(folder, *, task: str = "rest", phenotypes=None) -> pd.DataFrame:
     rows.insert(0, "subject", ["/".join(f"{k}-{v}" for k, v in run.items() if v) for run in runs])
     rows["sub"] = "sub-" + rows["sub"]
     rows = rows.rename(columns={"sub": "participant", "ses": "session"})
-    if phenotypes is None and (folder / "participants.tsv").is_file():
-        phenotypes = folder / "participants.tsv"
-    return rows if phenotypes is None else join_phenotypes(rows, phenotypes)
+    return with_participants(rows, folder, phenotypes)
 
 
 def reserved() -> set[str]:
@@ -80,6 +78,13 @@ def reserved() -> set[str]:
     names = {"subject", "participant", "tr", "n_volumes", "coverage", "warnings"}
     names |= {"homotopy", "bold_scale", "n_scrubbed"}
     return names | {name for m in MODALITIES.values() for name in (m.variable, m.has, *m.dims)}
+
+
+def with_participants(scans: pd.DataFrame, folder: Path, phenotypes=None) -> pd.DataFrame:
+    """Rows of scans with phenotypes, else with those of the folder's participants.tsv if any."""
+    if phenotypes is None and (folder / "participants.tsv").is_file():
+        phenotypes = folder / "participants.tsv"
+    return scans if phenotypes is None else join_phenotypes(scans, phenotypes)
 
 
 def join_phenotypes(scans: pd.DataFrame, phenotypes) -> pd.DataFrame:
@@ -96,11 +101,11 @@ def join_phenotypes(scans: pd.DataFrame, phenotypes) -> pd.DataFrame:
     people = phenotypes.assign(participant_id=phenotypes["participant_id"].astype(str).str.strip())
     bare = people["participant_id"].str.removeprefix("sub-")
     if bare.duplicated().any():
-        twice = listed(bare[bare.duplicated()])
-        fact = f"Expected one line a participant, found several for {twice}"
+        fact = (
+            f"Expected one line a participant, found several for {listed(bare[bare.duplicated()])}"
+        )
         raise InputError(fact, "Keep one, and give what differs between scans in a table of scans")
-    taken = {*scans.columns, *reserved()} & {*people.columns}
-    if taken:
+    if taken := {*scans.columns, *reserved()} & {*people.columns}:
         fact = f"Expected columns that bhx does not use itself, found {listed(sorted(taken))}"
         raise InputError(fact, "Rename these columns in the table of participants")
     people = people.drop(columns="participant_id").set_index(bare)
@@ -114,19 +119,18 @@ def join_phenotypes(scans: pd.DataFrame, phenotypes) -> pd.DataFrame:
 
 def read_participants(path) -> pd.DataFrame:
     """A table of participants; "n/a" and empty cells are missing."""
-    options = {"dtype": {"participant_id": str}, "na_values": ["n/a", "N/A"]}
     separator = "," if ".csv" in Path(path).name else "\t"
     help = "Write it as UTF-8 text with one line of column names"
     with attempt(f"a table of participants in {path}", help):
-        return pd.read_csv(path, sep=separator, encoding="utf-8-sig", **options)
+        ids = {"participant_id": str}
+        return pd.read_csv(path, sep=separator, encoding="utf-8-sig", dtype=ids)
 
 
 def _described(file):
     """What a file's name says: whose it is, of what kind ("" for none of ours), and how good."""
     tags = dict(re.findall(r"(?:^|_)([a-zA-Z]+)-([^_.]+)", file.name))
     kind, rank = "", 0
-    forms = [i for i, form in enumerate(BOLD_FORMS) if re.search(form, file.name)]
-    if forms:
+    if forms := [i for i, form in enumerate(BOLD_FORMS) if re.search(form, file.name)]:
         kind, rank = RUN_FILE, forms[0]
     elif file.name.endswith("desc-confounds_timeseries.tsv"):
         kind = CONFOUNDS
@@ -200,7 +204,6 @@ def write_derivatives(cohort, folder, *, surface: bool = True) -> Path:
 
 def _write_bold(bold, stem, tr, surface):
     """One run, its sidecars, and confounds as fMRIPrep names them."""
-
     names = []
     if surface:
         atlas = load_atlas(bold.attrs.get("atlas", f"schaefer{bold.sizes['roi']}"))

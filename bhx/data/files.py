@@ -19,8 +19,6 @@ from bhx.modalities.table import MODALITIES
 MNI_AFFINE = np.diag([*MNI_STEP, 1.0])
 MNI_AFFINE[:3, 3] = MNI_ORIGIN
 
-CORRECT_PATH = "Correct the path: it is relative to the folder that Python runs in"
-
 READERS: dict[str, Callable] = {}  # name of a modality -> reader of a row of a table of scans
 
 
@@ -52,19 +50,14 @@ def readable() -> dict[str, Modality]:
 def check_file(path) -> Path:
     """Refuse a path that is no file with content."""
     path = Path(path)
-    try:
+    annex = os.path.islink(path) and "annex" in os.readlink(path)
+    help = "Correct the path: it is relative to the folder that Python runs in"
+    with attempt(f"a file at {path}", "Run datalad get" if annex else help):
         size = path.stat().st_size
-    except FileNotFoundError as error:
-        annex = path.is_symlink() and "annex" in os.readlink(path)
-        found = "a link to content that is not here" if annex else "nothing"
-        help = "Run datalad get" if annex else CORRECT_PATH
-        raise InputError(f"Expected a file at {path}, found {found}", help) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"Expected a file at {path}, found {error}", CORRECT_PATH) from error
-    if path.is_dir():
-        raise InputError(f"Expected a file at {path}, found a folder", "Name the file inside it")
-    if size == 0:
-        raise InputError(f"Expected a file with content at {path}, found 0 bytes", "Copy it again")
+    if path.is_dir() or size == 0:
+        found = "a folder" if path.is_dir() else "0 bytes"
+        fact = f"Expected a file with content at {path}, found {found}"
+        raise InputError(fact, "Name the file inside the folder, or copy it again")
     return path
 
 
@@ -75,17 +68,17 @@ def check_affine(image, path) -> None:
         fact = f"Expected an invertible affine in {name}, found {affine[:3]}"
         raise InputError(fact, "Write it again with the affine of the file it was made from")
     steps = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    if (np.abs(steps).max(0) < 0.999).any():
-        angle = np.degrees(np.arccos(np.abs(steps).max(0).min()))
-        found = f"them oblique by {angle:.0f} degrees"
+    if (cosine := np.abs(steps).max(0).min()) < 0.999:
+        found = f"them oblique by {np.degrees(np.arccos(cosine)):.0f} degrees"
         fact = f"Expected axes along the world's in {name}, found {found}"
         raise InputError(fact, "Resample it to MNI152 space, in which images are never oblique")
     if not hasattr(image.header, "get_qform"):
         return
     (q, q_code), (s, s_code) = image.get_qform(coded=True), image.get_sform(coded=True)
-    if q_code and s_code and np.abs(q - s).max() > 1:
-        found = f"a qform and an sform that differ by {np.abs(q - s).max():.0f} mm"
-        fact = f"Expected one orientation in {name}, found {found}"
+    if q_code and s_code and (apart := np.abs(q - s).max()) > 1:
+        fact = (
+            f"Expected one orientation in {name}, found a qform and an sform {apart:.0f} mm apart"
+        )
         raise InputError(fact, "Keep the right one in both: the other may flip left and right")
 
 

@@ -23,16 +23,7 @@ from bhx.data.bold import fetch_labels, is_volume
 from bhx.data.catalog import catalog_files, entry_rows, load_entry
 from bhx.data.derivatives import find_scans
 from bhx.data.files import READERS, attempt, file_columns, readable
-from bhx.data.store import (
-    count_written,
-    create_store,
-    extend_store,
-    finish,
-    only_writer,
-    open_store,
-    unwritten,
-    write_rows,
-)
+from bhx.data.store import count_written, create_store, extend_store, fill, only_writer, open_store
 from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD
 from bhx.modalities.t1 import ANATOMY
@@ -78,13 +69,13 @@ def read_scan(
     """
     options = {"atlas": atlas, "voxel_mm": voxel_mm, "denoising": denoising, "order": order}
     options["labels"] = labels
-    there = {column: m for column, m in readable().items() if row.get(column)}
+    there = [modality for column, modality in readable().items() if row.get(column)]
     if not there:
         names = " or ".join(f"'{column}'" for column in readable())
         fact = f"Expected a row with a file under {names}, found none"
         raise InputError(fact, "Give the path of one")
     data, facts, warnings = [], {"n_volumes": 0, "tr": np.nan}, []
-    for modality in there.values():
+    for modality in there:
         values, more, odd = READERS[modality.name](row, options)
         data.append(values.rename(modality.variable))
         facts |= more
@@ -159,8 +150,8 @@ def prepare(
             fact = f"Expected a usable subject, found none among {len(rows)}; the first: {first}"
             raise InputError(fact, "Correct what this reason names, and prepare again")
         parts = {subject: part for subject, part in parts.items() if subject not in refused}
-        about = {"source": "table", "preprocessing": json.dumps(made_by), **(attrs or {})}
         if parts:
+            about = {"source": "table", "preprocessing": json.dumps(made_by), **(attrs or {})}
             _pack(parts, out, about)
         zarr.open_group(out, mode="r+").attrs["refused"] = refused
         shutil.rmtree(folder, ignore_errors=True)
@@ -176,9 +167,9 @@ def check_rows(rows: pd.DataFrame) -> list[dict]:
         fact = f"Expected rows with a column 'subject', found {len(rows)} rows with "
         raise InputError(fact + (listed(rows.columns, 20) or "no columns"), name_them)
     rows["subject"] = rows["subject"].astype(str)
-    twice = rows["subject"][rows["subject"].duplicated()]
-    if len(twice):
-        fact = f"Expected unique subject ids, found {listed(twice.unique())} more than once"
+    if rows["subject"].duplicated().any():
+        twice = listed(rows["subject"][rows["subject"].duplicated()].unique())
+        fact = f"Expected unique subject ids, found {twice} more than once"
         raise InputError(fact, name_them)
     for name, default in {"participant": rows["subject"], "site": ""}.items():
         rows[name] = rows[name].fillna("").astype(str) if name in rows else default
@@ -272,9 +263,7 @@ def _pack(parts, out, attrs):
     else:
         create_store(new, out, half=HALF)
     ids = zarr.open_array(out / "subject", mode="r")[:].tolist()
-    for rows in unwritten(out):
-        write_rows(out, rows, _load_parts([parts[i] for i in ids[rows]], new))
-    finish(out)
+    fill(out, lambda rows: _load_parts([parts[i] for i in ids[rows]], new))
 
 
 def _labels_of(parts, attrs):
@@ -291,13 +280,8 @@ def _labels_of(parts, attrs):
                 raise InputError(fact, "Prepare scans of different atlases into different stores")
         for name, shape in about["shapes"].items():
             shapes[name] = np.maximum(shapes.get(name, shape), shape).tolist()
-    data = {
-        name: da.full(
-            (len(rows), *shapes[name]), np.nan, dtype="float32", chunks=(1, *shapes[name])
-        )
-        for name in dims_of("cohort")
-        if name in shapes
-    }
+    in_order = [name for name in dims_of("cohort") if name in shapes]
+    data = {name: da.empty((len(rows), *shapes[name]), dtype="float32") for name in in_order}
     table = pd.DataFrame(rows)
     text = table.select_dtypes(exclude=["number", "bool"]).columns
     table[text] = table[text].fillna("").astype(str)
@@ -330,10 +314,8 @@ def _rows_in(out, made_by):
     group = zarr.open_group(out, mode="r")
     before = json.loads(group.attrs.get("preprocessing", "{}"))
     if before != made_by:
-        differing = sorted(k for k in made_by if before.get(k) != made_by[k])
-        asked, found = (
-            ", ".join(f"{k}={options.get(k)!r}" for k in differing) for options in (made_by, before)
-        )
+        differ = sorted(k for k in made_by if before.get(k) != made_by[k])
+        asked, found = ({k: o.get(k) for k in differ} for o in (made_by, before))
         fact = f"Expected {out} to be prepared with {asked}, found {found}"
         raise InputError(fact, "Give the same options, or another path")
     return set(group["subject"][: count_written(out)].tolist())

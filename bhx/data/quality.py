@@ -112,7 +112,7 @@ def better_order(bold: xr.DataArray) -> str:
         rank = bold.label17.values - 1
         orders |= {"the 17-network order": rank, "the 7-network order": np.argsort(rank)}
     found = {name: homotopy(bold.copy(data=bold.values[rows])) for name, rows in orders.items()}
-    best = max(found, key=lambda name: found[name])
+    best = max(found, key=found.__getitem__)
     clear = found[best] > max(ORDER_HOMOTOPY, homotopy(bold) + ORDER_MARGIN)
     return best if clear else ""
 

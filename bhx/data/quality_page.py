@@ -73,7 +73,7 @@ def _ranked(cohort):
 def _portrait(cohort, i):
     """Heading, warnings and pictures of one subject."""
     row = cohort.isel(subject=i)
-    drawn = [n for n, v in row.data_vars.items() if v.dims in PANELS and who_has(cohort, n)[i]]
+    drawn = [n for n in map(str, row) if row[n].dims in PANELS and who_has(cohort, n)[i]]
     figure = Figure(figsize=(11, 2.6), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(drawn) or 1)), drawn, strict=False):
         PANELS[row[name].dims](axes, row[name], row)

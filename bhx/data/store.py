@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from bhx.errors import InputError, listed
 from bhx.schema import check, plain_labels
 
 SHARD_BYTES = 64e6  # of one file of a sharded store; one file a subject chokes file systems
-AGAIN = "Run the call that writes it again: it continues where it stopped"
 
 
 def save_cohort(cohort: xr.Dataset, path, *, half=()) -> Path:
@@ -45,9 +44,7 @@ def save_cohort(cohort: xr.Dataset, path, *, half=()) -> Path:
         create_store(cohort, path, half=half)
     elif not _was_begun(path, cohort):
         raise InputError(f"Expected a new path, found something at {path}", "Choose another name")
-    for rows in unwritten(path):
-        write_rows(path, rows, cohort.isel(subject=rows)[list(cohort.data_vars)].compute())
-    finish(path)
+    fill(path, lambda rows: cohort.isel(subject=rows)[list(cohort.data_vars)].compute())
     return path
 
 
@@ -67,16 +64,15 @@ def create_store(dataset: xr.Dataset, path, *, half=(), sharded: bool = True) ->
     encoding: dict[Hashable, dict] = {}
     empty = {}
     for name, v in dataset.data_vars.items():
-        dtype = v.dtype if v.dtype.kind != "f" else "float16" if name in half else "float32"
-        chunk = (1, *(max(n, 1) for n in v.shape[1:]))
-        encoding[name] = {"chunks": chunk}
-        encoding[name]["compressors"] = (BloscCodec(cname="lz4", clevel=1, shuffle="shuffle"),)
+        dtype, codec = v.dtype, BloscCodec(cname="lz4", clevel=1, shuffle="shuffle")
+        file = chunk = (1, *(max(n, 1) for n in v.shape[1:]))
+        more: dict = {"chunks": chunk, "compressors": (codec,)}
         if v.dtype.kind == "f":
-            encoding[name]["fill_value"] = np.nan
-        file = chunk
+            more["fill_value"], dtype = np.nan, np.dtype("f2" if name in half else "f4")
         if sharded:
             rows = 2 ** np.floor(np.log2(SHARD_BYTES / max(v[0].nbytes, 1)))
-            file = encoding[name]["shards"] = (int(np.clip(rows, 1, 256)), *chunk[1:])
+            file = more["shards"] = (int(np.clip(rows, 1, 256)), *chunk[1:])
+        encoding[name] = more
         empty[name] = (v.dims, da.empty(v.shape, dtype=dtype, chunks=file), v.attrs)
     coords = {name: as_text(c) for name, c in dataset.coords.items()}
     store = xr.Dataset(empty, coords, {**dataset.attrs, "complete": False, "rows_written": 0})
@@ -116,6 +112,16 @@ def write_rows(path, rows: slice, arrays: Mapping) -> None:
     (_markers(path) / f"{rows.start}-{rows.stop}").touch()
 
 
+def fill(path, arrays_of: Callable) -> None:
+    """Write every row that is still to be written, a block at a time, and finish the store.
+
+    `arrays_of(rows)` gets a slice and returns what `write_rows` takes.
+    """
+    for rows in unwritten(path):
+        write_rows(path, rows, arrays_of(rows))
+    finish(path)
+
+
 def finish(path) -> None:
     """Declare a store complete; from then on it opens."""
     group = zarr.open_group(path, mode="r+")
@@ -136,10 +142,9 @@ def extend_store(new: xr.Dataset, path) -> None:
     """
     n = count_written(path)
     group = zarr.open_group(path, mode="r+")
-    surplus = {*new.coords, *new.data_vars} - {*group.array_keys()}
-    if surplus:
-        fact = f"Expected new subjects with the labels of {path}, found also "
-        fact += listed(sorted(surplus))
+    if surplus := {*new.variables} - {*group.array_keys()}:
+        found = listed(sorted(surplus))
+        fact = f"Expected new subjects with the labels of {path}, found also {found}"
         raise InputError(fact, "Prepare all subjects together into a new store")
     for dim in {*new.dims} - {"subject", "time"}:
         if dim in new.coords and group[dim][:].tolist() != new[dim].values.tolist():
@@ -170,11 +175,6 @@ def open_store(path, kind: str = "cohort") -> xr.Dataset:
         writers = {"cohort": "bhx.save_cohort or bhx.prepare", "latents": "bhx.embed(store=...)"}
         raise InputError(fact, f"Write one with {writers[kind]}")
     data = xr.open_zarr(path, chunks={}, consolidated=False)
-    if not data.attrs.get("complete", True):
-        n = data.sizes["subject"]
-        there = n - sum(rows.stop - rows.start for rows in unwritten(path))
-        fact = f"Expected a finished store at {path}, found {there} of {n} subjects written"
-        raise InputError(fact, AGAIN)
     half = [name for name, v in data.data_vars.items() if v.dtype == "float16"]
     return check(plain_labels(data.assign({n: data[n].astype("float32") for n in half})), kind)
 
@@ -190,7 +190,7 @@ def only_writer(path):
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
             yield
     except Timeout as error:
-        fact = f"Expected to be the only writer of {path}, found another process that writes it"
+        fact = f"Expected to be the only writer of {path}, found another process"
         raise InputError(fact, "Run this again when that process has ended") from error
 
 
@@ -198,8 +198,7 @@ def as_text(coord: xr.DataArray) -> xr.Variable:
     """Text of variable length for the store; numbers as they are."""
     if coord.dtype.kind not in "UOT":
         return coord.variable.compute()
-    values = np.array([str(v) for v in coord.values.ravel()], object).reshape(coord.shape)
-    return xr.Variable(coord.dims, values, coord.attrs)
+    return xr.Variable(coord.dims, coord.values.astype(str).astype(object), coord.attrs)
 
 
 def _markers(path):
@@ -218,9 +217,6 @@ def _was_begun(path, cohort):
     if not (path / "zarr.json").exists():
         return False
     with xr.open_zarr(path, chunks=None, consolidated=False) as store:
-        return (
-            store.attrs.get("complete") is False
-            and store.sizes == cohort.sizes
-            and {*store.data_vars} == {*cohort.data_vars}
-            and store.subject.values.tolist() == cohort.subject.values.tolist()
-        )
+        begun = store.attrs.get("complete") is False and store.sizes == cohort.sizes
+        alike = {*store.data_vars} == {*cohort.data_vars}
+        return begun and alike and store.subject.values.tolist() == cohort.subject.values.tolist()

@@ -17,7 +17,7 @@ import numpy as np
 import xarray as xr
 from scipy.special import ndtr
 
-from bhx.data.atlas import ATLASES, load_atlas, parcel_labels
+from bhx.data.atlas import load_atlas, parcel_labels
 from bhx.data.brains import AGES, EFFECTS, PEOPLE, SIZES, Session, Site, simulate_bold, simulate_t1
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD, check_tr
@@ -86,16 +86,16 @@ def synthetic_cohort(
         For what is out of range or unknown.
     """
     effects = _check_effects(effects)
-    _check_sizes(n, seed, atlas, missing, repeats)
-    sites = [_scaled(site, effects["site"]) for site in _check_sites(sites, minutes, tr)]
-    people = (_participant(i, seed, sites, effects, missing, repeats) for i in range(n))
-    rows = [row for sessions in people for row in sessions]
+    _check_sizes(n, seed, missing, repeats)
+    scanners = [_scaled(site, effects["site"]) for site in _check_sites(sites, minutes, tr)]
     labels = load_atlas(atlas)
-    n_time = max(site.n_volumes for site in sites)
+    people = (_participant(i, seed, scanners, effects, missing, repeats) for i in range(n))
+    rows = [row for sessions in people for row in sessions]
+    n_time = max(site.n_volumes for site in scanners)
     shape = tuple(len(axis) for axis in t1_grid(voxel_mm).values())
     bold = _lazily(simulate_bold, rows, (labels.sizes["roi"], n_time), atlas=atlas, effects=effects)
     t1 = _lazily(simulate_t1, rows, shape, voxel_mm=voxel_mm, effects=effects)
-    truth = json.dumps(_truth(sites, effects))
+    truth = json.dumps(_truth(scanners, effects))
     attrs = {"atlas": atlas, "source": "synthetic", **ABOUT, "seed": seed, "truth": truth}
     data = {BOLD.name: bold, ANATOMY.name: t1}
     return build_cohort(data, _labels(rows), parcel_labels(labels), attrs)
@@ -104,8 +104,8 @@ def synthetic_cohort(
 def _scaled(site: Site, factor: float) -> Site:
     """A site whose noise, gain and bias differ from the neutral ones by `factor` as much."""
     noise = float(np.clip(Site.noise + factor * (site.noise - Site.noise), 0, 0.95))
-    bias = tuple(factor * slope for slope in site.bias)
-    return replace(site, noise=noise, gain=site.gain**factor, bias=bias)
+    x, y, z = (factor * slope for slope in site.bias)
+    return replace(site, noise=noise, gain=site.gain**factor, bias=(x, y, z))
 
 
 def _participant(number, seed, sites, effects, missing, repeats) -> list[Session]:
@@ -117,11 +117,9 @@ def _participant(number, seed, sites, effects, missing, repeats) -> list[Session
     fd, both = np.clip(rng.standard_normal(2), -2.5, 2.5)
     shift = SIZES["fusion"]["trait_shift"] * (1 if function_led else -1)
     both *= np.sqrt(1 - shift**2)
-    diagnosis = "patient" if patient < 0.5 else "control"
     motion = SIZES["motion"]
     median = np.log(motion["median_fd_control_mm"])
-    if diagnosis == "patient":
-        median += motion["log_fd_of_patients"] * effects["motion"]
+    median += motion["log_fd_of_patients"] * effects["motion"] * (patient < 0.5)
     first = Session(
         seed=seed,
         number=number,
@@ -130,7 +128,7 @@ def _participant(number, seed, sites, effects, missing, repeats) -> list[Session
         site=sites[number % len(sites)],
         age=round(AGES[0] + np.ptp(AGES) * age, 1),
         sex="M" if man < 0.5 else "F",
-        diagnosis=diagnosis,
+        diagnosis="patient" if patient < 0.5 else "control",
         mean_fd=round(float(np.exp(median + 0.4 * fd)), 3),
         trait_structure=float(both - shift),
         trait_function=float(both + shift),
@@ -140,26 +138,22 @@ def _participant(number, seed, sites, effects, missing, repeats) -> list[Session
     return [replace(first, session=1 + k, age=first.age + k) for k in range(first.n_sessions)]
 
 
-def _labels(rows) -> dict[str, np.ndarray]:
+def _labels(rows) -> dict[str, Sequence]:
     """Coordinates on subject."""
     participant = [f"sub-{row.number + 1:04d}" for row in rows]
-    ids = [
-        f"{name}/ses-{row.session}" if row.n_sessions > 1 else name
-        for name, row in zip(participant, rows, strict=True)
-    ]
+    session = [f"/ses-{row.session}" if row.n_sessions > 1 else "" for row in rows]
+    ids = [*map("".join, zip(participant, session, strict=True))]
     has_run = np.array([row.has_run for row in rows])
-    out = {"subject": ids, "participant": participant}
+    out: dict = {"subject": ids, "participant": participant}
     out["session"] = [str(row.session) for row in rows]
     out["site"] = [row.site.name for row in rows]
     out["tr"] = np.where(has_run, [row.site.tr for row in rows], np.nan)
     out["n_volumes"] = np.where(has_run, [row.site.n_volumes for row in rows], 0)
     out["mean_fd"] = np.where(has_run, [row.mean_fd for row in rows], np.nan)
     out["coverage"] = has_run.astype(float)
-    for name in ("age", "sex", "diagnosis"):
+    for name in ("age", "sex", "diagnosis", *TRAITS):
         out[name] = [getattr(row, name) for row in rows]
     out[BOLD.has], out[ANATOMY.has] = has_run, [row.has_image for row in rows]
-    for name in TRAITS:
-        out[name] = [getattr(row, name) for row in rows]
     ahead = np.greater(out["trait_function"], out["trait_structure"])
     out["fusion"] = np.where(ahead, "function-led", "structure-led")
     return out
@@ -187,22 +181,17 @@ def _check_effects(effects):
     """A factor for every effect."""
     if isinstance(effects, bool):
         return dict.fromkeys(EFFECTS, float(effects))
-    if not isinstance(effects, Mapping) or not set(effects) <= set(EFFECTS):
-        found = listed(sorted(map(str, effects))) if isinstance(effects, Mapping) else repr(effects)
-        fact = f"Expected effects among {listed(EFFECTS, 9)}, found {found}"
+    known = isinstance(effects, Mapping) and set(effects) <= set(EFFECTS)
+    if not (known and all(0 <= factor <= 3 for factor in effects.values())):
+        fact = f"Expected effects as factors from 0 to 3 of {listed(EFFECTS, 9)}, found {effects!r}"
         raise InputError(fact, "Give True, False or a mapping such as {'age': 0, 'motion': 2}")
-    for name, factor in effects.items():
-        if not (np.isscalar(factor) and np.isfinite(factor) and 0 <= factor <= 3):
-            fact = f"Expected a factor between 0 and 3 for the effect '{name}', found {factor!r}"
-            raise InputError(fact, "Give 0 to leave the effect out, 1 for its planted size")
     return dict.fromkeys(EFFECTS, 1.0) | {name: float(f) for name, f in effects.items()}
 
 
-def _check_sizes(n, seed, atlas, missing, repeats):
+def _check_sizes(n, seed, missing, repeats):
     if not all(isinstance(k, int | np.integer) for k in (n, seed)) or n < 1 or seed < 0:
         fact = "Expected n as a whole number from 1 and seed as one from 0, found "
         raise InputError(f"{fact}{n!r} and {seed!r}", "Call synthetic_cohort(200, seed=0), say")
-    check_choice("the atlas", atlas, ATLASES)
     if not (0 <= missing <= 1 and 0 <= repeats <= 1):
         fact = f"Expected missing and repeats from 0 to 1, found {missing!r} and {repeats!r}"
         raise InputError(fact, "Give shares of the participants: missing=0.06 is 6 %")
@@ -211,10 +200,9 @@ def _check_sizes(n, seed, atlas, missing, repeats):
 def _check_sites(sites, minutes, tr):
     """Sites as `Site` objects with the overriding length and TR, checked."""
     chosen = [sites] if isinstance(sites, str | Site) else list(sites)
-    unknown = [s for s in chosen if not isinstance(s, Site) and s not in SITES]
-    if unknown or not chosen:
-        fact = f"Expected sites among {listed(SITES)}, found {listed(unknown) or 'none'}"
-        raise InputError(fact, "Name some of these, or give bhx.Site(name, tr, minutes) objects")
+    for site in chosen or [None]:
+        if not isinstance(site, Site):
+            check_choice("sites", site, SITES)
     given = {k: v for k, v in {"tr": tr, "minutes": minutes}.items() if v is not None}
     chosen = [replace(s if isinstance(s, Site) else SITES[s], **given) for s in chosen]
     names = [site.name for site in chosen]
@@ -223,12 +211,9 @@ def _check_sites(sites, minutes, tr):
         raise InputError(fact, "Rename the sites that differ")
     check_tr([site.tr for site in chosen], [f"site {name}" for name in names])
     for site in chosen:
-        if not (0 < site.minutes <= 120 and site.n_volumes >= 2):
-            fact = f"Expected scans of two volumes to 120 minutes, found {site.minutes!r} minutes "
-            fact += f"at TR {site.tr:g} s at site {site.name}"
-            raise InputError(fact, "Give lengths in minutes and repetition times in seconds")
-        if not (0 <= site.noise < 1 and site.gain > 0 and len(site.bias) == 3):
-            fact = "Expected noise in [0, 1), a positive gain and three bias slopes at site "
-            fact += f"{site.name}, found {site.noise!r}, {site.gain!r} and {site.bias!r}"
-            raise InputError(fact, "Take bhx.data.synthetic.SITES as examples")
+        scanned = 0 < site.minutes <= 120 and site.n_volumes >= 2
+        if not (scanned and 0 <= site.noise < 1 and site.gain > 0 and len(site.bias) == 3):
+            fact = "Expected scans of two volumes to 120 minutes, noise in [0, 1), a positive gain "
+            fact += f"and three bias slopes, found {site}"
+            raise InputError(fact, "Give minutes, and seconds for tr; see bhx.data.synthetic.SITES")
     return tuple(chosen)

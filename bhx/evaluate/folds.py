@@ -66,8 +66,12 @@ class Design:
         if self.protocol == "brainmarks" and kind != "label":
             fact = f"Expected labels for protocol 'brainmarks', found task '{kind}'"
             raise InputError(fact, "Bin the numbers, and give task='label'")
-        make = make_resplits if self.protocol else make_folds
-        splits = make(rows, truth, names, self) if self.split is None else read_split(rows, self)
+        if self.split is not None:
+            splits = read_split(rows, self.split)
+        elif self.protocol:
+            splits = make_resplits(rows, truth, names, self.protocol, self.seed)
+        else:
+            splits = make_folds(rows, truth, names, self)
         labels = np.zeros(len(truth)) if names is None else truth
         splits.keep_share(self.train_share, self.seed, rows.people, labels)
         check_folds(truth, names, splits)
@@ -160,26 +164,26 @@ def make_folds(rows, truth, names, design: Design) -> Splits:
     return splits
 
 
-def make_resplits(rows, truth, names, design: Design) -> Splits:
+def make_resplits(rows, truth, names, protocol: str, seed: int) -> Splits:
     """One fifth tested, one fifth held for choosing; three seeds (paper) or a hundred."""
     splits = Splits(tied_units(rows))
     if (found := len(np.unique(splits.units))) < 5:
-        fact = f"Expected 5 participants for '{design.protocol}', found {found}"
+        fact = f"Expected 5 participants for '{protocol}', found {found}"
         raise InputError(fact, "Give more participants, or leave protocol out")
-    paper = design.protocol == "paper"
+    paper = protocol == "paper"
     site = "site" if paper and "site" in rows.labels.coords else None
     strata = _strata(rows, truth, names, site, 5, splits.notes)
-    for repeat in range(RESPLITS[design.protocol]):
-        splitter = StratifiedGroupKFold(5, shuffle=True, random_state=design.seed + repeat)
+    for repeat in range(RESPLITS[protocol]):
+        splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed + repeat)
         (train, test), (_, hold), *_ = splitter.split(splits.units, strata, splits.units)
         splits.add(repeat, train=train, **({"validation": hold} if paper else {}), test=test)
     return splits
 
 
-def read_split(rows, design: Design) -> Splits:
+def read_split(rows, split: xr.DataArray) -> Splits:
     """The parts of a DataArray of `bhx.split`, of the subjects that enter, one fold a repeat."""
     splits = Splits(tied_units(rows), notes=["folds are those of the split that was given"])
-    parts = design.split.sel(subject=rows.labels.subject.values).transpose("repeat", "subject")
+    parts = split.sel(subject=rows.labels.subject.values).transpose("repeat", "subject")
     for name, part in zip(parts.repeat.values, parts.values.astype(str), strict=True):
         both = pd.Series(part).groupby(splits.units).nunique()
         if (both > 1).any():

@@ -123,7 +123,7 @@ def probe(
         fact = f"Expected harmonize beside preserve, found preserve={preserve!r} alone"
         raise InputError(fact, "It says what ComBat keeps: name harmonize, or leave it out")
     used = [name for name in (harmonize, *confounds, *preserve) if name]
-    design = {"groups": groups, "stratify": stratify, "protocol": protocol, "split": split}
+    design: dict = {"groups": groups, "stratify": stratify, "protocol": protocol, "split": split}
     design |= {"folds": folds, "repeats": repeats, "train_share": train_share, "seed": seed}
     labels = {"task": task, "classes": classes, "positive": positive}
     task = make_task(many, target, **labels, needed=used, **design)

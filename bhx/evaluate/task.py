@@ -137,7 +137,7 @@ class Task(Outcome):
             "decision": (folds, decision[None]),
             "truth": ("subject", truth),
         }
-        coords = {"model": [name], "metric": list(found)}
+        coords: dict = {"model": [name], "metric": list(found)}
         coords |= {"fold": self.splits.names, "class": self.classes}
         labels = subject_coords(self.rows.labels)  # one called "score" gives way
         coords |= {name: c.variable for name, c in labels.items() if name not in variables}

@@ -35,7 +35,7 @@ def plot_latents(
     traces = [dots(projection, where, shade, name) for name, where, shade in groups]
     figure = go.Figure(traces).update_traces(marker_opacity=0.8)
     if not isinstance(groups[0][2], str):
-        bar = {"title": {"text": escape(f"{color} [{units}]" if units else color)}}
+        bar = {"title": {"text": escape(f"{color} [{units}]" if units else str(color))}}
         figure.update_traces(marker={"showscale": True, "colorbar": bar | {"thickness": 14}})
     x, y = axis_name(projection, 1), axis_name(projection, 2)
     figure.update_layout(xaxis_title=x, yaxis_title=y, height=450)
