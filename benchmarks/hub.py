@@ -3,7 +3,7 @@
     python benchmarks/hub.py [--people 800] [--steps 400] [--seeds 101 102 103]
     python benchmarks/hub.py --people 60 --steps 5    # does it run; the numbers mean nothing
 
-Reads synthetic people once (kept in --cache), trains a small hub whose distances between people
+Reads synthetic people once (kept in --cache, about 0.5 GB), trains a small hub whose distances between people
 must agree with those of two plain teachers, and prints what can be predicted from a connectome, a
 flattened connectome, and the mean hub token before and after training. What was found with it is in
 benchmarks/README.md. Cohort seeds 0 to 2 are reserved for a final report: choose nothing on them.
@@ -75,7 +75,7 @@ def main():
     parser.add_argument("--people", type=int, default=800)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
-    parser.add_argument("--cache", type=Path, default=Path("hub_cache"))
+    parser.add_argument("--cache", type=Path, default=bhx.folders()["cache"] / "hub")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     began = time.perf_counter()
