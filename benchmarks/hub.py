@@ -3,10 +3,11 @@
     python benchmarks/hub.py [--people 800] [--steps 400] [--seeds 101 102 103]
     python benchmarks/hub.py --people 60 --steps 5    # does it run; the numbers mean nothing
 
-Reads synthetic people once (kept in --cache, about 0.5 GB), trains a small hub whose distances between people
-must agree with those of two plain teachers, and prints what can be predicted from a connectome, a
-flattened connectome, and the mean hub token before and after training. What was found with it is in
-benchmarks/README.md. Cohort seeds 0 to 2 are reserved for a final report: choose nothing on them.
+Reads synthetic people once (kept in --cache, about 0.5 GB), trains a small hub whose distances
+between people must agree with those of two plain teachers, and prints what can be predicted from a
+connectome, a flattened connectome, and the mean hub token before and after training. What was found
+with it is in benchmarks/README.md. Cohort seeds 0 to 2 are reserved for a final report: choose
+nothing on them.
 
 BOLD enters as C^0.35, the correlation matrix of the parcels with its eigenvalues to the power 0.35,
 a token a parcel; the T1 as its cubes, a token a cube. Predictions are those of `bhx.probe`, pooled
