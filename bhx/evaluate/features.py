@@ -31,8 +31,11 @@ def connectome(cohort: xr.Dataset, kind: str = "correlation") -> xr.Dataset:
     Parameters
     ----------
     cohort : cohort Dataset with `bold`
-    kind : "correlation" (Fisher z of Pearson r), "partial" (Fisher z of partial correlations) or
-    XX
+    kind : "correlation" (Fisher z of Pearson r), "partial" (Fisher z of partial correlations),
+        "tangent" (correlations that `probe` carries to the tangent space at the training mean),
+        both under Ledoit-Wolf shrinkage, or "flattened" (the power 0.35 of the correlation matrix,
+        whose smaller components count for more)
+
     Returns
     -------
     Features Dataset, lazy where the cohort is: `features (subject, feature)` float32, the upper
