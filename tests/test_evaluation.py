@@ -259,8 +259,7 @@ BAD = [
     ({"target": "age", "folds": 46}, "Expected from 2 to 45 folds .participants., found 46"),
     ({"target": "age", "folds": 1}, "Expected from 2 to 45 folds"),
     ({"target": "group", "task": "number"}, "Expected numbers in 'group', found older, younger"),
-    ({"target": "age", "task": "regression"}, "Expected task to be number, label, ordinal, found"),
-    ({"target": "third", "task": "ordinal"}, "Expected an order for the words of 'third'"),
+    ({"target": "age", "task": "regression"}, "Expected task to be number, label, found"),
     ({"target": "third", "classes": ("low", "top")}, "Expected subjects of every class low, top"),
     ({"target": "age", "protocol": "kfold"}, "Expected protocol to be paper, brainmarks, found"),
     ({"target": "age", "protocol": "brainmarks"}, "Expected labels for protocol 'brainmarks'"),
@@ -275,10 +274,6 @@ BAD = [
     (
         {"target": "group", "protocol": "brainmarks", "stratify": "site", "repeats": 2},
         "Expected protocol 'brainmarks' alone, found groups, stratify, folds or repeats too",
-    ),
-    (
-        {"target": "coded", "task": "ordinal", "protocol": "brainmarks"},
-        "Expected labels for protocol 'brainmarks', found task 'ordinal'",
     ),
     ({"target": "age", "confounds": ["age"]}, "found 'age', which tells 'age' of everyone"),
     ({"target": "age", "confounds": ["born"]}, "found 'born', which tells 'age' of everyone"),
@@ -665,7 +660,7 @@ def test_models_of_one_name_are_still_tested_against_each_other(features, togeth
     [
         ({"target": "age"}, {"r": -1, "r2": -np.inf, "mae": 0}, {"r": 1, "r2": 1}),
         ({"target": "group"}, {"auroc": 0, "positive_f1": 0}, {"auroc": 1, "accuracy": 1}),
-        ({"target": "third", "task": "ordinal"}, {"kappa": -1, "rank_mae": 0}, {"kappa": 1}),
+        ({"target": "third"}, {"auroc": 0, "macro_f1": 0}, {"auroc": 1, "macro_f1": 1}),
     ],
 )
 def test_intervals_end_where_their_metric_does(features, options, least, most):
@@ -901,17 +896,6 @@ def bad_estimators():
 def test_estimators_that_do_not_fit_are_refused(features, target, estimator, message):
     with pytest.raises(InputError, match=message):
         probe(features.isel(subject=slice(20)), target, estimator=estimator, folds=2)
-
-
-def test_ordinal_labels_use_their_order(features):
-    third = np.array(["low", "mid", "high"])[np.digitize(features.age.values, [40, 60])]
-    some = features.assign_coords(third=("subject", third))
-    scores = probe(some, "third", task="ordinal", classes=("low", "mid", "high"))
-    assert scores.score.sel(metric="kappa").mean() > 0.5
-    assert list(scores["class"].values) == ["low", "mid", "high"]
-    numbers = some.assign_coords(third=("subject", np.digitize(features.age.values, [40, 60])))
-    same = probe(numbers, "third", task="ordinal")
-    np.testing.assert_allclose(same.score, scores.score)
 
 
 def test_classes_choose_and_order_labels_and_count_the_rest(features):

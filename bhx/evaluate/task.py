@@ -21,7 +21,7 @@ from bhx.schema import subject_coords
 
 @dataclass
 class Outcome:
-    """What a prediction is about: a number, a label, or a label in an order ("ordinal")."""
+    """What a prediction is about: a number or a label."""
 
     kind: str
     names: np.ndarray | None  # of the labels; None for numbers
@@ -36,8 +36,7 @@ class Outcome:
         """Metric -> values (B,) of outputs (n, class) and decisions (n,) under weights (B, n)."""
         if self.names is None:
             return metrics.measure_numbers(truth, output[:, 0], weights)
-        ordinal = self.kind == "ordinal"
-        return metrics.measure_labels(truth, output, decision, weights, self.positive, ordinal)
+        return metrics.measure_labels(truth, output, decision, weights, self.positive)
 
 
 @dataclass
