@@ -53,7 +53,6 @@ def probe(
     split: xr.DataArray | None = None,
     folds: int = 5,
     repeats: int = 1,
-    train_share: float = 1.0,
     permutations: int = 0,
     seed: int = 0,
 ) -> xr.Dataset:
@@ -94,8 +93,6 @@ def probe(
     split : of `bhx.split`, instead of folds: a repeat is a fold, "train" and "test" are its parts,
         and the penalty is chosen on "validation" where there is one
     folds, repeats, seed : number of folds, of repeated splits, and the seed of the first
-    train_share : share of the training participants to use, of every label alike, for learning
-        curves
     permutations : how often to repeat all with labels exchanged between participants of one site
         (families, where there is a coordinate `family`, exchanged whole)
 
@@ -124,7 +121,7 @@ def probe(
         raise InputError(fact, "It says what ComBat keeps: name harmonize, or leave it out")
     used = [name for name in (harmonize, *confounds, *preserve) if name]
     design: dict = {"groups": groups, "stratify": stratify, "protocol": protocol, "split": split}
-    design |= {"folds": folds, "repeats": repeats, "train_share": train_share, "seed": seed}
+    design |= {"folds": folds, "repeats": repeats, "seed": seed}
     labels = {"task": task, "classes": classes, "positive": positive}
     task = make_task(many, target, **labels, needed=used, **design)
     check_leak(task.rows.labels, used, target, task.truth, task.names)

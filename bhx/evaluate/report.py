@@ -177,8 +177,6 @@ def methods(scores: xr.Dataset) -> str:
         kept = " within site" * site + ", families whole" * ("family" in scores.coords)
         exchanges = f"{scores.sizes['permutation']} exchanges of labels between {people}{kept}"
         text.append(f"The null comes from {exchanges}.")
-    if a["train_share"] < 1:
-        text.append(f"Only {a['train_share']:.0%} of the training {people} were used.")
     return " ".join(text)
 
 

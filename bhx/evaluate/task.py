@@ -155,7 +155,6 @@ class Task(Outcome):
             "stratify": self.design.stratify or "",
             "protocol": self.design.protocol or "",
             "split": "" if split is None else json.dumps(split.attrs, default=str),
-            "train_share": self.design.train_share,
             "seed": self.design.seed,
             "test_share": self.splits.test_share,
             "mutual": self.splits.mutual,
@@ -175,8 +174,7 @@ def make_task(
         enters is in all, and has some of the features of each that has features
     target, task, classes, positive : as in `bhx.probe`
     needed : further coordinates without which nobody enters
-    design : fields of `folds.Design`: groups, stratify, protocol, split, folds, repeats,
-        train_share, seed
+    design : fields of `folds.Design`: groups, stratify, protocol, split, folds, repeats, seed
     """
     data = list(data) if isinstance(data, (list, tuple)) else [data]
     check_name("target", target, optional=False)
