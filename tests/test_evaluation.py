@@ -255,12 +255,10 @@ BAD = [
     ({"target": "age", "folds": "5"}, "Expected folds as a whole number of at least 1, found '5'"),
     ({"target": "age", "repeats": 0}, "Expected repeats as a whole number of at least 1, found 0"),
     ({"target": "age", "permutations": -1}, "Expected permutations as a whole number"),
-    ({"target": "age", "train_share": "0.5"}, "Expected train_share above 0 .*, found '0.5'"),
     ({"target": "age", "folds": 46}, "Expected from 2 to 45 folds .participants., found 46"),
     ({"target": "age", "folds": 1}, "Expected from 2 to 45 folds"),
     ({"target": "group", "task": "number"}, "Expected numbers in 'group', found older, younger"),
-    ({"target": "age", "task": "regression"}, "Expected task to be number, label, ordinal, found"),
-    ({"target": "third", "task": "ordinal"}, "Expected an order for the words of 'third'"),
+    ({"target": "age", "task": "regression"}, "Expected task to be number, label, found"),
     ({"target": "third", "classes": ("low", "top")}, "Expected subjects of every class low, top"),
     ({"target": "age", "protocol": "kfold"}, "Expected protocol to be paper, brainmarks, found"),
     ({"target": "age", "protocol": "brainmarks"}, "Expected labels for protocol 'brainmarks'"),
@@ -276,10 +274,6 @@ BAD = [
         {"target": "group", "protocol": "brainmarks", "stratify": "site", "repeats": 2},
         "Expected protocol 'brainmarks' alone, found groups, stratify, folds or repeats too",
     ),
-    (
-        {"target": "coded", "task": "ordinal", "protocol": "brainmarks"},
-        "Expected labels for protocol 'brainmarks', found task 'ordinal'",
-    ),
     ({"target": "age", "confounds": ["age"]}, "found 'age', which tells 'age' of everyone"),
     ({"target": "age", "confounds": ["born"]}, "found 'born', which tells 'age' of everyone"),
     (
@@ -293,7 +287,6 @@ BAD = [
         "found 'coded', which tells 'group'",
     ),
     ({"target": "group", "harmonize": "subtype"}, "found 'subtype', which tells 'group'"),
-    ({"target": "age", "train_share": 0}, "Expected train_share above 0 and at most 1, found 0"),
     ({"target": "group", "positive": "ASD"}, "Expected positive to be older, younger, found"),
     ({"target": "mixed"}, "Expected distinct labels in 'mixed', found 'ASD', 'asd' that differ"),
     ({"target": "single"}, "Expected at least two labels in 'single', found 'x' only"),
@@ -302,11 +295,7 @@ BAD = [
     ({"target": "age", "groups": "single"}, "Expected at least two values of 'single'"),
     (
         {"target": "by_site", "groups": "site"},
-        "Expected every label in the training part of fold A",
-    ),
-    (
-        {"target": "rare", "groups": "site", "train_share": 0.2, "seed": 1},
-        "Expected every label in the training part of fold .*, found no 'rare'",
+        "Expected every label in the training part of fold A, found no 'patient'",
     ),
 ]
 
@@ -325,7 +314,6 @@ def test_bad_input_is_refused_with_both_facts(features, options, message):
         coded=("subject", np.where(features.group == "older", 2, 1)),
         subtype=("subject", np.char.add(features.group.values, ["", " I"] * (n // 2))),
         by_site=("subject", np.where(features.site == "A", "patient", "control")),
-        rare=("subject", np.where(np.isin(np.arange(n), [1, 31, 63]), "rare", features.group)),
     )
     with pytest.raises(InputError, match=message):
         probe(bad, **options)
@@ -665,7 +653,7 @@ def test_models_of_one_name_are_still_tested_against_each_other(features, togeth
     [
         ({"target": "age"}, {"r": -1, "r2": -np.inf, "mae": 0}, {"r": 1, "r2": 1}),
         ({"target": "group"}, {"auroc": 0, "positive_f1": 0}, {"auroc": 1, "accuracy": 1}),
-        ({"target": "third", "task": "ordinal"}, {"kappa": -1, "rank_mae": 0}, {"kappa": 1}),
+        ({"target": "third"}, {"auroc": 0, "macro_f1": 0}, {"auroc": 1, "macro_f1": 1}),
     ],
 )
 def test_intervals_end_where_their_metric_does(features, options, least, most):
@@ -903,17 +891,6 @@ def test_estimators_that_do_not_fit_are_refused(features, target, estimator, mes
         probe(features.isel(subject=slice(20)), target, estimator=estimator, folds=2)
 
 
-def test_ordinal_labels_use_their_order(features):
-    third = np.array(["low", "mid", "high"])[np.digitize(features.age.values, [40, 60])]
-    some = features.assign_coords(third=("subject", third))
-    scores = probe(some, "third", task="ordinal", classes=("low", "mid", "high"))
-    assert scores.score.sel(metric="kappa").mean() > 0.5
-    assert list(scores["class"].values) == ["low", "mid", "high"]
-    numbers = some.assign_coords(third=("subject", np.digitize(features.age.values, [40, 60])))
-    same = probe(numbers, "third", task="ordinal")
-    np.testing.assert_allclose(same.score, scores.score)
-
-
 def test_classes_choose_and_order_labels_and_count_the_rest(features):
     third = np.array(["low", "mid", "high"])[np.digitize(features.age.values, [40, 60])]
     some = features.assign_coords(third=("subject", third))
@@ -956,12 +933,8 @@ def test_brainmarks_protocol_is_a_hundred_resplits(features, monkeypatch):
 
 def test_subjects_predict_each_other_in_folds_and_not_in_one_split(features):
     """The share by hand: n[i, j] splits in which j trained the model that i was tested by."""
-    folds, paper, half = (
-        probe(features, "age", **options)
-        for options in ({}, {"protocol": "paper"}, {"train_share": 0.5})
-    )
+    folds, paper = probe(features, "age"), probe(features, "age", protocol="paper")
     assert folds.attrs["mutual"] == pytest.approx(1)
-    assert 0 < half.attrs["mutual"] < 0.8
     tested = np.isfinite(paper.output[0, :, :, 0].values)
     one = folds_file.Splits(np.arange(90))
     one.add("0", train=~tested[0], test=tested[0])
@@ -1000,32 +973,6 @@ def test_features_may_bring_a_network_or_keep_their_leading_axes(features):
         leading.transform(features.features.values),
         estimators_file.Rotation().fit_transform(features.features.values)[:, -3:],
     )
-
-
-def test_less_training_data_same_test_subjects(features):
-    all_, half = probe(features, "age"), probe(features, "age", train_share=0.5)
-    tested = [np.isfinite(s.output[0, :, :, 0].values) for s in (all_, half)]
-    np.testing.assert_array_equal(*tested)
-    assert half.attrs["test_share"] == pytest.approx(2 * all_.attrs["test_share"], rel=0.1)
-    assert half.score.sel(metric="mae").mean() > all_.score.sel(metric="mae").mean()
-
-
-@pytest.mark.parametrize("options", [{}, {"groups": "site"}, {"protocol": "paper"}])
-def test_less_training_data_has_as_many_of_each_label(features, options, monkeypatch):
-    """Participants are left out, not sites, and validation rows with them."""
-    seen = []
-    fold = probe_file.Fold
-    monkeypatch.setattr(probe_file, "Fold", lambda *a: seen.append(fold(*a)) or seen[-1])
-    third = np.array(["low", "mid", "high"])[np.digitize(features.age.values, [40, 72])]
-    some = features.assign_coords(third=("subject", third))
-    n = probe(some, "third", **options).sizes["fold"]
-    probe(some, "third", train_share=0.4, **options)
-    for a, b in zip(seen[:n], seen[n:], strict=True):
-        kept, given = (np.unique(third[f.train], return_counts=True) for f in (b, a))
-        assert set(kept[0]) == {"low", "mid", "high"}
-        assert (abs(kept[1] - 0.4 * given[1]) <= 4).all()
-        if options.get("protocol"):
-            assert len(b.inner[0][1]) < 0.7 * len(a.inner[0][1])
 
 
 @pytest.mark.parametrize("effect", [0.0, 1.0])

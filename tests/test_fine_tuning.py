@@ -336,7 +336,7 @@ def test_a_kept_fold_says_the_same_again(tune, cohort, model, tmp_path, target):
         ({"target": "nowhere"}, "Expected 'nowhere' as a coordinate on subject"),
         ({"target": "participant", "classes": ("p00", "p99")}, "Expected subjects of every class"),
         ({"folds": 40}, "Expected from 2 to 12 folds"),
-        ({"task": "rank"}, "Expected task to be number, label, ordinal"),
+        ({"task": "rank"}, "Expected task to be number, label, found"),
     ],
 )
 def test_wrong_settings_are_refused(tune, wrong, message):

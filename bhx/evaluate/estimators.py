@@ -6,14 +6,10 @@ No split is made and no score is read here. Sources stand with each class.
 from __future__ import annotations
 
 import numpy as np
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
-from sklearn.linear_model import LogisticRegression
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
-
-from bhx.errors import InputError
 
 
 class Rotation(TransformerMixin, BaseEstimator):
@@ -65,42 +61,6 @@ def perceptron(task: str, seed: int = 0):
     if task == "number":
         return TransformedTargetRegressor(scaled, transformer=StandardScaler())
     return scaled
-
-
-class OrdinalLogistic(ClassifierMixin, BaseEstimator):
-    """Ordered labels as one logistic regression for each "higher than", all with one penalty.
-
-    Source: Frank and Hall, ECML 2001.
-    """
-
-    def __init__(self, C: float = 1.0):
-        self.C = C
-
-    def fit(self, x, y):
-        """Fit on rows (row, feature) and codes in order."""
-        x, y = validate_data(self, x, y, dtype=float)
-        check_classification_targets(y)
-        self.classes_ = np.unique(y)
-        if len(self.classes_) < 2:
-            fact = f"Expected two classes or more, found {len(self.classes_)} class"
-            raise InputError(fact, "Add rows of another class")
-        one = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=2000)
-        self.above_ = [clone(one).fit(x, y > code) for code in self.classes_[:-1]]
-        return self
-
-    def predict_proba(self, x):
-        """(row, class)."""
-        check_is_fitted(self)
-        x = validate_data(self, x, dtype=float, reset=False)
-        above = np.stack([model.predict_proba(x)[:, 1] for model in self.above_], 1)
-        edges = np.hstack([np.ones((len(x), 1)), above, np.zeros((len(x), 1))])
-        steps = (edges[:, :-1] - edges[:, 1:]).clip(1e-6)
-        return steps / steps.sum(1, keepdims=True)
-
-    def predict(self, x):
-        """The most probable class."""
-        probability = self.predict_proba(x)
-        return self.classes_[probability.argmax(1)]
 
 
 ESTIMATORS = {"MLP": perceptron}  # attrs["estimator"] of features -> (task, seed) -> estimator

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -34,7 +33,6 @@ class Design:
     split: xr.DataArray | None = None
     folds: int = 5
     repeats: int = 1
-    train_share: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
@@ -43,9 +41,6 @@ class Design:
         check_count("folds", self.folds, 1, 5)
         check_count("repeats", self.repeats, 1, 3)
         check_count("seed", self.seed, 0, 0)
-        if not isinstance(self.train_share, Real) or not 0 < self.train_share <= 1:
-            fact = f"Expected train_share above 0 and at most 1, found {self.train_share!r}"
-            raise InputError(fact, "Give a share such as 0.5, or leave it out to train on everyone")
         if self.protocol is not None:
             check_choice("protocol", self.protocol, list(RESPLITS))
         array = isinstance(self.split, xr.DataArray)
@@ -72,8 +67,6 @@ class Design:
             splits = make_resplits(rows, truth, names, self.protocol, self.seed)
         else:
             splits = make_folds(rows, truth, names, self)
-        labels = np.zeros(len(truth)) if names is None else truth
-        splits.keep_share(self.train_share, self.seed, rows.people, labels)
         check_folds(truth, names, splits)
         if "participant" not in rows.labels.coords:
             splits.notes.append("no participant is named: every row is taken for one of its own")
@@ -119,17 +112,6 @@ class Splits:
         across = tested @ trained.T
         pairs = (tested @ tested.T) * (trained @ trained.T)
         return float((across * across.T).sum() / pairs.sum())
-
-    def keep_share(self, share: float, seed: int, people, labels) -> None:
-        """Keep a share of those who train and validate in each fold, of every label alike."""
-        rng = np.random.default_rng(seed)
-        for part in ("train", "validation"):
-            for fold, rows in zip(self.part, self.rows(part), strict=True):
-                names, first = np.unique(people[rows], return_index=True)
-                for label in np.unique(labels[rows]):
-                    alike = rng.permutation(names[labels[rows[first]] == label])
-                    left_out = alike[max(2, round(share * len(alike))) :]
-                    fold[rows[np.isin(people[rows], left_out)]] = ""
 
 
 def make_folds(rows, truth, names, design: Design) -> Splits:
@@ -211,7 +193,7 @@ def check_folds(truth, names, splits: Splits) -> None:
             absent = names[np.setdiff1d(np.arange(len(names)), truth[train])]
             if len(absent):
                 fact = f"Expected every label in the training part of fold {fold}, found no "
-                help = "Take fewer folds, groups=None, train_share=1, or leave that label out"
+                help = "Take fewer folds, groups=None, or leave that label out"
                 raise InputError(fact + f"'{listed(absent)}'", help)
         if len(tested) < at_least:
             splits.notes.append(f"fold {fold} tests {reason}")

@@ -18,16 +18,14 @@ from bhx.errors import check_choice
 
 NUMBER = ("r", "r2", "mae")
 LABEL = ("balanced_accuracy", "auroc", "auprc", "macro_f1", "accuracy", "positive_f1")
-ORDINAL = ("kappa", "rank_mae", *LABEL)
-DECIDED = ("kappa", "rank_mae", "balanced_accuracy", "macro_f1", "accuracy", "positive_f1")
+DECIDED = ("balanced_accuracy", "macro_f1", "accuracy", "positive_f1")
 RANGE: dict[str, tuple[float, float]] = {
     "r": (-1, 1),
     "r2": (-np.inf, 1),
-    "kappa": (-1, 1),
+    "mae": (0, np.inf),
     **dict.fromkeys(LABEL, (0, 1)),
 }
-RANGE |= dict.fromkeys(("mae", "rank_mae"), (0.0, np.inf))
-CHANCE = {"r": 0.0, "r2": 0.0, "auroc": 0.5, "kappa": 0.0}  # balanced accuracy: 1 / classes
+CHANCE = {"r": 0.0, "r2": 0.0, "auroc": 0.5}  # balanced accuracy: 1 / classes
 
 
 def measure_numbers(truth, output, weights=None) -> dict[str, np.ndarray]:
@@ -60,7 +58,7 @@ def _spread(values, w):
     return d, mean, np.where(variance > rounding, variance, 0)
 
 
-def measure_labels(truth, output, decision, weights=None, positive=-1, ordinal=False):
+def measure_labels(truth, output, decision, weights=None, positive=-1):
     """Metrics of labels, each (B,), under weights (B, n).
 
     Parameters
@@ -89,13 +87,7 @@ def measure_labels(truth, output, decision, weights=None, positive=-1, ordinal=F
     out = {"balanced_accuracy": known_mean(recall), "auroc": auroc, "auprc": auprc}
     out |= {"macro_f1": known_mean(f1), "accuracy": hit.sum(0)}
     out["positive_f1"] = f1[positive] if n_labels == 2 else np.full(len(w), np.nan)
-    if ordinal:
-        steps = np.abs(np.subtract.outer(np.arange(n_labels), np.arange(n_labels)))
-        by_chance = np.einsum("ib,jb,ij->b", confusion.sum(1), confusion.sum(0), steps**2)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            kappa = 1 - np.einsum("ijb,ij->b", confusion, steps**2) / by_chance
-        out |= {"kappa": kappa, "rank_mae": np.einsum("ijb,ij->b", confusion, steps)}
-    return {name: out[name] for name in (ORDINAL if ordinal else LABEL)}
+    return out
 
 
 def areas_under_curves(truth, score, weights=None) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from bhx.data.splits import permute_within
 from bhx.errors import InputError, check_choice, listed
 from bhx.evaluate.confounds import ComBat, ConfoundRegression
-from bhx.evaluate.estimators import ESTIMATORS, OrdinalLogistic, Rotation
+from bhx.evaluate.estimators import ESTIMATORS, Rotation
 from bhx.evaluate.features import encoded, name_of, parts_of, provenance_of
 from bhx.evaluate.options import check_count, check_name, check_names
 from bhx.evaluate.rows import check_leak
@@ -53,7 +53,6 @@ def probe(
     split: xr.DataArray | None = None,
     folds: int = 5,
     repeats: int = 1,
-    train_share: float = 1.0,
     permutations: int = 0,
     seed: int = 0,
 ) -> xr.Dataset:
@@ -80,7 +79,7 @@ def probe(
         that the training part lacks is left as it is
     preserve : coordinates whose effect ComBat keeps. Neither they, `confounds` nor `harmonize`
         may reveal the target: be in its order, or have a value of their own for each label
-    task : "number", "label" or "ordinal"; None decides between the first two by the target
+    task : "number" or "label"; None decides by the target
         (floats, and integers with more than ten values, are numbers)
     classes : labels to use, in order; subjects with others are left out and counted
     positive : which of two labels precision and recall are about; default the last
@@ -94,8 +93,6 @@ def probe(
     split : of `bhx.split`, instead of folds: a repeat is a fold, "train" and "test" are its parts,
         and the penalty is chosen on "validation" where there is one
     folds, repeats, seed : number of folds, of repeated splits, and the seed of the first
-    train_share : share of the training participants to use, of every label alike, for learning
-        curves
     permutations : how often to repeat all with labels exchanged between participants of one site
         (families, where there is a coordinate `family`, exchanged whole)
 
@@ -124,7 +121,7 @@ def probe(
         raise InputError(fact, "It says what ComBat keeps: name harmonize, or leave it out")
     used = [name for name in (harmonize, *confounds, *preserve) if name]
     design: dict = {"groups": groups, "stratify": stratify, "protocol": protocol, "split": split}
-    design |= {"folds": folds, "repeats": repeats, "train_share": train_share, "seed": seed}
+    design |= {"folds": folds, "repeats": repeats, "seed": seed}
     labels = {"task": task, "classes": classes, "positive": positive}
     task = make_task(many, target, **labels, needed=used, **design)
     check_leak(task.rows.labels, used, target, task.truth, task.names)
@@ -245,11 +242,10 @@ def _prepared(x, steps, task, nested):
 
 # One model ---
 
-DEFAULTS = {"number": Ridge, "label": LogisticRegression, "ordinal": OrdinalLogistic}
+DEFAULTS = {"number": Ridge, "label": LogisticRegression}
 NAMES = {
     "number": "ridge regression, nested penalty",
     "label": "logistic regression, nested penalty",
-    "ordinal": "cumulative logistic regression, nested penalty",
 }
 
 
@@ -340,10 +336,9 @@ def _penalized(task, penalty, x, y):
     model = DEFAULTS[task.kind]()
     if task.kind == "number":
         return model.set_params(alpha=penalty * len(x)).fit(x, y)
-    if task.kind == "label":
-        solver = "newton-cholesky" if len(np.unique(y)) == 2 else "lbfgs"
-        model.set_params(max_iter=2000, solver=solver)
-    return model.set_params(C=1 / (penalty * len(x))).fit(x, y)
+    solver = "newton-cholesky" if len(np.unique(y)) == 2 else "lbfgs"
+    model.set_params(C=1 / (penalty * len(x)), max_iter=2000, solver=solver)
+    return model.fit(x, y)
 
 
 def _loss(model, x, truth, task):

@@ -138,7 +138,6 @@ def methods(scores: xr.Dataset) -> str:
     """The methods paragraph of a probe, in full sentences."""
     a = scores.attrs
     confounds, preserve = (json.loads(a.get(k, "[]")) for k in ("confounds", "preserve"))
-    kinds = {"number": "the number", "label": "the label", "ordinal": "the ordered label"}
     named = "participant" in scores.coords
     people, site = "participants" if named else "rows", "site" in scores.coords
     n = scores.sizes["fold"]
@@ -152,7 +151,7 @@ def methods(scores: xr.Dataset) -> str:
     elif a["groups"] == "participant":
         splits = f"{n} folds over {people}"
     apart = "; no participant was on both sides of a split" if named else ""
-    what = f"We predicted {kinds[a['task']]} '{a['target']}' {_read_by(scores)}"
+    what = f"We predicted the {a['task']} '{a['target']}' {_read_by(scores)}"
     text = [f"{what} in {splits}{apart}."]
     if a["stratify"]:
         text.append(f"Folds were balanced over {a['stratify']}.")
@@ -178,8 +177,6 @@ def methods(scores: xr.Dataset) -> str:
         kept = " within site" * site + ", families whole" * ("family" in scores.coords)
         exchanges = f"{scores.sizes['permutation']} exchanges of labels between {people}{kept}"
         text.append(f"The null comes from {exchanges}.")
-    if a["train_share"] < 1:
-        text.append(f"Only {a['train_share']:.0%} of the training {people} were used.")
     return " ".join(text)
 
 

@@ -17,7 +17,7 @@ from bhx.evaluate.features import name_of
 from bhx.evaluate.options import check_coords
 from bhx.schema import is_missing, plain_labels, subject_coords
 
-TASKS = ("number", "label", "ordinal")
+TASKS = ("number", "label")
 
 
 # Who enters ---
@@ -153,7 +153,7 @@ def truth_of(values, target: str, task: str | None, classes):
         _check_words(values, target)
     found, codes = np.unique(values if numeric else values.astype(str), return_inverse=True)
     found = as_words(found)
-    _check_labels(found, target, task, numeric, classes)
+    _check_labels(found, target, classes)
     if classes is None:
         return task, found, codes
     names = as_words(classes)
@@ -182,7 +182,7 @@ def _check_numbers(values, target, numeric):
         raise InputError(fact, "Choose another target or other subjects")
 
 
-def _check_labels(found, target, task, numeric, classes):
+def _check_labels(found, target, classes):
     folded = pd.Series(found).str.strip().str.casefold()
     if folded.duplicated().any():
         alike = listed([repr(str(a)) for a in found[folded.duplicated(keep=False)]])
@@ -194,9 +194,6 @@ def _check_labels(found, target, task, numeric, classes):
     if len(found) < 2:
         fact = f"Expected at least two labels in '{target}', found '{found[0]}' only"
         raise InputError(fact, "Choose another target or other subjects")
-    if task == "ordinal" and classes is None and not numeric:
-        fact = f"Expected an order for the words of '{target}', found none"
-        raise InputError(fact, f"Give it from low to high: classes={tuple(map(str, found))}")
 
 
 def check_leak(labels, used, target: str, truth, names) -> None:

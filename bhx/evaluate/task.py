@@ -21,7 +21,7 @@ from bhx.schema import subject_coords
 
 @dataclass
 class Outcome:
-    """What a prediction is about: a number, a label, or a label in an order ("ordinal")."""
+    """What a prediction is about: a number or a label."""
 
     kind: str
     names: np.ndarray | None  # of the labels; None for numbers
@@ -36,8 +36,7 @@ class Outcome:
         """Metric -> values (B,) of outputs (n, class) and decisions (n,) under weights (B, n)."""
         if self.names is None:
             return metrics.measure_numbers(truth, output[:, 0], weights)
-        ordinal = self.kind == "ordinal"
-        return metrics.measure_labels(truth, output, decision, weights, self.positive, ordinal)
+        return metrics.measure_labels(truth, output, decision, weights, self.positive)
 
 
 @dataclass
@@ -156,7 +155,6 @@ class Task(Outcome):
             "stratify": self.design.stratify or "",
             "protocol": self.design.protocol or "",
             "split": "" if split is None else json.dumps(split.attrs, default=str),
-            "train_share": self.design.train_share,
             "seed": self.design.seed,
             "test_share": self.splits.test_share,
             "mutual": self.splits.mutual,
@@ -176,8 +174,7 @@ def make_task(
         enters is in all, and has some of the features of each that has features
     target, task, classes, positive : as in `bhx.probe`
     needed : further coordinates without which nobody enters
-    design : fields of `folds.Design`: groups, stratify, protocol, split, folds, repeats,
-        train_share, seed
+    design : fields of `folds.Design`: groups, stratify, protocol, split, folds, repeats, seed
     """
     data = list(data) if isinstance(data, (list, tuple)) else [data]
     check_name("target", target, optional=False)
