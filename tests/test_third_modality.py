@@ -1,5 +1,7 @@
 """A modality of one file goes the whole way: from a table beside the scans to the explorer."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,11 +11,23 @@ from morphometry import MEASURES, MORPHOMETRY
 from tiny_runs import QUICK, tiny_cohort
 
 import bhx
+from bhx.data.files import READERS
 from bhx.modalities.table import MODALITIES
 from bhx.schema import build_cohort, dims_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The representation is collapsing")  # of course
 NAMES = ["bold", "t1", "morphometry"]
+# importing it has put it into both tables; other tests do not know of it
+READER = READERS.pop(MORPHOMETRY.name)
+del MODALITIES[MORPHOMETRY.name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    """Both tables with it, as long as these tests run."""
+    name = MORPHOMETRY.name
+    with patch.dict(MODALITIES, {name: MORPHOMETRY}), patch.dict(READERS, {name: READER}):
+        yield
 
 
 @pytest.fixture(scope="module")
