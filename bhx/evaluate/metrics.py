@@ -58,20 +58,20 @@ def _spread(values, w):
     return d, mean, np.where(variance > rounding, variance, 0)
 
 
-def measure_labels(truth, output, decision, weights=None, positive=-1):
+def measure_labels(truth, output, decision, weights=None):
     """Metrics of labels, each (B,), under weights (B, n).
 
     Parameters
     ----------
     truth, decision : int (n,), codes 0..K-1
     output : float (n, K), probabilities
-    positive : the code that `auprc` and `positive_f1` of two classes are about; with more
-        classes `auroc` and `auprc` are means of one-against-rest, and `positive_f1` is NaN
 
     Notes
     -----
-    `positive_f1` is the field's legacy F1: an all-positive guess scores well whenever the
-    positive class is the larger one. Prefer `balanced_accuracy` and `auroc`.
+    `auroc`, `auprc` and `positive_f1` of two classes are about the last; with more, the first two
+    are means of one-against-rest, and `positive_f1` is NaN. It is the field's legacy F1: an
+    all-positive guess scores well whenever the positive class is the larger one. Prefer
+    `balanced_accuracy` and `auroc`.
     """
     truth, decision, output = np.asarray(truth), np.asarray(decision), np.asarray(output, float)
     w, n_labels = _weights(weights, truth), output.shape[1]
@@ -81,12 +81,12 @@ def measure_labels(truth, output, decision, weights=None, positive=-1):
     with np.errstate(invalid="ignore", divide="ignore"):
         recall = hit / confusion.sum(1)
         f1 = 2 * hit / (confusion.sum(0) + confusion.sum(1))
-    ranked = range(n_labels) if n_labels > 2 else [positive % n_labels]
+    ranked = range(n_labels) if n_labels > 2 else [n_labels - 1]
     areas = np.array([areas_under_curves(truth == k, output[:, k], w) for k in ranked])
     auroc, auprc = known_mean(areas)
     out = {"balanced_accuracy": known_mean(recall), "auroc": auroc, "auprc": auprc}
     out |= {"macro_f1": known_mean(f1), "accuracy": hit.sum(0)}
-    out["positive_f1"] = f1[positive] if n_labels == 2 else np.full(len(w), np.nan)
+    out["positive_f1"] = f1[-1] if n_labels == 2 else np.full(len(w), np.nan)
     return out
 
 

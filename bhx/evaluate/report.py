@@ -327,8 +327,7 @@ def tested(scores: xr.Dataset) -> xr.Dataset:
 def pooled_output(scores: xr.Dataset) -> xr.DataArray:
     """One number a subject and model: the predicted number, or the positive label's probability,
     averaged over the folds that tested the subject."""
-    column = "value" if scores.attrs["task"] == "number" else scores.attrs["positive"]
-    return scores.output.sel({"class": column}, drop=True).mean("fold")
+    return scores.output.isel({"class": -1}, drop=True).mean("fold")
 
 
 def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
@@ -377,7 +376,7 @@ def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:
     design = encoded(scores.coords.to_dataset(), confounds)
     truth = codes_of(scores)
     if scores.attrs["task"] == "label":
-        truth = truth == plan_of(scores).positive
+        truth = truth == scores.sizes["class"] - 1
     known = np.isfinite(design).all(1)
     if not known.any():
         fact = f"Expected subjects with all of {listed(confounds, 20)}, found none"
