@@ -17,9 +17,6 @@ from bhx.evaluate.features import name_of
 from bhx.evaluate.options import check_coords
 from bhx.schema import is_missing, plain_labels, subject_coords
 
-TASKS = ("number", "label")
-
-
 # Who enters ---
 
 
@@ -121,9 +118,8 @@ def _loaded(features):
     """A Dataset with its features in memory: numbers, finite or NaN."""
     values, name = features.features.compute(), name_of(features)
     if values.dtype.kind not in "biuf":
-        raise InputError(
-            f"Expected numbers in {name}, found {values.dtype}", "Convert them: astype(float)"
-        )
+        fact = f"Expected numbers in {name}, found {values.dtype}"
+        raise InputError(fact, "Convert them: astype(float)")
     if np.isinf(values.values).any():
         fact = f"Expected finite numbers in {name}, or NaN, found infinite ones"
         raise InputError(fact, "Put NaN: those are filled with the training mean")
@@ -145,7 +141,7 @@ def truth_of(values, target: str, task: str | None, classes):
     if task is None:
         few = np.issubdtype(values.dtype, np.integer) and len(np.unique(values)) <= 10
         task = "number" if numeric and not few and classes is None else "label"
-    check_choice("task", task, TASKS)
+    check_choice("task", task, ["number", "label"])
     if task == "number":
         _check_numbers(values, target, numeric)
         return None, values.astype(float)
