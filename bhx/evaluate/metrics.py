@@ -11,20 +11,13 @@ import warnings
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control, rankdata
+from scipy.stats import rankdata
 from scipy.stats import t as student
 
-from bhx.errors import check_choice
-
-NUMBER = ("r", "r2", "mae")
 LABEL = ("balanced_accuracy", "auroc", "auprc", "macro_f1", "accuracy", "positive_f1")
 DECIDED = ("balanced_accuracy", "macro_f1", "accuracy", "positive_f1")
-RANGE: dict[str, tuple[float, float]] = {
-    "r": (-1, 1),
-    "r2": (-np.inf, 1),
-    "mae": (0, np.inf),
-    **dict.fromkeys(LABEL, (0, 1)),
-}
+RANGE: dict[str, tuple[float, float]] = dict.fromkeys(LABEL, (0.0, 1.0))
+RANGE |= {"r": (-1, 1), "r2": (-np.inf, 1), "mae": (0, np.inf)}
 CHANCE = {"r": 0.0, "r2": 0.0, "auroc": 0.5}  # balanced accuracy: 1 / classes
 
 
@@ -169,23 +162,18 @@ def corrected_t(differences, test_share: float) -> tuple[float, float]:
     return float(statistic), float(2 * student.sf(abs(statistic), len(d) - 1))
 
 
-def adjust_p(p, method: str = "holm") -> np.ndarray:
-    """P values adjusted for several tests; NaN stays NaN and does not count as a test.
+def adjust_p(p) -> np.ndarray:
+    """P values adjusted by Holm's method, which bounds the chance of any false alarm.
 
-    "holm" bounds the chance of any false alarm, "fdr" the share of false alarms among the alarms
-    (Benjamini and Hochberg).
+    NaN stays NaN and does not count as a test.
     """
-    check_choice("method", method, ("holm", "fdr"))
     p = np.asarray(p, float)
     out, known = np.full(p.shape, np.nan), np.isfinite(p)
     tests = p[known]
-    if method == "fdr":
-        out[known] = false_discovery_control(tests) if len(tests) else tests
-    else:
-        order = np.argsort(tests, kind="stable")
-        steps = np.maximum.accumulate(tests[order] * np.arange(len(tests), 0, -1))
-        tests[order] = np.minimum(steps, 1)
-        out[known] = tests
+    order = np.argsort(tests, kind="stable")
+    steps = np.maximum.accumulate(tests[order] * np.arange(len(tests), 0, -1))
+    tests[order] = np.minimum(steps, 1)
+    out[known] = tests
     return out
 
 

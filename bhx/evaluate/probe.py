@@ -241,10 +241,7 @@ def _prepared(x, steps, task, nested):
 # One model ---
 
 DEFAULTS = {"number": Ridge, "label": LogisticRegression}
-NAMES = {
-    "number": "ridge regression, nested penalty",
-    "label": "logistic regression, nested penalty",
-}
+NAMES = {"number": "ridge regression", "label": "logistic regression"}
 
 
 def _probe_one(features, task, estimator, beside, permutations):
@@ -279,7 +276,9 @@ def _described(estimator, task):
     """An estimator for the methods of a report."""
     if isinstance(estimator, DummyRegressor | DummyClassifier):
         return "the mean or the frequencies of the training part"
-    return NAMES[task.kind] if estimator is None else " ".join(repr(estimator).split())
+    if estimator is None:
+        return f"{NAMES[task.kind]}, nested penalty"
+    return " ".join(repr(estimator).split())
 
 
 def _predict(folds, task, truth, estimator):
