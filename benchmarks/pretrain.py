@@ -201,7 +201,7 @@ def work(run, args):
         total += flops(lambda one=sample: run.objective([one]), run, args)
         frozen += flops(lambda one=sample: still(run.objective, one), run, args)
     each = (3 * (total - frozen) + frozen) / len(samples)
-    tokens = sum(map(run.objective.cost, samples)) / len(samples)
+    tokens = sum(sample.cost for sample in samples) / len(samples)
     return {"tokens_per_scan": tokens, "tflop_per_scan": each / 1e12}
 
 

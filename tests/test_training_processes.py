@@ -101,7 +101,7 @@ def shared(store, tmp_path_factory):
 
 # Adam divides by the gradient's size, so rounding moves a weight without gradient (a key's bias, to
 # which softmax is blind) by a whole rate: small rates, and key biases are not compared.
-CALM = {"rate": [1e-4, 1e-3, 1e-4], "steps": 5, "batch": 5}
+CALM = {"rate": [1e-4, 1e-3, 1e-4], "steps": 5, "batch": 5, "held_out": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,7 @@ def test_two_processes_are_one(shared, alone, how):
         one, two = read_log(alone, stage), read_log(shared / how, stage)
         assert one.sizes == two.sizes
         for name in one:
+            assert np.isfinite(one[name]).all(), (stage, name)
             assert np.allclose(one[name], two[name], rtol=1e-4, atol=1e-5), (stage, name)
     one, two = without_key_biases(state(alone)), without_key_biases(state(shared / how))
     assert one.keys() == two.keys()

@@ -18,7 +18,7 @@ import xarray as xr
 import zarr
 
 import bhx.data.anatomy  # noqa: F401 - registers its reader
-from bhx.data.atlas import load_atlas, parcel_labels
+from bhx.data.atlas import load_atlas, match_names, parcel_labels
 from bhx.data.bold import fetch_labels, is_volume
 from bhx.data.catalog import catalog_files, entry_rows, load_entry
 from bhx.data.derivatives import find_scans
@@ -77,12 +77,21 @@ def read_scan(
     data, facts, warnings = [], {"n_volumes": 0, "tr": np.nan}, []
     for modality in there:
         values, more, odd = READERS[modality.name](row, options)
+        if atlas and "roi" in values.dims:
+            values = _in_order(values, load_atlas(atlas))
         data.append(values.rename(modality.variable))
         facts |= more
         warnings += odd
     with attempt("the same labels on a dim of all files of a row", "Give them the same parcels"):
         merged = xr.merge(data, compat="override", join="exact", combine_attrs="drop")
     return merged.assign_attrs(facts), warnings
+
+
+def _in_order(values, atlas):
+    """Values of parcels by the atlas's own names, in its order."""
+    values = values.assign_coords(roi=match_names(values.roi.values, atlas))
+    with attempt(f"all parcels of {atlas.attrs['atlas']} in a file", "Give a line to each"):
+        return values.sel(roi=atlas.roi.values)
 
 
 def prepare(

@@ -31,9 +31,9 @@ def connectome(cohort: xr.Dataset, kind: str = "correlation") -> xr.Dataset:
     ----------
     cohort : cohort Dataset with `bold`
     kind : "correlation" (Fisher z of Pearson r), "partial" (Fisher z of partial correlations),
-        "tangent" (correlations that `probe` carries to the tangent space at the training mean), or
-        "flattened" (correlations with eigenvalues to the power of 0.35); "partial" and "tangent"
-        under Ledoit-Wolf shrinkage
+        "tangent" (correlations that `probe` carries to the tangent space at the training mean),
+        both under Ledoit-Wolf shrinkage, or "flattened" (the power 0.35 of the correlation matrix,
+        whose smaller components count for more)
 
     Returns
     -------
