@@ -159,7 +159,7 @@ def test_missing_labels_of_pandas_are_missing(features):
 def test_whole_floats_are_labels_as_whole_numbers_are(features):
     code = (features.age.values > 50).astype(float)
     some = features.assign_coords(code=("subject", code))
-    for options in ({"classes": (0, 1)}, {"task": "label", "positive": 1}):
+    for options in ({"classes": (0, 1)}, {"task": "label"}):
         scores = probe(some, "code", **options)
         assert list(scores["class"].values) == ["0", "1"]
         assert scores.attrs["n"] == 90
@@ -235,7 +235,7 @@ def test_boolean_three_label_and_integer_targets(features):
     assert set(probe(some, "third")["class"].values) == {"low", "mid", "high"}
     assert probe(some, "old").attrs["positive"] == "True"
     assert probe(some, "years").attrs["task"] == "number"
-    assert probe(some, "group", positive="older").attrs["positive"] == "older"
+    assert probe(some, "group", classes=("younger", "older")).attrs["positive"] == "older"
 
 
 BAD = [
@@ -287,7 +287,6 @@ BAD = [
         "found 'coded', which tells 'group'",
     ),
     ({"target": "group", "harmonize": "subtype"}, "found 'subtype', which tells 'group'"),
-    ({"target": "group", "positive": "ASD"}, "Expected positive to be older, younger, found"),
     ({"target": "mixed"}, "Expected distinct labels in 'mixed', found 'ASD', 'asd' that differ"),
     ({"target": "single"}, "Expected at least two labels in 'single', found 'x' only"),
     ({"target": "flat"}, "Expected 'flat' to vary, found 1.0 only"),
@@ -608,7 +607,7 @@ def test_one_call_a_cohort_gives_the_papers_table(features):
     )
     for cohort in ("ABIDE-I", "ABIDE-II", "ADHD-200", "PPMI", "ADNI", "HCP-A"):
         target = "age" if cohort == "HCP-A" else "dx_group"
-        table = compare(probe(abide, target, protocol="paper", positive=None), reference=cohort)
+        table = compare(probe(abide, target, protocol="paper"), reference=cohort)
         column = table["paper: BrainHarmonix"].droplevel("model").dropna()
         assert column.to_dict() == pytest.approx(PUBLISHED[cohort])
         assert np.isfinite(table.droplevel("model").loc[list(PUBLISHED[cohort]), "score"]).all()

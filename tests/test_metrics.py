@@ -11,7 +11,6 @@ from scipy.stats import pearsonr
 from sklearn import metrics as oracle
 
 from bhx.data.splits import permute_within
-from bhx.errors import InputError
 from bhx.evaluate import metrics as metrics_file
 
 
@@ -215,9 +214,6 @@ def test_corrected_t_is_the_t_test_without_overlap_and_keeps_its_level_with_it()
 def test_adjusted_p_values_by_hand():
     p = [0.01, 0.04, np.nan, 0.03]
     np.testing.assert_allclose(metrics_file.adjust_p(p), [0.03, 0.06, np.nan, 0.06])
-    np.testing.assert_allclose(metrics_file.adjust_p(p, "fdr"), [0.03, 0.04, np.nan, 0.04])
-    with pytest.raises(InputError, match="Expected method to be holm, fdr, found 'none'"):
-        metrics_file.adjust_p(p, "none")
 
 
 def test_calibration_error_is_small_for_true_probabilities_only():

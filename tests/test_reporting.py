@@ -69,7 +69,7 @@ def test_confounds_explain_a_prediction_made_of_them_and_nothing_of_another(feat
     assert other.loc["connectome", "explained"] < 0.08
     row = other.loc["connectome"]
     assert row.partial_r == pytest.approx(row.r, abs=0.02)
-    with pytest.raises(InputError, match="Expected coordinates on subject, found no iq"):
+    with pytest.raises(InputError, match="Expected 'iq' as a coordinate on subject"):
         explained_by(ages, ["iq"])
 
 
@@ -200,8 +200,8 @@ def test_methods_name_every_choice(features):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: explained_by(s, "scanner"), "found no scanner"),
-        (lambda s: explained_by(s, ["site", "fold"]), "found no fold"),
+        (lambda s: explained_by(s, "scanner"), "Expected 'scanner' as a coordinate on subject"),
+        (lambda s: explained_by(s, ["site", "fold"]), "Expected 'fold' as a coordinate on subject"),
         (lambda s: within(s, "fold"), "Expected 'fold' as a coordinate on subject"),
         (
             lambda s: explained_by(apart(s), ["dose", "iq"]),

@@ -70,9 +70,7 @@ class ComBat(TransformerMixin, BaseEstimator):
         width = x.shape[1] - 1 - self.covariates
         if width < 1:
             fact = f"Expected [features | {self.covariates} covariates | site], found {x.shape[1]}"
-            raise InputError(
-                f"{fact} columns", "Put the covariates and the site behind the features"
-            )
+            raise InputError(fact + " columns", "Put covariates and site behind the features")
         return x[:, :width], x[:, width:-1], x[:, -1]
 
     def _fit_pooled(self, features, covariates, onehot):
@@ -205,9 +203,8 @@ def match_subjects(
     check_coords(data, (target, *on, *exact))
     words = [name for name in on if data[name].dtype.kind not in "biuf"]
     if words:
-        raise InputError(
-            f"Expected numbers to match on, found {listed(words)}", "Put words in exact"
-        )
+        fact = f"Expected numbers to match on, found {listed(words)}"
+        raise InputError(fact, "Put words in exact")
     data = data.isel(subject=~is_missing(data[target].values))
     labels = np.unique(data[target].values)
     if len(labels) != 2:

@@ -20,7 +20,6 @@ from bhx.modalities.t1 import ANATOMY
 from bhx.modalities.table import by_variable
 from bhx.schema import check, is_missing, subject_coords, who_has
 
-GUESS = "mean or majority"
 COMPONENTS = 20  # principal components of the controls that take some
 CONFOUNDS = ("age", "sex", "site", "mean_fd", "coverage", "n_volumes")
 
@@ -44,7 +43,6 @@ def connectome(cohort: xr.Dataset, kind: str = "correlation") -> xr.Dataset:
     has no signal is NaN, and so is the whole row of a subject without BOLD;
     `attrs["without_bold"]` counts those.
     """
-    check(cohort, "cohort")
     bold = _variable(cohort, BOLD)
     check_choice("kind", kind, CONNECTIVITY)
     a, b = np.triu_indices(cohort.sizes["roi"], int(kind != "tangent"))
@@ -233,24 +231,25 @@ def confound_features(data: xr.Dataset, names=None) -> xr.Dataset:
     """
     names = [n for n in CONFOUNDS if n in data.coords] if names is None else list(names)
     values = encoded(data.coords.to_dataset(), names)
-    out = xr.Dataset({"features": (("subject", "feature"), values)})
-    out = out.assign_coords(subject_coords(data))
-    return out.assign_attrs(name="confounds", columns=", ".join(names))
+    return _as_features(data, values, name="confounds", columns=", ".join(names))
 
 
 def nothing(data: xr.Dataset) -> xr.Dataset:
     """Features of no width: `probe` then guesses the training mean or the training frequencies."""
-    out = xr.Dataset({"features": (("subject", "feature"), np.zeros((data.sizes["subject"], 0)))})
-    return out.assign_coords(subject_coords(data)).assign_attrs(name=GUESS)
+    return _as_features(data, np.zeros((data.sizes["subject"], 0)), name="mean or majority")
 
 
 def plain_values(cohort: xr.Dataset, variable: str) -> xr.Dataset:
     """A variable of the cohort as it is, one column an element; NaN rows for those without it."""
     check(cohort, "cohort")
     values = cohort[variable].where(xr.DataArray(who_has(cohort, variable), dims="subject"))
-    flat = values.values.reshape(cohort.sizes["subject"], -1)
-    out = xr.Dataset({"features": (("subject", "feature"), flat)}, subject_coords(cohort))
-    return out.assign_attrs(name=variable)
+    return _as_features(cohort, values.values.reshape(len(values), -1), name=variable)
+
+
+def _as_features(data, values, **attrs):
+    """Values (subject, column) as a Features Dataset with the labels of `data`."""
+    features = {"features": (("subject", "feature"), values)}
+    return xr.Dataset(features, subject_coords(data), attrs)
 
 
 def fuse(*features: xr.Dataset, name: str | None = None) -> xr.Dataset:

@@ -79,7 +79,6 @@ def fine_tune(
     stratify: str | None = None,
     task: str | None = None,
     classes=None,
-    positive=None,
     protocol: str | None = None,
     split: xr.DataArray | None = None,
     folds: int = 5,
@@ -103,7 +102,7 @@ def fine_tune(
     model : what each fold starts from; computed on its device, and not changed
     target : name of a coordinate on subject; numbers are standardized on the rows trained on,
         and predicted in their own units
-    groups, stratify, task, classes, positive, protocol, split, folds, repeats, seed : as in
+    groups, stratify, task, classes, protocol, split, folds, repeats, seed : as in
         `bhx.probe`: the folds are the same
     cache : path of a store for the encoders' tokens (26 MB a subject at base size), which every
         call with this cohort and model can share; without it they are held in memory
@@ -129,7 +128,7 @@ def fine_tune(
     plan = FineTuning(seed=seed, **settings)
     chosen = make_task(
         check(cohort, "cohort"), target, groups=groups, stratify=stratify, task=task,
-        classes=classes, positive=positive, protocol=protocol, split=split, folds=folds,
+        classes=classes, protocol=protocol, split=split, folds=folds,
         repeats=repeats, seed=seed,
     )  # fmt: skip
     if not resume and out is not None and Path(out, "fold_0").exists():

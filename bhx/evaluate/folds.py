@@ -56,10 +56,10 @@ class Design:
             fact = f"Expected {made[0]} alone, found {beside} too"
             raise InputError(fact, "It says who is tested: leave the others out, or it")
 
-    def splits(self, rows, kind: str, truth, names) -> Splits:
+    def splits(self, rows, truth, names) -> Splits:
         """The parts of these rows in each fold."""
-        if self.protocol == "brainmarks" and kind != "label":
-            fact = f"Expected labels for protocol 'brainmarks', found task '{kind}'"
+        if self.protocol == "brainmarks" and names is None:
+            fact = "Expected labels for protocol 'brainmarks', found numbers"
             raise InputError(fact, "Bin the numbers, and give task='label'")
         if self.split is not None:
             splits = read_split(rows, self.split)

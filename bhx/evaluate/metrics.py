@@ -11,20 +11,13 @@ import warnings
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control, rankdata
+from scipy.stats import rankdata
 from scipy.stats import t as student
 
-from bhx.errors import check_choice
-
-NUMBER = ("r", "r2", "mae")
 LABEL = ("balanced_accuracy", "auroc", "auprc", "macro_f1", "accuracy", "positive_f1")
 DECIDED = ("balanced_accuracy", "macro_f1", "accuracy", "positive_f1")
-RANGE: dict[str, tuple[float, float]] = {
-    "r": (-1, 1),
-    "r2": (-np.inf, 1),
-    "mae": (0, np.inf),
-    **dict.fromkeys(LABEL, (0, 1)),
-}
+RANGE: dict[str, tuple[float, float]] = dict.fromkeys(LABEL, (0.0, 1.0))
+RANGE |= {"r": (-1, 1), "r2": (-np.inf, 1), "mae": (0, np.inf)}
 CHANCE = {"r": 0.0, "r2": 0.0, "auroc": 0.5}  # balanced accuracy: 1 / classes
 
 
@@ -58,20 +51,20 @@ def _spread(values, w):
     return d, mean, np.where(variance > rounding, variance, 0)
 
 
-def measure_labels(truth, output, decision, weights=None, positive=-1):
+def measure_labels(truth, output, decision, weights=None):
     """Metrics of labels, each (B,), under weights (B, n).
 
     Parameters
     ----------
     truth, decision : int (n,), codes 0..K-1
     output : float (n, K), probabilities
-    positive : the code that `auprc` and `positive_f1` of two classes are about; with more
-        classes `auroc` and `auprc` are means of one-against-rest, and `positive_f1` is NaN
 
     Notes
     -----
-    `positive_f1` is the field's legacy F1: an all-positive guess scores well whenever the
-    positive class is the larger one. Prefer `balanced_accuracy` and `auroc`.
+    `auroc`, `auprc` and `positive_f1` of two classes are about the last; with more, the first two
+    are means of one-against-rest, and `positive_f1` is NaN. It is the field's legacy F1: an
+    all-positive guess scores well whenever the positive class is the larger one. Prefer
+    `balanced_accuracy` and `auroc`.
     """
     truth, decision, output = np.asarray(truth), np.asarray(decision), np.asarray(output, float)
     w, n_labels = _weights(weights, truth), output.shape[1]
@@ -81,12 +74,12 @@ def measure_labels(truth, output, decision, weights=None, positive=-1):
     with np.errstate(invalid="ignore", divide="ignore"):
         recall = hit / confusion.sum(1)
         f1 = 2 * hit / (confusion.sum(0) + confusion.sum(1))
-    ranked = range(n_labels) if n_labels > 2 else [positive % n_labels]
+    ranked = range(n_labels) if n_labels > 2 else [n_labels - 1]
     areas = np.array([areas_under_curves(truth == k, output[:, k], w) for k in ranked])
     auroc, auprc = known_mean(areas)
     out = {"balanced_accuracy": known_mean(recall), "auroc": auroc, "auprc": auprc}
     out |= {"macro_f1": known_mean(f1), "accuracy": hit.sum(0)}
-    out["positive_f1"] = f1[positive] if n_labels == 2 else np.full(len(w), np.nan)
+    out["positive_f1"] = f1[-1] if n_labels == 2 else np.full(len(w), np.nan)
     return out
 
 
@@ -169,23 +162,18 @@ def corrected_t(differences, test_share: float) -> tuple[float, float]:
     return float(statistic), float(2 * student.sf(abs(statistic), len(d) - 1))
 
 
-def adjust_p(p, method: str = "holm") -> np.ndarray:
-    """P values adjusted for several tests; NaN stays NaN and does not count as a test.
+def adjust_p(p) -> np.ndarray:
+    """P values adjusted by Holm's method, which bounds the chance of any false alarm.
 
-    "holm" bounds the chance of any false alarm, "fdr" the share of false alarms among the alarms
-    (Benjamini and Hochberg).
+    NaN stays NaN and does not count as a test.
     """
-    check_choice("method", method, ("holm", "fdr"))
     p = np.asarray(p, float)
     out, known = np.full(p.shape, np.nan), np.isfinite(p)
     tests = p[known]
-    if method == "fdr":
-        out[known] = false_discovery_control(tests) if len(tests) else tests
-    else:
-        order = np.argsort(tests, kind="stable")
-        steps = np.maximum.accumulate(tests[order] * np.arange(len(tests), 0, -1))
-        tests[order] = np.minimum(steps, 1)
-        out[known] = tests
+    order = np.argsort(tests, kind="stable")
+    steps = np.maximum.accumulate(tests[order] * np.arange(len(tests), 0, -1))
+    tests[order] = np.minimum(steps, 1)
+    out[known] = tests
     return out
 
 

@@ -47,7 +47,6 @@ def probe(
     preserve=(),
     task: str | None = None,
     classes=None,
-    positive=None,
     estimator=None,
     protocol: str | None = None,
     split: xr.DataArray | None = None,
@@ -81,8 +80,8 @@ def probe(
         may reveal the target: be in its order, or have a value of their own for each label
     task : "number" or "label"; None decides by the target
         (floats, and integers with more than ten values, are numbers)
-    classes : labels to use, in order; subjects with others are left out and counted
-    positive : which of two labels precision and recall are about; default the last
+    classes : labels to use, in order; subjects with others are left out and counted. Precision and
+        recall of two labels are about the last, in alphabetical order where none is given
     estimator : any scikit-learn estimator instead of ridge or logistic regression; it gets the
         scaled features, and for labels needs predict_proba. Features whose attrs["estimator"] is
         a name in `estimators.ESTIMATORS` bring their own (`raw_signal`), and attrs["components"]
@@ -122,8 +121,7 @@ def probe(
     used = [name for name in (harmonize, *confounds, *preserve) if name]
     design: dict = {"groups": groups, "stratify": stratify, "protocol": protocol, "split": split}
     design |= {"folds": folds, "repeats": repeats, "seed": seed}
-    labels = {"task": task, "classes": classes, "positive": positive}
-    task = make_task(many, target, **labels, needed=used, **design)
+    task = make_task(many, target, task=task, classes=classes, needed=used, **design)
     check_leak(task.rows.labels, used, target, task.truth, task.names)
     _check_estimator(estimator, task.kind)
     beside = Beside.of(task.rows.labels, confounds, harmonize, preserve)
@@ -243,10 +241,7 @@ def _prepared(x, steps, task, nested):
 # One model ---
 
 DEFAULTS = {"number": Ridge, "label": LogisticRegression}
-NAMES = {
-    "number": "ridge regression, nested penalty",
-    "label": "logistic regression, nested penalty",
-}
+NAMES = {"number": "ridge regression", "label": "logistic regression"}
 
 
 def _probe_one(features, task, estimator, beside, permutations):
@@ -281,7 +276,9 @@ def _described(estimator, task):
     """An estimator for the methods of a report."""
     if isinstance(estimator, DummyRegressor | DummyClassifier):
         return "the mean or the frequencies of the training part"
-    return NAMES[task.kind] if estimator is None else " ".join(repr(estimator).split())
+    if estimator is None:
+        return f"{NAMES[task.kind]}, nested penalty"
+    return " ".join(repr(estimator).split())
 
 
 def _predict(folds, task, truth, estimator):

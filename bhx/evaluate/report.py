@@ -20,9 +20,10 @@ from bhx.data.splits import cohort_hash
 from bhx.errors import InputError, listed
 from bhx.evaluate import metrics
 from bhx.evaluate.features import CONFOUNDS, encoded
+from bhx.evaluate.options import check_coords
 from bhx.evaluate.scores import compare
 from bhx.evaluate.task import codes_of, participants_of, plan_of
-from bhx.schema import is_missing, subject_coords
+from bhx.schema import is_missing
 from bhx.settings import PACKAGE, __version__
 
 BLUE, GRAY = "#0072B2", "#7f7f7f"
@@ -273,12 +274,8 @@ def plot_scores(table: pd.DataFrame, metric: str | None = None):
         figure.add_vline(table.attrs["chance"][metric], line=line, opacity=1)
     figure.update_xaxes(title=f"{metric.replace('_', ' ')} (mean over folds, 95 % interval)")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    layout = {
-        "template": "simple_white",
-        "title": table.columns.name,
-        "height": 140 + 36 * len(names),
-    }
-    return figure.update_layout(layout, modebar_remove="sendChartToCloud")
+    figure.update_layout(template="simple_white", title=table.columns.name)
+    return figure.update_layout(height=140 + 36 * len(names), modebar_remove="sendChartToCloud")
 
 
 def plot_calibration(*scores: xr.Dataset, bins: int = 10):
@@ -327,8 +324,7 @@ def tested(scores: xr.Dataset) -> xr.Dataset:
 def pooled_output(scores: xr.Dataset) -> xr.DataArray:
     """One number a subject and model: the predicted number, or the positive label's probability,
     averaged over the folds that tested the subject."""
-    column = "value" if scores.attrs["task"] == "number" else scores.attrs["positive"]
-    return scores.output.sel({"class": column}, drop=True).mean("fold")
+    return scores.output.isel({"class": -1}, drop=True).mean("fold")
 
 
 def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
@@ -336,10 +332,7 @@ def within(scores: xr.Dataset, by: str) -> pd.DataFrame:
 
     Predictions of all folds are taken together; a stratum of one label has no AUROC.
     """
-    known = subject_coords(scores)
-    if by not in known:
-        fact = f"Expected '{by}' as a coordinate on subject, found {listed(known, 20)}"
-        raise InputError(fact, "Assign it to the features before the probe")
+    check_coords(scores, [by])
     scores = tested(scores)
     strata, rows = scores[by].values, []
     plan, truth = plan_of(scores), codes_of(scores)
@@ -369,15 +362,12 @@ def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:
     both. Subjects without one of the confounds do not enter (`n`).
     """
     confounds = [confounds] if isinstance(confounds, str) else list(confounds)
+    check_coords(scores, confounds)
     scores = tested(scores)
-    missing = [n for n in confounds if n not in subject_coords(scores)]
-    if missing:
-        fact = f"Expected coordinates on subject, found no {listed(missing)}"
-        raise InputError(fact, "Assign them to the features before the probe")
     design = encoded(scores.coords.to_dataset(), confounds)
     truth = codes_of(scores)
     if scores.attrs["task"] == "label":
-        truth = truth == plan_of(scores).positive
+        truth = truth == scores.sizes["class"] - 1
     known = np.isfinite(design).all(1)
     if not known.any():
         fact = f"Expected subjects with all of {listed(confounds, 20)}, found none"

@@ -17,9 +17,6 @@ from bhx.evaluate.features import name_of
 from bhx.evaluate.options import check_coords
 from bhx.schema import is_missing, plain_labels, subject_coords
 
-TASKS = ("number", "label")
-
-
 # Who enters ---
 
 
@@ -121,9 +118,8 @@ def _loaded(features):
     """A Dataset with its features in memory: numbers, finite or NaN."""
     values, name = features.features.compute(), name_of(features)
     if values.dtype.kind not in "biuf":
-        raise InputError(
-            f"Expected numbers in {name}, found {values.dtype}", "Convert them: astype(float)"
-        )
+        fact = f"Expected numbers in {name}, found {values.dtype}"
+        raise InputError(fact, "Convert them: astype(float)")
     if np.isinf(values.values).any():
         fact = f"Expected finite numbers in {name}, or NaN, found infinite ones"
         raise InputError(fact, "Put NaN: those are filled with the training mean")
@@ -140,24 +136,24 @@ def as_words(labels) -> np.ndarray:
 
 
 def truth_of(values, target: str, task: str | None, classes):
-    """(kind, names, truth): numbers (names None), or codes of sorted names."""
+    """(names, truth): numbers (names None), or codes of sorted names."""
     numeric, asked = values.dtype.kind in "iuf", task
     if task is None:
         few = np.issubdtype(values.dtype, np.integer) and len(np.unique(values)) <= 10
         task = "number" if numeric and not few and classes is None else "label"
-    check_choice("task", task, TASKS)
+    check_choice("task", task, ["number", "label"])
     if task == "number":
         _check_numbers(values, target, numeric)
-        return task, None, values.astype(float)
+        return None, values.astype(float)
     if asked is None and classes is None and not numeric:
         _check_words(values, target)
     found, codes = np.unique(values if numeric else values.astype(str), return_inverse=True)
     found = as_words(found)
     _check_labels(found, target, classes)
     if classes is None:
-        return task, found, codes
+        return found, codes
     names = as_words(classes)
-    return task, names, np.array([list(names).index(n) for n in found])[codes]
+    return names, np.array([list(names).index(n) for n in found])[codes]
 
 
 def _check_words(values, target):
@@ -213,12 +209,3 @@ def check_leak(labels, used, target: str, truth, names) -> None:
             fact = "Expected confounds, harmonize and preserve without the target, found "
             fact += f"'{name}', which tells '{target}' of everyone"
             raise InputError(fact, "Leave it out: it would leak the target into the test fold")
-
-
-def positive_code(names, positive) -> int:
-    """The code of the label that precision and recall are about: the last without a choice."""
-    if names is None or positive is None:
-        return -1 if names is None else len(names) - 1
-    positive = as_words([positive])[0]
-    check_choice("positive", positive, list(names))
-    return list(names).index(positive)

@@ -19,7 +19,6 @@ def compare(
     *scores: xr.Dataset,
     control: str | None = None,
     reference: str | None = None,
-    adjust: str = "holm",
     level: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
@@ -31,7 +30,6 @@ def compare(
     scores : what `probe` returned, one or several, of one target or several
     control : the model the others are tested against; by default the last of each target
     reference : name of a cohort in `REPORTED`; adds what others report for it
-    adjust : "holm" or "fdr", over all models and targets of the table, metric by metric
     level, draws, seed : of the bootstrap
 
     Returns
@@ -39,9 +37,10 @@ def compare(
     pandas DataFrame, a row a (target,) model and metric: `score` (mean over folds), `low` and
     `high` (its interval under a bootstrap of participants, see `metrics.interval`; NaN for metrics
     of decisions under protocol "paper"), `n` subjects that entered, `diff` to the control and `p`
-    (corrected resampled t-test over shared folds, adjusted; NaN where the folds are not the same),
-    `p_null` where `probe` was given permutations. attrs["chance"]: metric -> what guessing scores
-    (balanced accuracy only where all have as many classes).
+    (corrected resampled t-test over shared folds, with Holm's adjustment over all models and
+    targets, metric by metric; NaN where the folds are not the same), `p_null` where `probe` was
+    given permutations. attrs["chance"]: metric -> what guessing scores (balanced accuracy only
+    where all have as many classes).
     """
     if not scores:
         raise InputError("Expected scores to compare, found none", "Call bhx.probe first")
@@ -58,7 +57,7 @@ def compare(
     table = pd.concat(tables, ignore_index=True)
     for metric in table.metric.unique():
         at = table.metric == metric
-        table.loc[at, "p"] = metrics.adjust_p(table.loc[at, "p"].values, adjust)
+        table.loc[at, "p"] = metrics.adjust_p(table.loc[at, "p"].values)
     if reference is not None:
         table = _with_reference(table, reference)
     index = ["target", "model", "metric"] if len(targets) > 1 else ["model", "metric"]

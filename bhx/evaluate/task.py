@@ -15,7 +15,7 @@ import xarray as xr
 from bhx.evaluate import metrics
 from bhx.evaluate.folds import Design, Splits, inner_splits, tied_units
 from bhx.evaluate.options import check_name
-from bhx.evaluate.rows import Rows, common_rows, positive_code, truth_of
+from bhx.evaluate.rows import Rows, common_rows, truth_of
 from bhx.schema import subject_coords
 
 
@@ -23,9 +23,12 @@ from bhx.schema import subject_coords
 class Outcome:
     """What a prediction is about: a number or a label."""
 
-    kind: str
     names: np.ndarray | None  # of the labels; None for numbers
-    positive: int  # code of the label that precision and recall are about
+
+    @property
+    def kind(self) -> str:
+        """What it is called in `bhx.probe`."""
+        return "number" if self.names is None else "label"
 
     @property
     def classes(self) -> list[str]:
@@ -36,7 +39,7 @@ class Outcome:
         """Metric -> values (B,) of outputs (n, class) and decisions (n,) under weights (B, n)."""
         if self.names is None:
             return metrics.measure_numbers(truth, output[:, 0], weights)
-        return metrics.measure_labels(truth, output, decision, weights, self.positive)
+        return metrics.measure_labels(truth, output, decision, weights)
 
 
 @dataclass
@@ -127,7 +130,7 @@ class Task(Outcome):
             most = metrics.majority(decision, len(self.names))
             prediction = np.where(known, self.names[most], "")
             truth = self.names[truth]
-            attrs["positive"] = str(self.names[self.positive])
+            attrs["positive"] = self.classes[-1]
         found, folds = self.score(output, decision), ("model", "fold", "subject")
         variables = {
             "score": (("model", "metric", "fold"), np.array(list(found.values()))[None]),
@@ -163,16 +166,14 @@ class Task(Outcome):
         }
 
 
-def make_task(
-    data, target: str, *, task=None, classes=None, positive=None, needed=(), **design
-) -> Task:
+def make_task(data, target: str, *, task=None, classes=None, needed=(), **design) -> Task:
     """Who enters, with which truth and in which folds.
 
     Parameters
     ----------
     data : Dataset with labels on subject (a cohort, latents, features), or a list of them: who
         enters is in all, and has some of the features of each that has features
-    target, task, classes, positive : as in `bhx.probe`
+    target, task, classes : as in `bhx.probe`
     needed : further coordinates without which nobody enters
     design : fields of `folds.Design`: groups, stratify, protocol, split, folds, repeats, seed
     """
@@ -183,9 +184,8 @@ def make_task(
     if design.protocol == "paper" and any("site" in one.coords for one in data):
         needed.append("site")
     rows = common_rows(data, target, needed, classes, design.split)
-    kind, names, truth = truth_of(rows.labels[target].values, target, task, classes)
-    splits, code = design.splits(rows, kind, truth, names), positive_code(names, positive)
-    return Task(kind, names, code, target, rows, truth, splits, design)
+    names, truth = truth_of(rows.labels[target].values, target, task, classes)
+    return Task(names, target, rows, truth, design.splits(rows, truth, names), design)
 
 
 # Scores, read ---
@@ -193,18 +193,14 @@ def make_task(
 
 def plan_of(scores: xr.Dataset) -> Outcome:
     """The outcome that these scores are about."""
-    if scores.attrs["task"] == "number":
-        return Outcome("number", None, -1)
-    names = scores["class"].values.astype(str)
-    return Outcome(scores.attrs["task"], names, positive_code(names, scores.attrs["positive"]))
+    number = scores.attrs["task"] == "number"
+    return Outcome(None if number else scores["class"].values.astype(str))
 
 
 def codes_of(scores: xr.Dataset) -> np.ndarray:
     """The truth as numbers: itself, or the place of each label among the classes."""
-    if scores.attrs["task"] == "number":
-        return scores.truth.values
-    names = list(scores["class"].values.astype(str))
-    return np.array([names.index(str(t)) for t in scores.truth.values])
+    plan, truth = plan_of(scores), scores.truth.values
+    return truth if plan.names is None else np.array([plan.classes.index(str(t)) for t in truth])
 
 
 def participants_of(scores: xr.Dataset) -> np.ndarray:
