@@ -65,7 +65,7 @@ def _demo(**options):
 
 
 def _catalog(catalog=None):
-    """List and check the entries of the catalogue.
+    """List and check the entries of the catalog.
 
     example:
       python -m bhx catalog --catalog my_entries
@@ -159,7 +159,7 @@ def _is_store(text):
 
 
 def _is_source(text):
-    return text in catalogue_names() or Path(text).is_dir()
+    return text in catalog_names() or Path(text).is_dir()
 
 
 def _is_cohort(text):
@@ -170,8 +170,8 @@ def _are_weights(text):
     return text in shipped_weights() or Path(text.removeprefix("release:")).expanduser().is_dir()
 
 
-def catalogue_names() -> list[str]:
-    """Names of the catalogue's entries, read off the names of their files."""
+def catalog_names() -> list[str]:
+    """Names of the catalog's entries, read off the names of their files."""
     folders = [PACKAGE / "data_catalog", PACKAGE.parent / "data_catalog"]
     folders += [Path(own)] if (own := os.environ.get("BHX_CATALOG")) else []
     return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
@@ -183,7 +183,7 @@ def shipped_weights() -> list[str]:
 
 
 NUMBER, THERE = "Give another number", "Name one that exists"
-ENTRIES = f"Name a folder that exists, or one of {listed(catalogue_names(), 30)}"
+ENTRIES = f"Name a folder that exists, or one of {listed(catalog_names(), 30)}"
 WEIGHTS = f"Name {listed(shipped_weights())}, a folder of pretrain, or release:FOLDER"
 COUNT = _of("a whole number of at least 1", NUMBER, lambda n: n >= 1, int)
 COUNT_OR_0 = _of("a whole number of at least 0", NUMBER, lambda n: n >= 0, int)
@@ -191,8 +191,8 @@ ABOVE_0 = _of("a number above 0", NUMBER, lambda x: 0 < x < float("inf"), float)
 FILE = _of("a file", THERE, os.path.isfile)
 FOLDER = _of("a folder", THERE, os.path.isdir)
 STORE = _of("a zarr store", "Name a folder that prepare or embed wrote", _is_store)
-SOURCE = _of("a catalogue entry or a folder", ENTRIES, _is_source)
-COHORT = _of("a zarr store, a catalogue entry or a folder", ENTRIES, _is_cohort)
+SOURCE = _of("a catalog entry or a folder", ENTRIES, _is_source)
+COHORT = _of("a zarr store, a catalog entry or a folder", ENTRIES, _is_cohort)
 MODEL = _of("weights", WEIGHTS, _are_weights)
 IS_DEVICE = re.compile(r"cpu|cuda(:\d+)?|mps").fullmatch
 DEVICE = _of("cpu, cuda, cuda:N or mps", "Name one of these devices", IS_DEVICE)
@@ -263,7 +263,7 @@ def _parser():
     add("--catalog", type=FOLDER, help="folder with entries of your own")
 
     add = command(_prepare)
-    add("source", type=SOURCE, help="catalogue entry, or folder of derivatives (fMRIPrep-like)")
+    add("source", type=SOURCE, help="catalog entry, or folder of derivatives (fMRIPrep-like)")
     add("out", type=_output, help="store to write, or to continue")
     add("--workers", type=COUNT, default=2, help="subjects read at a time")
     add("--scheduler", dest="client", help="address of a Dask cluster, instead of threads here")
@@ -290,7 +290,7 @@ def _parser():
     add("--set", **several, help="other settings of the training, such as steps=200")
 
     add = command(_embed)
-    add("cohort", type=COHORT, help="catalogue entry, such as synthetic; or a store or folder")
+    add("cohort", type=COHORT, help="catalog entry, such as synthetic; or a store or folder")
     add("out", type=_output, help="store to write, or to continue")
     add("--model", type=MODEL, default="workshop", help="shipped name, folder or release:FOLDER")
     text = f"what to store beside the hub tokens: {listed(KEEP)}"

@@ -62,7 +62,7 @@ def moran(values, neighbours):
     return (neighbours * np.outer(centred, centred)).mean() / neighbours.mean() / centred.var()
 
 
-def test_every_variable_is_labelled_and_finite(any_atlas):
+def test_every_variable_is_labeled_and_finite(any_atlas):
     n = any_atlas.sizes["roi"]
     assert dict(any_atlas.sizes) == {
         "roi": n, "mode": 200, "component": 30, "roi_other": n, "axis": 3,

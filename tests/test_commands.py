@@ -67,7 +67,7 @@ REFUSED = {  # command line -> what its sentence says
     "pretrain store.zarr --stage dynamics --out o --set steps=few": "steps .* found 'few'",
     "pretrain store.zarr --stage dynamics --out o --set stepz=3": "settings of .*, found stepz",
     "pretrain store.zarr --stage dynamics --out o --workers -1": "at least 0, found '-1'",
-    "prepare missing out.zarr": "a catalogue entry or a folder, found 'missing'",
+    "prepare missing out.zarr": "a catalog entry or a folder, found 'missing'",
     "prepare . out.zarr --voxel-mm 0": "a number above 0, found '0'",
     "prepare . out.zarr --workers none": "a whole number of at least 1, found 'none'",
     "prepare . out.zarr --atlas schaefer300": "invalid choice: 'schaefer300'.*schaefer400",
@@ -148,7 +148,7 @@ def test_choices_are_those_of_the_library():
     assert {*tokens, "attention"} == set(commands.KEEP)
     assert tuple(STAGES) == commands.STAGES
     assert set(PRESETS) == set(commands.PRESETS)
-    assert list(catalog_files()) == commands.catalogue_names()
+    assert list(catalog_files()) == commands.catalog_names()
     assert commands.shipped_weights() == ["workshop"]
     for atlas in commands.ATLASES:
         bhx.load_atlas(atlas)

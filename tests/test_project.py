@@ -69,7 +69,7 @@ def test_version_is_said_once():
 
 
 def shipped() -> set[str]:
-    """Every file of the package and the catalogue, by its place in a wheel."""
+    """Every file of the package and the catalog, by its place in a wheel."""
     places = {REPO / "bhx": "bhx", REPO / "data_catalog": "bhx/data_catalog"}
     places[REPO / "benchmarks" / "brainmarks"] = "brainmarks/models"
     return {
@@ -115,7 +115,7 @@ def site(wheel, tmp_path_factory) -> Path:
 
 OFFLINE = {
     "atlases": 'print([bhx.load_atlas(f"schaefer{n}").harmonics.shape for n in (100, 200, 400)])',
-    "catalogue": "import bhx.data.catalog; print(bhx.data.catalog.shipped_folder())",
+    "catalog": "import bhx.data.catalog; print(bhx.data.catalog.shipped_folder())",
     "sample": 'print(bhx.open_cohort("sample").bold.shape)',
     "weights": 'print(bhx.load_model("workshop"))',
 }
@@ -132,7 +132,7 @@ def test_wheel_works_in_another_folder(part, site, tmp_path):
     assert done.returncode == 0, done.stderr
     home, printed = done.stdout.strip().split("\n", 1)
     assert Path(home).is_relative_to(site)
-    if part == "catalogue":
+    if part == "catalog":
         assert Path(printed) == site / "bhx" / "data_catalog"
 
 

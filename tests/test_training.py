@@ -189,7 +189,7 @@ def test_rows_of_a_store_follow_the_chosen_subjects(cohort, store, model):
     assert all(equal(read[0, i], direct[0, i]) for i in range(3))
 
 
-def test_catalogue_names_open_as_cohorts():
+def test_catalog_names_open_as_cohorts():
     whole, path = opened("synthetic")
     assert path is None
     assert whole.sizes["subject"] > 10

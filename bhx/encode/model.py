@@ -1,4 +1,4 @@
-"""A model that takes and returns labelled arrays."""
+"""A model that takes and returns labeled arrays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bhx.schema import ROI_COORDS
 
 
 def load_model(source="workshop", *, device: str | None = None) -> Model:
-    """A model with its weights, ready to read labelled scans.
+    """A model with its weights, ready to read labeled scans.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def reading_all_of(config: HarmonixConfig, cohort: xr.Dataset) -> HarmonixConfig
 
 
 class Model:
-    """Networks that take and return labelled arrays.
+    """Networks that take and return labeled arrays.
 
     `structure`, `dynamics` and `harmonize` are the bare networks on data already scaled; `embed`
     does everything for a cohort. `networks` holds the torch modules, `config` their sizes.
