@@ -217,7 +217,7 @@ def test_names_are_found_in_any_order_and_either_naming(atlas, atlas17):
         (lambda n: n[:-2], "400 parcels of schaefer400, found 398 names; missing: 7Networks_RH_D"),
         (lambda n: ["Background", *n], "found 401 names; unknown: Background"),
         (lambda n: ["V1", *n[1:]], "unknown: V1; missing: 7Networks_LH_Vis_1"),
-        (lambda n: [*n, "LH_Vis_1"], "found 401 names; repeated: LH_Vis_1"),
+        (lambda n: [*n, "LH_Vis_1"], "found 401 names; repeated: 7Networks_LH_Vis_1"),
         (lambda n: load_atlas("schaefer100").roi.values, "found 100 names; "),
         (lambda n: range(400), "unknown: 0, 1, 2, 3, 4 and 395 more; missing: .* and 395 more"),
         (lambda n: [], "found 0 names"),

@@ -172,7 +172,7 @@ def test_nothing_usable_is_an_error_and_leaves_no_store(derivatives, tmp_path):
 def test_other_options_for_the_same_store_are_refused(derivatives, tmp_path):
     rows = find_scans(derivatives).iloc[1:3]
     prepare_file.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
-    with pytest.raises(InputError, match=r"voxel_mm=8.0, found voxel_mm=16.0"):
+    with pytest.raises(InputError, match="'voxel_mm': 8.0}, found {'voxel_mm': 16.0}"):
         prepare_file.prepare(rows, tmp_path / "c.zarr", atlas=ATLAS, voxel_mm=8.0)
 
 

@@ -90,7 +90,7 @@ class Samples(torch.utils.data.Dataset):
         self.modalities = {n: m for n, m in config.modalities.items() if n in names}
         self.labels = cohort.drop_vars(list(cohort.data_vars)).compute()
         self.source = path or cohort if tokens is None else tokens
-        self.tokens, self._arrays = tokens is not None, {}
+        self.tokens, self._arrays, self._ready = tokens is not None, {}, {}
         self.has = {
             name: who_has(cohort, m.variable) & (m.variable in cohort)
             for name, m in self.modalities.items()
@@ -133,9 +133,12 @@ class Samples(torch.utils.data.Dataset):
         return reading
 
     def read_tokens(self, i: int) -> Sequences:
-        """Stored tokens of a subject, of all windows."""
-        stored = {n: m.split(self._stored(m.tokens, i), self.config) for n, m in self._had(i)}
-        return made_before(self.config, stored)
+        """Stored tokens of a subject, of all windows; prepared once where they are in memory."""
+        ready = self._ready if isinstance(self.source, xr.Dataset) else {}
+        if i not in ready:
+            stored = {n: m.split(self._stored(m.tokens, i), self.config) for n, m in self._had(i)}
+            ready[i] = made_before(self.config, stored)
+        return ready[i]
 
     def _had(self, i):
         return [(name, m) for name, m in self.modalities.items() if self.has[name][i]]
