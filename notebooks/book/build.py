@@ -87,7 +87,10 @@ def api_page() -> str:
     for file, names in bhx.PUBLIC.items():
         purpose = __import__(f"bhx.{file}", fromlist=["_"]).__doc__.splitlines()[0]
         parts += [f"## {file}", purpose, summary(names)]
-    return "\n\n".join([*parts, "## The machine", summary(["folders"])]) + "\n"
+    return (
+        "\n\n".join([*parts, "## The machine, and errors", summary(["folders", "InputError"])])
+        + "\n"
+    )
 
 
 def summary(names) -> str:

@@ -24,6 +24,7 @@ nb_merge_streams = True
 myst_heading_anchors = 3
 html_math_renderer = None
 
+templates_path = [str(HERE / "templates")]
 autosummary_generate = True
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
