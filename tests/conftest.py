@@ -38,3 +38,13 @@ def loopback_only():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
         yield
+
+
+@pytest.fixture(scope="module")
+def brains():
+    """Four short scans with T1, in memory, and an untrained workshop model."""
+    from bhx import synthetic_cohort
+    from bhx.encode.model import random_model
+
+    cohort = synthetic_cohort(4, seed=3, sites=("C", "D"), minutes=4, missing=0).compute()
+    return cohort, random_model("workshop", seed=1)

@@ -241,23 +241,6 @@ def test_bad_input_is_named(call, says):
     assert says in str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def brains():
-    """Four short scans with T1, in memory, and an untrained workshop model."""
-    from bhx import synthetic_cohort
-    from bhx.encode.model import random_model
-
-    cohort = synthetic_cohort(4, seed=3, sites=("C", "D"), minutes=4, missing=0).compute()
-    return cohort, random_model("workshop", seed=1)
-
-
-@pytest.fixture(scope="module")
-def intact(brains):
-    from bhx import embed
-
-    return embed(*brains, keep=("attention",)).compute()
-
-
 def test_controls_of_an_untrained_model_are_itself(brains):
     """Random weights agree with themselves wholly, and every agreement is a correlation."""
     cohort, model = brains

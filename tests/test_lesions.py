@@ -5,19 +5,11 @@ import pytest
 import torch
 import xarray as xr
 
-from bhx import embed, synthetic_cohort
+from bhx import embed
 from bhx.encode.inputs import Reading, encode_readings, sequences
-from bhx.encode.model import random_model
 from bhx.errors import InputError
 from bhx.latents.gradients import _reading, integrated_gradients
 from bhx.latents.lesions import _without, lesion
-
-
-@pytest.fixture(scope="module")
-def brains():
-    """Four short scans with T1, in memory, and an untrained workshop model."""
-    cohort = synthetic_cohort(4, seed=3, sites=("C", "D"), minutes=4, missing=0).compute()
-    return cohort, random_model("workshop", seed=1)
 
 
 @pytest.fixture(scope="module")
