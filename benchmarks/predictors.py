@@ -256,7 +256,9 @@ def _harmonizer(samples, model, train, test, run):
     errors = {name: {} for name in place}
     for one in found[len(train) :]:
         subject = {name: (x.to(model.device), at.to(model.device)) for name, (x, at) in one.items()}
-        made = harmonizer.decode(harmonizer([subject]), [harmonizer.rows(subject)]).cpu()
+        made = harmonizer.decode(
+            harmonizer.norm(harmonizer.encode([subject])), [harmonizer.rows(subject)]
+        ).cpu()
         made = dict(zip(one, made.split([len(at) for _, at in one.values()]), strict=True))
         for name, (tokens, _) in one.items():
             target = tokens - place[name]

@@ -146,7 +146,9 @@ def _check_subjects(obj, kind):
 def _check_cohort(obj):
     there = by_variable(obj.data_vars)
     if not there:
-        names = " or ".join(f"'{m.variable}'" for m in MODALITIES.values())
+        names = " or ".join(
+            f"'{name}'" for name in dict.fromkeys(m.variable for m in MODALITIES.values())
+        )
         fact = f"Expected a cohort with {names}, found {listed(obj.data_vars) or 'none'}"
         raise InputError(fact, "Name the variables so: ds.rename(old='new')")
     for name in (*SUBJECT_COORDS, *(m.has for m in there.values())):

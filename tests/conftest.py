@@ -47,4 +47,4 @@ def brains():
     from bhx.encode.model import random_model
 
     cohort = synthetic_cohort(4, seed=3, sites=("C", "D"), minutes=4, missing=0).compute()
-    return cohort, random_model("workshop", seed=1)
+    return cohort, random_model("paper", seed=1)

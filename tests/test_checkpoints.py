@@ -24,13 +24,13 @@ from bhx.model.checkpoints import read_weights
 from bhx.model.config import PRESETS, RELEASE, Harmonix, HarmonixConfig, build
 
 TINY = replace(
-    PRESETS["workshop"],
+    PRESETS["paper"],
     name="tiny",
-    structure=replace(PRESETS["workshop"].structure, width=24, depth=1, heads=2, decoder_width=12,
+    structure=replace(PRESETS["paper"].structure, width=24, depth=1, heads=2, decoder_width=12,
                       decoder_depth=1, decoder_heads=2),
-    dynamics=replace(PRESETS["workshop"].dynamics, width=24, depth=1, heads=2, predictor_width=12,
+    dynamics=replace(PRESETS["paper"].dynamics, width=24, depth=1, heads=2, predictor_width=12,
                      predictor_depth=1, predictor_heads=2, harmonics=9, gradients=4),
-    harmonizer=replace(PRESETS["workshop"].harmonizer, hubs=4, width=24, depth=1, heads=2,
+    harmonizer=replace(PRESETS["paper"].harmonizer, hubs=4, width=24, depth=1, heads=2,
                        decoder_width=12, decoder_depth=1, decoder_heads=2, target_width=24),
 )  # fmt: skip
 
@@ -53,7 +53,7 @@ def hub(networks):
     t1 = random.standard_normal(config.structure.shape).astype("float32")
     reading, facts = Reading(), {"tr": 2.0, "n_volumes": 100}
     for name, values in {"bold": scan, "t1": t1}.items():
-        reading.add(name, config.modalities[name].cut(values, facts, config))
+        reading.add(config.modalities[name], config.modalities[name].cut(values, facts, config))
     tokens = encode_readings(networks, [reading], "cpu")
     return networks.harmonizer(sequences(config, [reading], tokens).subjects)
 
@@ -93,12 +93,16 @@ def test_seeds_make_models_and_leave_the_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_shipped_weights_are_small_whole_and_of_the_preset():
-    shipped = read_weights("workshop")
-    assert shipped.config == PRESETS["workshop"]
+STAGES_OF = {"workshop": {"harmonizer"}, "paper": {"structure", "dynamics", "harmonizer"}}
+
+
+@pytest.mark.parametrize("name", STAGES_OF)
+def test_shipped_weights_are_small_whole_and_of_the_preset(name):
+    shipped = read_weights(name)
+    assert shipped.config == PRESETS[name]
     assert all(v.isfinite().all() for v in shipped.state_dict().values())
-    assert sum(p.stat().st_size for p in (checkpoints_file.SHIPPED / "workshop").iterdir()) < 10e6
-    assert shipped.provenance["stages"].keys() >= {"structure", "dynamics", "harmonizer"}
+    assert sum(p.stat().st_size for p in (checkpoints_file.SHIPPED / name).iterdir()) < 10e6
+    assert shipped.provenance["stages"].keys() == STAGES_OF[name]
 
 
 def altered(change):
@@ -466,11 +470,12 @@ def test_the_published_files_load_at_their_full_size(tmp_path):
 
 
 def test_tables_beside_shipped_weights_are_read_by_name():
-    errors = bhx.weights_table()
+    errors = bhx.weights_table("paper", "held_out_errors")
     assert set(errors.stage) == {"structure", "dynamics", "harmonizer"}
     assert errors.groupby("target").explained.first().eq(0).all()
-    assert "connectome" in bhx.weights_table("workshop", table="planted_factors")
+    for name in STAGES_OF:
+        assert "connectome, flattened" in bhx.weights_table(name)
     with pytest.raises(InputError, match="table to be held_out_errors, planted_factors, found 'x'"):
-        bhx.weights_table(table="x")
-    with pytest.raises(InputError, match="weights to be workshop, found 'mine'"):
+        bhx.weights_table("paper", table="x")
+    with pytest.raises(InputError, match="weights to be paper, workshop, found 'mine'"):
         bhx.weights_table("mine")

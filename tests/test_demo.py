@@ -69,7 +69,7 @@ def test_embed_from_the_shell_gives_what_the_demo_wrote(made, tmp_path):
 
 
 def test_pretrain_from_the_shell_reads_its_settings(made, tmp_path):
-    line = ["pretrain", str(made / "cohort.zarr"), "--stage", "structure", "--out", str(tmp_path)]
-    assert main([*line, "--set", "steps=1", "batch=4", "rate=(0.0, 1e-3, 0.0)"]) == 0
+    line = ["pretrain", str(made / "cohort.zarr"), "--stage", "harmonizer", "--out", str(tmp_path)]
+    assert main([*line, "--set", "steps=1", "batch=16", "rate=(0.0, 1e-3, 0.0)"]) == 0
     assert (tmp_path / "model.safetensors").exists()
     assert main([*line, "--set", "steps=1"]) == 2  # a run is there already

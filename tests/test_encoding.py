@@ -724,6 +724,6 @@ def test_a_reading_can_be_made_without_labels(model):
 
 
 def test_models_need_no_grid_of_their_own():
-    assert isinstance(random_model("workshop", device="cpu"), Model)
+    assert isinstance(random_model("paper", device="cpu"), Model)
     with pytest.raises(InputError, match="Shipped weights are"):
         bhx.load_model("no such model")

@@ -22,7 +22,7 @@ REPO = PACKAGE.parent
 # The sentence: each room imports only rooms before it, each file only files before it in its room.
 ROOMS = {
     "": ("errors", "settings"),
-    "modalities": ("base", "bold", "t1", "table"),
+    "modalities": ("base", "bold", "coupling", "t1", "cubes", "table"),
     "./": ("schema",),  # what the table of modalities allows
     "data": (
         *("files", "atlas", "geometry", "derivatives", "catalog", "page", "quality"),
@@ -38,7 +38,10 @@ ROOMS = {
             "splits",
         ),
     ),
-    "model": ("layers", "structure", "dynamics", "harmonizer", "config", "released", "checkpoints"),
+    "model": (
+        *("layers", "structure", "dynamics", "harmonizer", "hub", "config", "released"),
+        "checkpoints",
+    ),
     "encode": ("inputs", "model", "embed"),
     "train": ("recipes", "processes", "dataset", "objectives", "log", "loop", "pretrain"),
     "latents": ("pool", "similarity", "maps", "gradients", "lesions"),

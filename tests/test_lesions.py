@@ -94,7 +94,7 @@ def test_integrated_gradients_are_the_sum_of_gradients_on_the_way(brains):
     def hub(inputs):
         one = Reading({name: [x] for name, x in inputs.items()}, reading.there)
         read = sequences(model.config, [one], encode_readings(model.networks, [one], model.device))
-        return model.networks.harmonizer(read.subjects)[0, 1 + token]
+        return model.networks.harmonizer(read.subjects)[0, token]
 
     with torch.no_grad():
         way = hub(whole) - hub({name: torch.zeros_like(x) for name, x in whole.items()})

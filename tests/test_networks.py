@@ -21,7 +21,7 @@ from bhx.modalities import bold as bold_file
 from bhx.modalities.bold import BOLD, GRID_SECONDS, autocovariance, jepa_masks, wiener
 from bhx.modalities.t1 import cubes, volume
 from bhx.model.checkpoints import load_strictly
-from bhx.model.config import PRESETS, Harmonix, build
+from bhx.model.config import PRESETS, RELEASE, Harmonix, build
 from bhx.model.dynamics import (
     DynamicsConfig,
     DynamicsEncoder,
@@ -182,23 +182,22 @@ def test_hub_tokens_and_decoder_are_the_published_ones(dtype):
         "t1": (tokens[7200:], places["t1"]),
     }
     with torch.no_grad():
-        hub = harmonizer([subject])
+        hub = harmonizer.norm(harmonizer.encode([subject]))
         decoded = harmonizer.decode(hub, [torch.arange(1, 1 + c.data_tokens)])
     near(hub, "har_hub", BOUND[dtype])
     near(decoded[None, ::700], "har_rec_sample", BOUND[dtype])
 
 
 PARAMETERS = {
-    "base": (88_203_264, 27_715_584, 85_256_640, 11_401_920, 111_327_232),
-    "small": (10_844_928, 1_952_768, 10_729_440, 1_991_136, 12_637_440),
-    "workshop": (385_056, 139_648, 353_120, 125_312, 456_608),
+    "release": (88_203_264, 27_715_584, 85_256_640, 11_401_920, 111_327_232),
+    "paper": (385_056, 139_648, 353_120, 125_312, 456_608),
 }
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts(name):
     with torch.device("meta"):
-        parts = dict(Harmonix(PRESETS[name]).named_children())
+        parts = dict(Harmonix((PRESETS | {"release": RELEASE})[name]).named_children())
     counts = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items()}
     order = ("structure", "structure_decoder", "dynamics", "dynamics_predictor", "harmonizer")
     assert counts == dict(zip(order, PARAMETERS[name], strict=True))
@@ -289,7 +288,7 @@ def test_hidden_cubes_do_not_reach_visible_tokens():
 
 def test_masked_autoencoder_scores_removed_cubes_only():
     torch.manual_seed(0)
-    networks = Harmonix(replace(PRESETS["workshop"], structure=SMALL, dynamics=EXACT))
+    networks = Harmonix(replace(PRESETS["paper"], structure=SMALL, dynamics=EXACT))
     encoder, decoder = networks.structure, networks.structure_decoder
     voxels = cubes_of(random(2, *SMALL.shape), SMALL.cube)
     hidden = torch.zeros(2, SMALL.tokens)
@@ -562,7 +561,7 @@ def test_masks_have_the_published_shares(parcels, patches, seed):
 
 
 def test_jepa_scores_hidden_tokens_against_the_teacher_alone():
-    networks = build(replace(PRESETS["workshop"], dynamics=EXACT), random(6, 7), random(6, 5))
+    networks = build(replace(PRESETS["paper"], dynamics=EXACT), random(6, 7), random(6, 5))
     student, predictor, teacher = networks.dynamics, networks.dynamics_predictor, dynamics_encoder()
     patches = [patchify(random(6, n, seed=n), 0.735, EXACT) for n in (150, 250)]
     masks = [jepa_masks(6, p.shape[1], np.random.default_rng(0)) for p in patches]
@@ -688,7 +687,9 @@ def test_losses_are_a_term_a_modality_over_the_tokens_that_are_there(harmonizer,
     spread = {"bold": 2, "t1": 0.5}
     each = {name: iter(losses[f"loss_{name}"]) for name in spread}
     for subject in batch:
-        decoded = harmonizer.decode(harmonizer([subject]), [harmonizer.rows(subject)])
+        decoded = harmonizer.decode(
+            harmonizer.norm(harmonizer.encode([subject])), [harmonizer.rows(subject)]
+        )
         sizes = [len(at) for _, at in subject.values()]
         for (name, (tokens, _)), guess in zip(subject.items(), decoded.split(sizes), strict=True):
             by_hand = ((guess - tokens) ** 2).mean() / spread[name]  # in units of the spread
@@ -726,7 +727,7 @@ def test_the_released_loss_is_one_mean_over_all_places(harmonizer, batch):
     """Places that a scan does not have count as zeros."""
     everywhere = torch.arange(1, 1 + FUSED.data_tokens)
     for loss, subject in zip(harmonizer.release_loss(batch), batch, strict=True):
-        guess = harmonizer.decode(harmonizer([subject]), [everywhere])
+        guess = harmonizer.decode(harmonizer.norm(harmonizer.encode([subject])), [everywhere])
         target = torch.zeros(FUSED.data_tokens, 24)
         tokens = torch.cat([x for x, _ in subject.values()])
         scaled = tokens - tokens.mean(1, keepdim=True)

@@ -14,7 +14,7 @@ from bhx.show.hidden import hidden_cubes
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model("workshop", device="cpu")
+    return random_model("paper", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def latents(cohort, model):
 
 
 def test_it_stands_in_the_table():
-    assert list(MODALITIES) == NAMES
+    assert list(MODALITIES) == ["bold", "coupling", "t1", "cubes", MORPHOMETRY.name]
     assert dims_of("cohort")["morphometry"] == ("subject", "roi", "measure")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import QUICK, TINY, tiny_cohort
+from tiny_runs import HUB, QUICK, TINY, tiny_cohort
 
 from bhx.data.store import save_cohort
 from bhx.encode.model import load_model
@@ -89,6 +89,12 @@ def shared(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("shared")
     runs = [(out / "ddp", {"stage": stage} | CALM) for stage in STAGES]
     runs += [(out / "fsdp", {"stage": stage, "shard": True} | CALM) for stage in STAGES]
+    in_two_processes(store, runs)
+    return out
+
+
+def in_two_processes(store, runs):
+    """Runs [(folder, settings)] that torchrun starts."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--nnodes=1",
         "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1",
@@ -96,7 +102,6 @@ def shared(store, tmp_path_factory):
     ]  # fmt: skip
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return out
 
 
 # Adam divides by the gradient's size, so rounding moves a weight without gradient (a key's bias, to
@@ -128,10 +133,35 @@ def test_two_processes_are_one(shared, alone, how):
 
 
 def without_key_biases(weights):
-    return {
-        k: torch.cat([v.chunk(3)[0], v.chunk(3)[2]]) if k.endswith("qkv.bias") else v
-        for k, v in weights.items()
-    }
+    kept = {"qkv.bias": (0, 2), "key_value.bias": (1,)}  # parts of the bias; the key's is left out
+    shift = "harmonizer.norm.bias"  # of all people alike, to which a relational loss is blind
+    out = {k: v for k, v in weights.items() if k != shift or "harmonizer.cls_token" in weights}
+    for k, v in out.items():
+        for name, parts in kept.items():
+            if k.endswith(name):
+                out[k] = torch.cat([v.chunk(max(parts) + 1)[i] for i in parts])
+    return out
+
+
+def test_people_are_compared_over_all_processes(tmp_path):
+    """The Gram matrix is that of the whole batch, however many share it: one part lacks the T1."""
+    cohort = tiny_cohort(40, t1_only=(3, 21), bold_only=range(0, 40, 3))
+    store = save_cohort(cohort, tmp_path / "people.zarr")
+    settings = CALM | {"stage": "harmonizer", "batch": 16, "tokens_at_once": 1500}
+    train(store, tmp_path / "one", **{**settings, "preset": HUB})
+    ways = {"ddp": {}, "fsdp": {"shard": True}}
+    in_two_processes(
+        store, [(tmp_path / k, settings | {"preset": "hub"} | more) for k, more in ways.items()]
+    )
+    one = read_log(tmp_path / "one", "harmonizer")
+    for how in ways:
+        two = read_log(tmp_path / how, "harmonizer")
+        for name in one:
+            assert np.allclose(one[name], two[name], rtol=1e-5, atol=1e-5), (how, name)
+        pairs = (without_key_biases(state(tmp_path / k)) for k in ("one", how))
+        for (name, a), b in zip(next(pairs).items(), next(pairs).values(), strict=True):
+            bound = 2e-4 if "decoder" in name else 1e-5  # a decoder's first gradients are near 0
+            assert torch.allclose(a, b, atol=bound, rtol=0), (how, name)
 
 
 def test_a_sharded_checkpoint_is_whole(shared):

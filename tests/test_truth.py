@@ -189,7 +189,7 @@ def test_fusion_needs_both_modalities(features):
 def test_tokens_of_both_encoders_know_what_neither_knows_alone():
     """The shipped weights, on people they have not seen."""
     cohort = synthetic_cohort(200, seed=31_000, missing=0).load()
-    latents = embed(cohort, load_model("workshop"), keep=("dynamics", "structure")).load()
+    latents = embed(cohort, load_model("paper"), keep=("dynamics", "structure")).load()
     low, table = gained(*(pool(latents, "concatenate", of=m) for m in ("structure", "dynamics")))
     assert (low > 0).all(), table
 

@@ -13,6 +13,7 @@ from bhx.modalities.t1 import t1_grid
 from bhx.model.config import HarmonixConfig
 from bhx.model.dynamics import DynamicsConfig
 from bhx.model.harmonizer import HarmonizerConfig
+from bhx.model.hub import HubConfig
 from bhx.model.structure import StructureConfig
 from bhx.schema import ROI_COORDS, build_cohort
 
@@ -29,6 +30,10 @@ TINY = HarmonixConfig(
     harmonizer=HarmonizerConfig(
         ("bold", "t1"), (400, 150), (0, 0), 4, **WIDTH, **DECODER, target_width=24
     ),
+)  # fmt: skip
+HUB = HarmonixConfig(  # a relational hub that reads coupling and cubes of the same scans
+    "tiny hub", TINY.atlas, TINY.structure, TINY.dynamics,
+    HubConfig(("coupling", "cubes"), (100, 150), (100, 8), 4, width=24, depth=2, heads=2),
 )  # fmt: skip
 QUICK = {
     "preset": TINY, "steps": 6, "batch": 4, "rate": (1e-3, 1e-2, 1e-3), "precision": "float32",
@@ -68,4 +73,6 @@ if __name__ == "__main__":
 
     store, *runs = sys.argv[1:]
     for out, settings in zip(runs[::2], runs[1::2], strict=True):
-        pretrain(store, out=out, **{**QUICK, **json.loads(settings)})
+        given = {**QUICK, **json.loads(settings)}
+        given["preset"] = HUB if given["preset"] == "hub" else given["preset"]
+        pretrain(store, out=out, **given)

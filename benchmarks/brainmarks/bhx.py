@@ -37,11 +37,10 @@ def bhx_random(preset: str = "workshop", seed: int = 0, **kwargs):
 class Prepare:
     """The suite's sample with its level and scale put back, mirrored in time up to `shortest` [s].
 
-    One patch lasts 35.28 s; a scan shorter than that has no token of its own, so it is continued
-    by its mirror image.
+    A coupling needs two patches of 35.28 s, so a shorter scan is continued by its mirror image.
     """
 
-    shortest = 36.0
+    shortest = 72.0
 
     def __call__(self, sample):
         bold = torch.as_tensor(sample["bold"]).float() * sample["std"] + sample["mean"]
@@ -65,12 +64,15 @@ class Hub(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.networks, self.config = model.networks, model.config
+        reads = self.config.modalities.items()
+        self.reads = next(name for name, m in reads if m.variable == BOLD.variable)
         self.register_buffer("share", torch.tensor(shares(model.atlas)))
 
     def forward(self, batch) -> Embeddings:
-        """{"bold": (B, T, 400), "tr": (B,)} -> CLS (B, 1, D), hubs (B, R, D), patches (B, L, D).
+        """{"bold": (B, T, 400), "tr": (B,)} -> mean hub token (B, 1, D), hubs (B, R, D), patches
+        (B, L, D).
 
-        A long scan is read in windows; CLS and hubs are means weighted by the windows' patches.
+        A long scan is read in windows; hubs are means weighted by the windows' patches.
         """
         device = self.share.device
         series = batch["bold"].float() @ self.share.T  # (B, T, parcels)
@@ -78,26 +80,26 @@ class Hub(torch.nn.Module):
         readings = [self._read(one.T, tr) for one, tr in rows]
         tokens = encode_readings(self.networks, readings, device)
         read = sequences(self.config, readings, tokens)
-        hub = self.networks.harmonizer(read.subjects)  # (windows, 1 + R, D)
+        hub = self.networks.harmonizer(read.subjects)  # (windows, R, D)
         weight = torch.zeros(len(readings), len(hub), device=device)  # of each one's windows
         weight[read.owner, range(len(hub))] = read.share.to(device)
         hub = torch.einsum("bw,wrd->brd", weight, hub)
-        return Embeddings(hub[:, :1], hub[:, 1:], self._patches(readings, tokens))
+        return Embeddings(hub.mean(1, keepdim=True), hub, self._patches(readings, tokens))
 
     def _read(self, bold, tr):
         facts = {"tr": tr, "n_volumes": bold.shape[1]}
         return read_subject({BOLD.variable: bold}, facts, self.config, missing="leave out")
 
     def _patches(self, readings, tokens):
-        """All dynamics tokens of each subject, zero where a parcel was left out."""
-        out = []
+        """All tokens of the BOLD of each subject, zero where a parcel was left out."""
+        out, width = [], self.config.harmonizer.width
         for reading, mine in zip(readings, tokens, strict=True):
             full = [
-                part.new_zeros(window.shape[:-1].numel(), part.shape[1]).index_copy(
-                    0, there.to(part.device), part
+                part.new_zeros(window.shape[:-1].numel(), width).index_copy(
+                    0, there.to(part.device), part[:, :width]
                 )
                 for window, there, part in zip(
-                    reading.windows[BOLD.name], reading.there[BOLD.name], mine[BOLD.name],
+                    reading.windows[self.reads], reading.there[self.reads], mine[self.reads],
                     strict=True,
                 )
             ]  # fmt: skip

@@ -25,7 +25,7 @@ from bhx.encode.inputs import in_turns, read_subject, run_networks
 from bhx.encode.model import Model, check_model
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD
-from bhx.model.harmonizer import ATTENTIONS
+from bhx.model.layers import ATTENTIONS
 from bhx.schema import ATTENTION, VERSION, check, dims_of, subject_coords, who_has
 from bhx.settings import __version__
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from bhx.errors import InputError
+from bhx.modalities.base import Modality
 from bhx.model.config import Harmonix, HarmonixConfig
 
 
@@ -23,11 +24,13 @@ class Reading:
     windows: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     there: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
-    def add(self, name: str, windows: list[np.ndarray]) -> None:
+    def add(self, modality: Modality, windows: list[np.ndarray]) -> None:
         """Take the windows of a modality, NaN where nothing was measured."""
         each = [torch.from_numpy(np.ascontiguousarray(w, np.float32)) for w in windows]
-        self.there[name] = [w.isfinite().all(-1).flatten().nonzero().squeeze(1) for w in each]
-        self.windows[name] = [w.nan_to_num() for w in each]
+        finite = [w.isfinite() for w in each]
+        found = [w.any(-1) if modality.partial else w.all(-1) for w in finite]
+        self.there[modality.name] = [w.flatten().nonzero().squeeze(1) for w in found]
+        self.windows[modality.name] = each if modality.partial else [w.nan_to_num() for w in each]
 
     def __len__(self):
         """Tokens that can be computed."""
@@ -44,10 +47,12 @@ def read_subject(values: dict, facts, config: HarmonixConfig, **options) -> Read
     options : scaling, missing and names, as of `Modality.scale`
     """
     reading = Reading()
-    for name, modality in config.modalities.items():
+    for modality in config.modalities.values():
         if modality.variable in values:
             one = modality.trim(values[modality.variable], facts)
-            reading.add(name, modality.cut(modality.scale(one, config, **options), facts, config))
+            reading.add(
+                modality, modality.cut(modality.scale(one, config, **options), facts, config)
+            )
     if not len(reading):
         raise InputError("Expected a subject with finite data, found none", "Leave it out")
     return reading
@@ -118,7 +123,7 @@ def made_before(config: HarmonixConfig, tokens: dict, device="cpu") -> Sequences
     its windows (*places, width), NaN where a token is not there."""
     reading, packed = Reading(), {}
     for name, windows in tokens.items():
-        reading.add(name, windows)
+        reading.add(config.modalities[name], windows)
         pairs = zip(reading.windows[name], reading.there[name], strict=True)
         flat = [w.flatten(0, -2)[at].to(device) for w, at in pairs]
         packed[name] = [x if len(x) else None for x in flat]
@@ -130,7 +135,7 @@ def run_networks(networks: Harmonix, readings, device, want=(), attention="last"
     names, and with "attention" the maps of every modality and "modality_share"."""
     config, tokens = networks.config, encode_readings(networks, readings, device)
     read = sequences(config, readings, tokens)
-    hub = networks.harmonizer(read.subjects)[:, 1:].float().cpu()
+    hub = networks.harmonizer(read.subjects).float().cpu()
     with_maps = "attention" in want
     maps = networks.harmonizer.attention(read.subjects, attention) if with_maps else []
     out = []
@@ -154,7 +159,7 @@ def as_array(config: HarmonixConfig, name: str, reading: Reading, windows) -> np
     for inputs, at, tokens in zip(reading.windows[name], reading.there[name], windows, strict=True):
         full = torch.full((*inputs.shape[:-1], width), torch.nan)
         if tokens is not None:
-            full.view(-1, width)[at] = tokens.float().cpu()
+            full.view(-1, width)[at] = tokens[:, :width].float().cpu()
         parts.append(full.numpy())
     return modality.join(parts, config)
 

@@ -13,13 +13,14 @@ import xarray as xr
 
 from bhx.data.atlas import load_atlas, match_names
 from bhx.encode.inputs import Reading, as_array, encode_readings, made_before
-from bhx.errors import InputError, check_choice
+from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD, check_tr
 from bhx.modalities.t1 import ANATOMY, check_grid
 from bhx.modalities.table import MODALITIES
 from bhx.model.checkpoints import SHIPPED, read_weights
 from bhx.model.config import PRESETS, Harmonix, HarmonixConfig, build
-from bhx.schema import ROI_COORDS
+from bhx.model.hub import HubConfig
+from bhx.schema import ROI_COORDS, who_has
 
 
 def load_model(source="workshop", *, device: str | None = None) -> Model:
@@ -27,7 +28,8 @@ def load_model(source="workshop", *, device: str | None = None) -> Model:
 
     Parameters
     ----------
-    source : name of shipped weights ("workshop"), a folder that bhx.pretrain wrote, or
+    source : name of shipped weights ("workshop", or "paper" for the architecture of the paper at
+        the same size, with its encoders), a folder that bhx.pretrain wrote, or
         "release:<folder>" with the published BrainHarmonix files
     device : "cpu", "cuda", or "mps" (untested); by default "cuda" where there is one, else "cpu"
 
@@ -39,16 +41,16 @@ def load_model(source="workshop", *, device: str | None = None) -> Model:
     return Model(read_weights(source), device)
 
 
-def weights_table(name: str = "workshop", table: str = "held_out_errors") -> pd.DataFrame:
+def weights_table(name: str = "workshop", table: str = "planted_factors") -> pd.DataFrame:
     """Measurements that were made with shipped weights and travel beside them.
 
     Parameters
     ----------
     name : of the weights
-    table : "held_out_errors" (the network beside simple predictors, on subjects it never saw:
-        `explained` is 1 - error / error of the first predictor of that target) or
-        "planted_factors" (how well probes of trained and of random weights predict each factor of
-        the synthetic cohort)
+    table : "planted_factors" (how well probes of trained and of random weights, and of plain
+        features, predict each factor of the synthetic cohort) or, of the weights "paper",
+        "held_out_errors" (the network beside simple predictors, on subjects it never saw:
+        `explained` is 1 - error / error of the first predictor of that target)
     """
     check_choice("weights", name, sorted(p.parent.name for p in SHIPPED.glob("*/config.json")))
     check_choice("table", table, sorted(p.stem for p in (SHIPPED / name).glob("*.csv")))
@@ -81,9 +83,15 @@ def config_of(preset: str | HarmonixConfig) -> HarmonixConfig:
 
 
 def reading_all_of(config: HarmonixConfig, cohort: xr.Dataset) -> HarmonixConfig:
-    """The configuration with every modality of the cohort that it does not read yet."""
+    """The configuration with a modality for every variable of the cohort that it does not read;
+    a relational hub leaves out those that nobody in the cohort has."""
+    there = {n for n, m in config.modalities.items()
+             if m.variable in cohort and who_has(cohort, m.variable).any()}  # fmt: skip
+    if isinstance(config.harmonizer, HubConfig) and there:
+        config = config.reading(there)
+    read = {m.variable for m in config.modalities.values()}
     for name, modality in MODALITIES.items():
-        if modality.variable in cohort and name not in config.modalities:
+        if modality.variable in cohort and modality.variable not in read:
             places, *numbers = (cohort.sizes[dim] for dim in modality.dims)
             config = config.with_modality(name, places, prod(numbers))
     return config
@@ -108,12 +116,13 @@ class Model:
         return (
             f"bhx model '{self.config.name}': {size:.1f} M parameters, {self.config.atlas} "
             f"({self.config.order}), {self.config.harmonizer.hubs} hub tokens x "
-            f"{self.config.harmonizer.width}, patches '{self.config.dynamics.patching}', "
-            f"{self.device}"
+            f"{self.config.harmonizer.width}, reads {listed(self.config.modalities)}, "
+            f"patches '{self.config.dynamics.patching}', {self.device}"
         )
 
     def structure(self, t1: xr.DataArray) -> xr.DataArray:
         """Cube tokens (cx, cy, cz, feature) of one scaled T1 (x, y, z)."""
+        self._check_encoder(ANATOMY)
         check_grid(t1, self.config.structure.voxel_mm)
         return self._tokens(ANATOMY, t1.transpose(*ANATOMY.dims), {})
 
@@ -123,6 +132,7 @@ class Model:
         `tr` [s]; read off `time` in seconds (bhx.scan gives it) by default. Patches with a NaN
         are not computed and are NaN in the result.
         """
+        self._check_encoder(BOLD)
         if bold.dims != BOLD.dims:
             fact = f"Expected one scan with dims {BOLD.dims}, found {bold.dims}"
             raise InputError(fact, "Take it from the cohort: bhx.scan(cohort, subject)")
@@ -132,11 +142,19 @@ class Model:
         onset = self.config.dynamics.patch_onsets(out.sizes["patch"], tr)
         return out.assign_coords(onset=("patch", onset, {"units": "s"}))
 
+    def _check_encoder(self, modality):
+        if not self.config.encodes(modality):
+            fact = (
+                f"Expected a model with an encoder of {modality.name}, found '{self.config.name}'"
+            )
+            raise InputError(f"{fact}, which reads {listed(self.config.modalities)}",
+                             "Take another: bhx.load_model('paper')")  # fmt: skip
+
     @torch.no_grad()
     def _tokens(self, modality, scaled, facts):
         """Tokens of one subject's scaled values, with the coordinates of their dims."""
         reading = Reading()
-        reading.add(modality.name, modality.cut(scaled.values, facts, self.config))
+        reading.add(modality, modality.cut(scaled.values, facts, self.config))
         tokens = encode_readings(self.networks, [reading], self.device)[0][modality.name]
         values = as_array(self.config, modality.name, reading, tokens)
         dims = (*modality.token_dims, "feature")
@@ -146,8 +164,9 @@ class Model:
     def harmonize(self, dynamics=None, structure=None, **more) -> xr.DataArray:
         """Hub tokens (token, feature) of one subject's tokens, any of which may be None.
 
-        `more` are tokens of further modalities under the names that latents give them. Tokens
-        that are NaN are left out.
+        `more` are tokens of further modalities under the names that latents give them (coupling=,
+        cubes=). Tokens that are NaN are left out. The sketch of a relational hub, which needs the
+        data themselves, is left out, too; the mean hub token does not depend on it.
         """
         given, windows = {"dynamics": dynamics, "structure": structure, **more}, {}
         for name, modality in self.config.modalities.items():
@@ -167,11 +186,12 @@ class Model:
                 )
             windows[name] = [tokens.values]
         hub = self.networks.harmonizer(made_before(self.config, windows, self.device).subjects)
-        return xr.DataArray(hub[0, 1:].cpu().numpy(), dims=("token", "feature"))
+        return xr.DataArray(hub[0].cpu().numpy(), dims=("token", "feature"))
 
     @torch.no_grad()
     def kernels(self, tr: float) -> xr.DataArray:
         """The patch kernel (feature, seconds) as a scan at this TR [s] meets it."""
+        self._check_encoder(BOLD)
         check_tr(tr)
         c = self.config.dynamics
         k = c.kernel if c.patching == "exact" else c.patch_volumes(tr)

@@ -25,6 +25,7 @@ from bhx.encode.model import Model, check_model
 from bhx.errors import InputError
 from bhx.evaluate.probe import provenance_of
 from bhx.evaluate.task import make_task
+from bhx.model.layers import skip
 from bhx.schema import check, subject_coords
 from bhx.settings import __version__
 from bhx.train.dataset import Samples, readable
@@ -153,8 +154,7 @@ def tuned_model(out, fold: int, model: Model) -> Model:
     """
     networks = deepcopy(model.networks)
     networks.harmonizer = _kept(out, fold, model)[0].harmonizer
-    for block in networks.harmonizer.blocks:
-        block.drop_path = 0.0
+    skip(networks.harmonizer, 0.0)
     source = f"{model.provenance.get('source', '')}, fine-tuned, fold {fold}"
     networks.provenance = {"source": source, "weights_sha256": digest(networks)}
     return Model(networks, model.device)

@@ -15,8 +15,9 @@ def integrated_gradients(
     """How much each parcel's and cube's own values move one hub token away from an empty scan.
 
     Gradients of the token's output along its own displacement are summed on the straight way from
-    an empty scan (every scaled value 0) to this one, so that all parts together add up to the
-    distance moved. Only the first window of a long scan is read.
+    an empty scan to this one, so that all parts together add up to the distance moved. Empty is
+    every scaled value 0, or where a modality has no encoder, the mean person of training. A
+    relational hub's fixed sketch is left out. Only the first window of a long scan is read.
 
     Returns
     -------
@@ -45,9 +46,11 @@ def integrated_gradients(
         read = sequences(
             model.config, readings, encode_readings(model.networks, readings, model.device)
         )
-        return model.networks.harmonizer(read.subjects)[:, 1 + token]
+        return model.networks.harmonizer.read(read.subjects)[:, token]
 
-    empty = tuple(torch.zeros_like(x) for x in whole)
+    encoders = [model.networks.encoder(name) for name in names]
+    pairs = zip(encoders, whole, strict=True)
+    empty = tuple(getattr(e, "mean", torch.zeros_like(x[0]))[None].clone() for e, x in pairs)
     with torch.no_grad():
         way = (output(*whole) - output(*empty))[0]
     distance = float(way.norm())

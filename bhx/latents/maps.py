@@ -24,7 +24,8 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
     latents : Dataset embedded with keep=("attention",)
     token : one token, several, or None for all; several are averaged
     subjects : ids or a boolean mask; None for all. People without the modality are left out
-    of : name of a modality, for its own map; "roi" for the first map that lies on parcels;
+    of : name of a modality, such as "bold" or "t1", for its own map, or that of whichever modality
+        reads the same variable of the cohort; "roi" for the first map that lies on parcels;
         "modality" for the share of each
 
     Returns
@@ -71,8 +72,12 @@ def _map_of(latents, of):
     if of == "modality":
         return ATTENTION, np.ones(latents.sizes["subject"], bool)
     if of == "roi":
-        of = [*maps_in(latents, ("roi",)), BOLD.name][0]
-    return modality(of).map_name, who_has(latents, modality(of).variable)
+        named = maps_in(latents, ("roi",)) or [BOLD.name]
+    else:  # its own, or that of another modality that reads the same variable
+        named = [n for n, m in MODALITIES.items() if m.variable == modality(of).variable]
+        named = [of, *(n for n in named if modality(n).map_name in latents)]
+        named = named[1:] if modality(of).map_name not in latents and len(named) > 1 else named
+    return modality(named[0]).map_name, who_has(latents, modality(named[0]).variable)
 
 
 def spin_test(values: xr.DataArray, labels: str, atlas: xr.Dataset, *, n_spins=1000, seed=0):
@@ -130,7 +135,7 @@ def map_controls(cohort: xr.Dataset, model, *, seed: int = 0) -> xr.Dataset:
     def maps_of(series, network):
         changed = cohort.assign({BOLD.variable: series})
         latents = embed(changed, network, missing_parcels="leave out", keep=("attention",))
-        return each_token(latents, of=BOLD.name).compute()
+        return each_token(latents).compute()
 
     renamed = series.isel(roi=order).assign_coords(cohort.roi.coords)
     maps = {

@@ -29,6 +29,9 @@ class Modality:
     map_name, map_dims : of the attention that hub tokens pay to it
     needs : coordinates on subject without which it cannot be read
     encoder : whether `model/` has an encoder of its own for it; else a linear embedding
+    partial : whether a place of which only some numbers were measured still makes a token
+    least : patches that a scan of it has at least; 1 without time
+    components, weight : of the teacher that relational pretraining fits to its `summary`
     """
 
     name = ""
@@ -37,6 +40,9 @@ class Modality:
     token_dims: tuple[str, ...] = ("roi",)
     needs: tuple[str, ...] = ()
     encoder = False
+    partial = False
+    least = 1
+    components, weight = 48, 1.0
 
     @property
     def variable(self) -> str:
@@ -98,6 +104,10 @@ class Modality:
     def augment(self, values, facts, config, plan, random):
         """Values and facts as training reads them: cropped, thinned; by default as they are."""
         return values, facts
+
+    def summary(self, window: np.ndarray, config) -> np.ndarray:
+        """A window (*places, numbers) as one vector that people are compared by."""
+        return np.asarray(window).ravel()
 
     # Placed: where each token sits ---
 

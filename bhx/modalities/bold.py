@@ -22,9 +22,9 @@ class Bold(Modality):
 
     name = "bold"
     dims = ("roi", "time")
-    files = ("bold", "confounds")
+    files: tuple[str, ...] = ("bold", "confounds")
     tokens = "dynamics"
-    token_dims = ("roi", "patch")
+    token_dims: tuple[str, ...] = ("roi", "patch")
     map_name, map_dims = "hub_to_roi", ("roi",)
     needs = ("tr", "n_volumes")
     encoder = True
@@ -40,10 +40,11 @@ class Bold(Modality):
         check_tr(cohort.tr.values[has], cohort.subject.values[has])
 
     def check_lengths(self, cohort, config):
-        """At least one patch of every scan."""
+        """Enough patches of every scan: one, or two for a coupling."""
         for i in np.flatnonzero(cohort[self.has].values):
             n, tr, subject = (cohort[k].values[i] for k in ("n_volumes", "tr", "subject"))
-            _whole_patches(int(n), float(tr), config.dynamics, f" in '{subject}'")
+            where = f" in '{subject}'"
+            _whole_patches(int(n), float(tr), config.dynamics, self.least, where)
 
     def check_training(self, labels):
         """A signal in every parcel, where the coverage is known."""
@@ -92,9 +93,9 @@ class Bold(Modality):
     def augment(self, values, facts, config, plan, random):
         """Thinned by a factor of the plan; a stretch of whole patches where it crops."""
         tr = float(facts["tr"])
-        values, tr = decimated(values, tr, config.dynamics, plan, random)
-        if plan.crop:
-            values = cropped(values, tr, config.dynamics, plan, random)
+        values, tr = decimated(values, tr, config.dynamics, plan, random, self.least)
+        if plan.crop and not (plan.whole and random.random() < plan.whole):
+            values = cropped(values, tr, config.dynamics, plan, random, self.least)
         return values, {**facts, "tr": tr, "n_volumes": values.shape[1]}
 
     def count(self, facts, config):
@@ -157,7 +158,7 @@ def patchify(bold, tr: float, config) -> np.ndarray:
     Exact patches have `config.kernel` samples on the 0.735 s grid; tape patches have k volumes,
     the last one filled with zeros. `config` is a DynamicsConfig.
     """
-    patches = _whole_patches(bold.shape[1], tr, config)
+    patches = _whole_patches(bold.shape[1], tr, config, 1)
     if config.patching == "tape":
         k = config.patch_volumes(tr)
         full = np.pad(bold, ((0, 0), (0, patches * k - bold.shape[1])))
@@ -167,11 +168,12 @@ def patchify(bold, tr: float, config) -> np.ndarray:
     return grid.reshape(len(bold), patches, config.kernel)
 
 
-def _whole_patches(volumes, tr, config, where=""):
+def _whole_patches(volumes, tr, config, least, where=""):
     """Patches of a scan, or a refusal of one that is too short."""
     patches = config.patch_count(volumes, tr)
-    if patches < 1:
-        fact = f"Expected a scan of at least one patch ({config.patch_seconds:.2f} s), found "
+    if patches < least:
+        many = "one patch" if least == 1 else f"{least} patches"
+        fact = f"Expected a scan of at least {many} ({least * config.patch_seconds:.2f} s), found "
         fact += f"{volumes} volumes at TR {tr:g} s = {volumes * tr:.1f} s{where}"
         raise InputError(fact, "Leave this scan out, or check its TR")
     return patches
@@ -203,17 +205,17 @@ def wiener(tr: float, volumes: int, samples: int, window: int = 8):
 # What training does to a scan ---
 
 
-def decimated(bold, tr: float, config, plan, random):
+def decimated(bold, tr: float, config, plan, random, least: int = 1):
     """(roi, volume) at `tr` [s] thinned by one of the plan's factors, from a random start.
 
-    A factor is possible when the TR stays within the plan's slowest and a patch remains.
+    A factor is possible when the TR stays within the plan's slowest and `least` patches remain.
     """
     volumes = bold.shape[1]
     possible = [
         f
         for f in plan.decimate
         if f == 1
-        or (f * tr <= plan.slowest_tr + 1e-9 and config.patch_count(volumes // f, f * tr) >= 1)
+        or (f * tr <= plan.slowest_tr + 1e-9 and config.patch_count(volumes // f, f * tr) >= least)
     ]
     factor = int(random.choice(possible)) if len(possible) > 1 else (possible or [1])[0]
     if factor == 1:
@@ -227,10 +229,10 @@ def decimated(bold, tr: float, config, plan, random):
     return np.ascontiguousarray(bold[:, start::factor], np.float32), tr * factor
 
 
-def cropped(bold, tr: float, config, plan, random):
+def cropped(bold, tr: float, config, plan, random, least: int = 1):
     """A random stretch of whole patches, at most as many as the positions cover."""
     most = min(config.patch_count(bold.shape[1], tr), config.max_patches)
-    patches = int(random.integers(min(plan.shortest, most), most + 1))
+    patches = int(random.integers(min(max(plan.shortest, least), most), most + 1))
     step = config.patch_onsets(2, tr)[1]
     volumes = min(ceil(patches * step / tr - 1e-6), bold.shape[1])
     start = int(random.integers(bold.shape[1] - volumes + 1))

@@ -24,7 +24,7 @@ class T1(Modality):
 
     name = "t1"
     dims = ("x", "y", "z")
-    files = ("t1", "t1_mask")
+    files: tuple[str, ...] = ("t1", "t1_mask")
     tokens = "structure"
     token_dims = CUBE_DIMS
     map_name = "hub_to_t1"
@@ -36,7 +36,7 @@ class T1(Modality):
         fold = cohort.sizes["x"] / len(t1_grid(voxel_mm)["x"])
         if fold in (2, 4, 8, 16, 32):
             cohort = coarsen_t1(cohort, voxel_mm)
-        check_grid(cohort[self.name], voxel_mm)
+        check_grid(cohort[self.variable], voxel_mm)
         return cohort
 
     def scale(self, values, config, *, scaling=None, missing="refuse", names=()):

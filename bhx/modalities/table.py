@@ -7,9 +7,11 @@ from collections.abc import Hashable, Iterable
 from bhx.errors import check_choice
 from bhx.modalities.base import Modality
 from bhx.modalities.bold import BOLD
+from bhx.modalities.coupling import COUPLING
+from bhx.modalities.cubes import CUBES
 from bhx.modalities.t1 import ANATOMY
 
-MODALITIES: dict[str, Modality] = {m.name: m for m in (BOLD, ANATOMY)}
+MODALITIES: dict[str, Modality] = {m.name: m for m in (BOLD, COUPLING, ANATOMY, CUBES)}
 
 
 def register(modality: Modality) -> Modality:

@@ -11,10 +11,13 @@ from torch import nn
 from bhx.errors import InputError, listed
 from bhx.modalities.base import Modality
 from bhx.modalities.bold import BOLD
+from bhx.modalities.coupling import COUPLING
+from bhx.modalities.cubes import CUBES
 from bhx.modalities.t1 import ANATOMY, T1_SHAPE
 from bhx.modalities.table import modality
 from bhx.model.dynamics import DynamicsConfig, DynamicsEncoder, DynamicsPredictor
 from bhx.model.harmonizer import Harmonizer, HarmonizerConfig
+from bhx.model.hub import Hub, HubConfig
 from bhx.model.layers import LinearEmbedding
 from bhx.model.structure import StructureConfig, StructureDecoder, StructureEncoder
 
@@ -23,15 +26,17 @@ from bhx.model.structure import StructureConfig, StructureDecoder, StructureEnco
 class HarmonixConfig:
     """The whole model: its parts, and what its input must look like.
 
-    `atlas` and `order` name the parcels; `scaling` is how parcel series are scaled before they
-    are read (see bhx.embed).
+    `structure` and `dynamics` say how a T1 and a scan are cut, and the sizes of their encoders
+    where the model has them. The harmonizer is a relational hub or that of the paper. `atlas` and
+    `order` name the parcels; `scaling` is how parcel series are scaled before they are read (see
+    bhx.embed).
     """
 
     name: str
     atlas: str
     structure: StructureConfig
     dynamics: DynamicsConfig
-    harmonizer: HarmonizerConfig
+    harmonizer: HarmonizerConfig | HubConfig
     order: str = "7networks"
     scaling: str = "zscore"
 
@@ -39,6 +44,11 @@ class HarmonixConfig:
     def modalities(self) -> dict[str, Modality]:
         """What the model reads, in the order of its tokens."""
         return {name: modality(name) for name in self.harmonizer.modalities}
+
+    def encodes(self, modality: Modality) -> bool:
+        """Whether the model has an encoder of this modality."""
+        h = self.harmonizer
+        return modality.encoder and modality.name in h.modalities
 
     def places(self, name: str) -> int:
         """Places of a modality's tokens."""
@@ -51,15 +61,24 @@ class HarmonixConfig:
         more = replace(h, modalities=modalities, places=(*h.places, places), numbers=numbers_of)
         return replace(self, harmonizer=more)
 
+    def reading(self, names) -> HarmonixConfig:
+        """The same model with some of its modalities only."""
+        h = self.harmonizer
+        each = [x for x in zip(h.modalities, h.places, h.numbers, strict=True) if x[0] in names]
+        modalities, places, numbers = zip(*each, strict=True)
+        fewer = replace(h, modalities=modalities, places=places, numbers=numbers)
+        return replace(self, harmonizer=fewer)
+
     @classmethod
     def from_dict(cls, values: dict) -> HarmonixConfig:
         """Inverse of dataclasses.asdict."""
-        parts = {
-            "structure": StructureConfig,
-            "dynamics": DynamicsConfig,
-            "harmonizer": HarmonizerConfig,
-        }
         try:
+            relational = values["harmonizer"].get("kind") == "relational"
+            parts = {
+                "structure": StructureConfig,
+                "dynamics": DynamicsConfig,
+                "harmonizer": HubConfig if relational else HarmonizerConfig,
+            }
             made = {name: part(**_tuples(values[name])) for name, part in parts.items()}
             return cls(**{**values, **made})
         except (TypeError, KeyError, AttributeError) as error:
@@ -73,54 +92,77 @@ def _tuples(values):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def assemble(name, atlas, structure, dynamics, hubs, order="7networks", **sizes) -> HarmonixConfig:
-    """A configuration whose harmonizer has a place for every token of the built-in modalities."""
+def as_in_paper(name, atlas, structure, dynamics, hubs=128, order="7networks", **sizes):
+    """A configuration with the harmonizer of the paper, which reads the tokens of both encoders."""
     places = (dynamics.parcels * dynamics.max_patches, structure.tokens)
     harmonizer = HarmonizerConfig((BOLD.name, ANATOMY.name), places, (0, 0), hubs, **sizes)
     return HarmonixConfig(name, atlas, structure, dynamics, harmonizer, order)
 
 
-def _smaller(name, parcels, voxel_mm, cube, *, width, depth, heads, inner, hubs):
-    """A smaller model; `inner` (width, depth, heads) is of the predictor and both decoders."""
+def relational(name, read, hubs, encoders=True, **sizes) -> HarmonixConfig:
+    """A configuration with a relational hub, which reads coupling and cubes, and with `encoders`
+    the tokens of dynamics and structure beside them; `read` are its first three parts."""
+    _, structure, dynamics = read
+    patches = dynamics.parcels * dynamics.max_patches
+    reads = {
+        BOLD.name: (patches, 0),
+        COUPLING.name: (dynamics.parcels, dynamics.parcels),
+        ANATOMY.name: (structure.tokens, 0),
+        CUBES.name: (structure.tokens, structure.cube**3),
+    }
+    reads = {name: sizes for name, sizes in reads.items() if sizes[1] or encoders}
+    places, numbers = zip(*reads.values(), strict=True)
+    hub = HubConfig((*reads,), places, numbers, hubs, **sizes)
+    return HarmonixConfig(name, *read, hub)
+
+
+def _smaller(parcels, voxel_mm, cube, *, width, depth, heads, inner):
+    """Atlas and encoders of a smaller model; `inner` (width, depth, heads) is of the predictor and
+    the decoder."""
     common = {"width": width, "depth": depth, "heads": heads}
     kinds = ("width", "depth", "heads")
     decoder = {f"decoder_{kind}": n for kind, n in zip(kinds, inner, strict=True)}
     predictor = {f"predictor_{kind}": n for kind, n in zip(kinds, inner, strict=True)}
     shape = tuple(round(n / voxel_mm) for n in T1_SHAPE)
     structure = StructureConfig(voxel_mm, shape, cube, **common, **decoder)
-    dynamics = DynamicsConfig(parcels, **common, **predictor)
-    sizes = {**common, **decoder, "target_width": width}
-    return assemble(name, f"schaefer{parcels}", structure, dynamics, hubs, **sizes)
+    return f"schaefer{parcels}", structure, DynamicsConfig(parcels, **common, **predictor)
 
+
+def _thin(name, smaller, hubs, order="7networks"):
+    """The paper's harmonizer in the sizes of a smaller model's structure network."""
+    kinds = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
+    sizes = {kind: getattr(smaller[1], kind) for kind in kinds}
+    sizes["target_width"] = sizes["width"]
+    return as_in_paper(name, *smaller, hubs, order, **sizes)
+
+
+_BASE = ("schaefer400", StructureConfig(), DynamicsConfig())
+_SMALL = _smaller(200, 2.0, 8, width=384, depth=6, heads=6, inner=(192, 4, 6))
+_WORKSHOP = _smaller(100, 4.0, 8, width=96, depth=3, heads=4, inner=(64, 2, 4))
+_STAND_IN = _smaller(400, 4.0, 4, width=48, depth=2, heads=4, inner=(32, 1, 4))
 
 PRESETS = {
-    "base": assemble("base", "schaefer400", StructureConfig(), DynamicsConfig(), 128),
-    "small": _smaller(
-        "small", 200, 2.0, 8, width=384, depth=6, heads=6, inner=(192, 4, 6), hubs=64
-    ),
-    "workshop": _smaller(
-        "workshop", 100, 4.0, 8, width=96, depth=3, heads=4, inner=(64, 2, 4), hubs=32
-    ),
+    "base": relational("base", _BASE, hubs=128, width=768, depth=4, heads=12),
+    "small": relational("small", _SMALL, hubs=64, width=384, depth=3, heads=8),
+    "workshop": relational("workshop", _WORKSHOP, hubs=32, encoders=False),
+    "paper": _thin("paper", _WORKSHOP, 32),
 }
 
 
-def as_released(config: HarmonixConfig, name: str) -> HarmonixConfig:
+def as_released(config: HarmonixConfig) -> HarmonixConfig:
     """The same sizes, read as the release reads: parcels in its order, patches by its rule."""
     tape = replace(config.dynamics, patching="tape")
-    return replace(config, name=name, order="17networks", dynamics=tape)
+    return replace(config, order="17networks", dynamics=tape)
 
 
-RELEASE = as_released(PRESETS["base"], "release")
+RELEASE = as_released(as_in_paper("release", *_BASE))
 # the release's parcels, patches, cubes and hub tokens, in thin networks
-STAND_IN = as_released(
-    _smaller("stand-in", 400, 4.0, 4, width=48, depth=2, heads=4, inner=(32, 1, 4), hubs=128),
-    "stand-in",
-)
+STAND_IN = as_released(_thin("stand-in", _STAND_IN, 128))
 
 
 class Harmonix(nn.Module):
-    """The networks of one model: an encoder for each modality, under the name of its tokens, and
-    the harmonizer; the decoder and the predictor serve training and pictures."""
+    """The networks of one model: an encoder for each modality that it reads, under the name of its
+    tokens, and the harmonizer; the decoder and the predictor serve training and pictures."""
 
     def __init__(self, config: HarmonixConfig, harmonics=None, gradients=None):
         super().__init__()
@@ -129,15 +171,19 @@ class Harmonix(nn.Module):
         gradients = torch.zeros(f.parcels, f.gradients) if gradients is None else gradients
         self.config = config
         self.provenance = {}
-        self.structure = StructureEncoder(config.structure)
-        self.structure_decoder: StructureDecoder | None = StructureDecoder(config.structure)
-        self.dynamics = DynamicsEncoder(f, harmonics, gradients)
-        self.dynamics_predictor = DynamicsPredictor(f, harmonics.clone(), gradients.clone())
-        self.harmonizer = Harmonizer(config.harmonizer)
+        self.structure_decoder: StructureDecoder | None = None
+        if config.encodes(ANATOMY):
+            self.structure = StructureEncoder(config.structure)
+            self.structure_decoder = StructureDecoder(config.structure)
+        if config.encodes(BOLD):
+            self.dynamics = DynamicsEncoder(f, harmonics, gradients)
+            self.dynamics_predictor = DynamicsPredictor(f, harmonics.clone(), gradients.clone())
         h = config.harmonizer
+        self.harmonizer = Hub(h) if isinstance(h, HubConfig) else Harmonizer(h)
         for name, places, numbers in zip(h.modalities, h.places, h.numbers, strict=True):
             if numbers:
-                self.add_module(modality(name).tokens, LinearEmbedding(places, numbers, h.width))
+                linear = LinearEmbedding(places, numbers, h.width, isinstance(h, HubConfig))
+                self.add_module(modality(name).tokens, linear)
 
     def encoder(self, name: str) -> nn.Module:
         """What makes tokens of a modality's inputs."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
@@ -38,6 +38,11 @@ class DynamicsConfig:
     predictor_depth: int = 6
     predictor_heads: int = 12
     predictor_eps: float = 1e-6
+
+    @property
+    def exact(self) -> DynamicsConfig:
+        """The same with patches that are exact in time."""
+        return replace(self, patching="exact")
 
     @property
     def patch_seconds(self) -> float:

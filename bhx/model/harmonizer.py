@@ -4,29 +4,27 @@ self-attention over one sequence, and the reconstruction that trains it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import nn
 
 from bhx.errors import InputError, check_choice
-from bhx.model.layers import Block, attention_weights, initialize, normalized, run, sincos
-
-ATTENTIONS = ("last", "mean", "rollout")
+from bhx.model.layers import (
+    ATTENTIONS,
+    Block,
+    TokenPlaces,
+    attention_weights,
+    initialize,
+    normalized,
+    run,
+    sincos,
+)
 
 
 @dataclass(frozen=True)
-class HarmonizerConfig:
-    """Sizes of the harmonizer; those of its networks are by default the released ("base") ones.
+class HarmonizerConfig(TokenPlaces):
+    """Sizes of the harmonizer; those of its networks are by default the released ("base") ones."""
 
-    `modalities` stand in the order of their tokens; each has so many `places`, and where it has no
-    encoder of its own, tokens of so many `numbers` (else 0).
-    """
-
-    modalities: tuple[str, ...]
-    places: tuple[int, ...]
-    numbers: tuple[int, ...]
-    hubs: int = 128
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -34,17 +32,6 @@ class HarmonizerConfig:
     decoder_depth: int = 8
     decoder_heads: int = 16
     target_width: int = 768
-
-    @property
-    def data_tokens(self) -> int:
-        """Rows of the positions after CLS: every place of every modality."""
-        return sum(self.places)
-
-    @property
-    def first(self) -> dict[str, int]:
-        """The row, after CLS, of each modality's first place."""
-        starts = accumulate(self.places, initial=1)
-        return dict(zip(self.modalities, starts, strict=False))
 
 
 class Harmonizer(nn.Module):
@@ -94,9 +81,25 @@ class Harmonizer(nn.Module):
             for block in self.blocks:  # and so does what each of them reads
                 block.attn.qkv.weight[: 2 * c.width] *= 3
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.cls_token.device
+
+    def entries(self) -> list[nn.Parameter]:
+        """Parameters of what enters the first block."""
+        place = self.enc_latent_token_positional_embedding
+        return [self.cls_token, self.latent_tokens, place]
+
     def forward(self, subjects):
-        """Hub tokens (B, 1 + hubs, width), CLS first, after the norm."""
-        return self.norm(self.encode(subjects))
+        """Hub tokens (B, hubs, width) after the norm."""
+        return self.norm(self.encode(subjects))[:, 1:]
+
+    read = forward
+
+    def pooled(self, subjects):
+        """The mean hub token (B, width) of each subject, before the norm."""
+        return self.encode(subjects)[:, 1:].float().mean(1)
 
     def encode(self, subjects):
         """Hub tokens (B, 1 + hubs, width), CLS first, before the norm."""
@@ -187,7 +190,9 @@ class Harmonizer(nn.Module):
         Returns loss_<modality>, one value for each subject that has it among its `targets`. What
         is read (`seen`) may lack it: the hub tokens must then guess.
         """
-        decoded = self.decode(self(seen), [self.rows(subject) for subject in targets])
+        decoded = self.decode(
+            self.norm(self.encode(seen)), [self.rows(subject) for subject in targets]
+        )
         parts = [(name, x) for subject in targets for name, (x, _) in subject.items()]
         terms = {name: [decoded.new_zeros(0)] for name in self.config.modalities}
         guesses = decoded.split([len(x) for _, x in parts])
@@ -200,7 +205,7 @@ class Harmonizer(nn.Module):
         """The released objective of each subject (B,): one mean over all positions, those of
         patches that a scan does not have included (as zeros), targets normalized over channels."""
         full = torch.arange(1, 1 + self.config.data_tokens, device=self.pos_embed.device)
-        decoded = self.decode(self(subjects), [full] * len(subjects))
+        decoded = self.decode(self.norm(self.encode(subjects)), [full] * len(subjects))
         decoded = decoded.unflatten(0, (len(subjects), -1))
         target = torch.zeros_like(decoded)
         for one, subject in zip(target, subjects, strict=True):

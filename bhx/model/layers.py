@@ -7,10 +7,36 @@ beside it; nothing is padded, so no sequence can see or change another.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+ATTENTIONS = ("last", "mean", "rollout")
+
+
+@dataclass(frozen=True)
+class TokenPlaces:
+    """What hub tokens read: modalities in the order of their tokens; each has so many `places`, and
+    where it has no encoder of its own, tokens of so many `numbers` (else 0)."""
+
+    modalities: tuple[str, ...]
+    places: tuple[int, ...]
+    numbers: tuple[int, ...]
+    hubs: int = 128
+
+    @property
+    def data_tokens(self) -> int:
+        """Every place of every modality."""
+        return sum(self.places)
+
+    @property
+    def first(self) -> dict[str, int]:
+        """The row of each modality's first place, counted from 1 (0 is CLS)."""
+        starts = accumulate(self.places, initial=1)
+        return dict(zip(self.modalities, starts, strict=False))
 
 
 def sincos(positions: torch.Tensor, channels: int) -> torch.Tensor:
@@ -102,6 +128,13 @@ def run(blocks, x, lengths):
     return x
 
 
+def skip(module: nn.Module, probability: float) -> None:
+    """Let every block in a module skip a branch for a whole sequence, in training, so often."""
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.drop_path = probability
+
+
 def normalized(x):
     """Each row (..., n) minus its mean, over the root of its unbiased variance + 1e-6."""
     mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True)
@@ -137,29 +170,45 @@ def attend_alike(attention: Attention, score: float = 20.0) -> None:
 class LinearEmbedding(nn.Module):
     """Tokens of a modality without an encoder of its own: the numbers of each place, less their
     mean over people and over their deviation (`fit`), through one linear layer that begins
-    orthonormal. Numbers that are missing (NaN) count as their mean."""
+    orthonormal. Numbers that are missing (NaN) count as their mean.
 
-    def __init__(self, places: int, numbers: int, width: int):
+    With `sketched` a second such layer, which never learns, is laid beside it: tokens (N, 2 width).
+    """
+
+    def __init__(self, places: int, numbers: int, width: int, sketched: bool = False):
         super().__init__()
         self.proj = nn.Linear(numbers, width)
         self.register_buffer("mean", torch.zeros(places, numbers))
         self.register_buffer("deviation", torch.ones(places, numbers))
         nn.init.orthogonal_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
+        fixed = nn.init.orthogonal_(torch.empty(width, numbers)) if sketched else None
+        self.register_buffer("fixed", fixed)
 
     def forward(self, inputs, keep=None):
-        """Packed tokens (N, width) of inputs [(places, numbers)], those that `keep` names, and the
-        number of tokens of each."""
+        """Packed tokens of inputs [(places, numbers)], those that `keep` names, and the number of
+        tokens of each."""
         keep = [slice(None)] * len(inputs) if keep is None else keep
         pairs = zip(inputs, keep, strict=True)
         each = [(x[at] - self.mean[at]) / self.deviation[at] for x, at in pairs]
-        return self.proj(torch.cat(each).nan_to_num()), tuple(map(len, each))
+        x = torch.cat(each).nan_to_num()
+        tokens = self.proj(x)
+        if self.fixed is not None:
+            tokens = torch.cat([tokens, nn.functional.linear(x, self.fixed)], 1)
+        return tokens, tuple(map(len, each))
 
     @torch.no_grad()
     def fit(self, people):
-        """Take mean and deviation over people (n, places, numbers); where people hardly differ, a
+        """Take mean and deviation over people [(places, numbers)]; where people hardly differ, a
         tenth of the deviation of all numbers together is added."""
-        self.mean.copy_(people.nanmean(0))
-        left = people - self.mean
-        spread = left.square().nanmean(0).sqrt() + 0.1 * left.square().nanmean().sqrt()
-        self.deviation.copy_(spread.clamp(min=1e-6))
+        count, total, square = (self.mean.new_zeros(self.mean.shape, dtype=torch.float64)
+                                for _ in range(3))  # fmt: skip
+        for x in people:
+            there = x.isfinite()
+            x = x.double().nan_to_num()
+            count, total, square = count + there, total + x, square + x**2
+        mean = total / count.clamp(min=1)
+        variance = (square / count.clamp(min=1) - mean**2).clamp(min=0)
+        whole = (variance * count).sum() / count.sum().clamp(min=1)
+        self.mean.copy_(mean)
+        self.deviation.copy_((variance.sqrt() + 0.1 * whole.sqrt()).clamp(min=1e-6))

@@ -32,7 +32,8 @@ class Sample:
     reading: Reading = field(default_factory=Reading)
     tokens: Sequences | None = None  # made before by frozen encoders
     hidden: dict[str, torch.Tensor] = field(default_factory=dict)  # see each objective's `hide`
-    unseen: str = ""  # modality that the harmonizer has to do without
+    unseen: str = ""  # variable that the harmonizer has to do without
+    signal: tuple | None = None  # what the whole batch says to this subject: see `Objective.relate`
 
     @property
     def cost(self) -> int:
@@ -115,12 +116,17 @@ class Samples(torch.utils.data.Dataset):
 
     def read(self, i: int, random, one_window: bool = True) -> Reading:
         """A subject's modalities, thinned and cropped as the plan says; at most one window."""
-        reading, windows = Reading(), None
-        for name, modality in self._had(i):
+        reading, windows, seen = Reading(), None, {}
+        for modality in {
+            m.variable: m for _, m in self._had(i)
+        }.values():  # once for all its readers
             facts = {k: self.labels[k].values[i] for k in modality.needs}
             values = modality.trim(self._stored(modality.variable, i), facts)
+            augmented = modality.augment(values, facts, self.config, self.plan, random)
+            seen[modality.variable] = augmented
+        for _, modality in self._had(i):
+            values, facts = seen[modality.variable]
             names = self.labels.roi.values if "roi" in modality.dims else ()
-            values, facts = modality.augment(values, facts, self.config, self.plan, random)
             scaled = modality.scale(values, self.config, scaling=self.config.scaling, names=names)
             if not np.isfinite(scaled).all():
                 fact = f"Expected finite values of '{modality.variable}', found others"
@@ -129,7 +135,7 @@ class Samples(torch.utils.data.Dataset):
             if one_window and len(cuts) > 1:
                 windows = int(random.integers(len(cuts))) if windows is None else windows
                 cuts = [cuts[windows]]
-            reading.add(name, cuts)
+            reading.add(modality, cuts)
         return reading
 
     def read_tokens(self, i: int) -> Sequences:
@@ -165,7 +171,7 @@ class Samples(torch.utils.data.Dataset):
 
     def _check(self, cohort):
         if not len(self.usable):
-            names = " or ".join(m.variable for m in self.modalities.values())
+            names = " or ".join(dict.fromkeys(m.variable for m in self.modalities.values()))
             fact = f"Expected a cohort with {names} for the stage '{self.plan.stage}', found "
             fact += f"{listed(cohort.data_vars)} and no subject that has it"
             raise InputError(fact, "Choose the stage that fits the cohort")
@@ -180,6 +186,12 @@ class Samples(torch.utils.data.Dataset):
         """The same samples under other settings."""
         other = copy(self)
         other.plan = plan
+        return other
+
+    def whole(self, name: str) -> Samples:
+        """One modality of the same subjects, of whole scans as they were measured."""
+        other = self.with_plan(self.plan.model_copy(update={"crop": False, "decimate": (1,)}))
+        other.modalities = {name: self.modalities[name]}
         return other
 
     def __getstate__(self):  # zarr arrays are opened again in each worker

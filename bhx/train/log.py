@@ -18,7 +18,7 @@ from bhx.modalities.table import MODALITIES
 
 NAMES = {
     "loss": "loss",
-    "held_out_loss": "held-out loss",
+    "loss_relations": "disagreement on who is like whom (1 - r)",
     "rate": "learning rate",
     "norm": "norm of the gradient before clipping",
     "tokens": "tokens of the step",
@@ -30,11 +30,12 @@ NAMES = {
 
 def long_name(key: str) -> str:
     """A quantity of the log in words."""
+    part = key.removeprefix("held_out_")
+    held_out = "held-out " if part != key else ""
     for modality in MODALITIES.values():
-        if key.endswith(f"loss_{modality.name}"):
-            held_out = "held-out " if key.startswith("held_out") else ""
+        if part == f"loss_{modality.name}":
             return f"{held_out}loss of the {modality.tokens.replace('_tokens', '')} tokens"
-    return NAMES.get(key, key)
+    return held_out + NAMES.get(part, part)
 
 
 def append(path: Path, kind: str, step: int, values: dict) -> None:

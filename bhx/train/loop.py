@@ -19,7 +19,7 @@ from bhx.encode.inputs import in_turns
 from bhx.errors import InputError, listed
 from bhx.train.dataset import Samples, readable
 from bhx.train.log import append, collapse, cut_after, names_what_failed, warn_of_collapse
-from bhx.train.objectives import Objective, compile_blocks
+from bhx.train.objectives import FEWEST, Objective, compile_blocks
 from bhx.train.processes import Processes, gathered, split_like
 from bhx.train.recipes import Recipe, cosine, learning_rate, linear
 
@@ -98,7 +98,7 @@ class Run:
             self._restore(checkpoint)
         else:
             with torch.autocast(self.device.type, torch.bfloat16, self._half):
-                self.objective.begin(self.read(self._order(0)[:EVALUATED]))
+                self.objective.begin(self)
             if self.folder and self.processes.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 log.write_text("")
@@ -137,6 +137,14 @@ class Run:
         number, place = divmod(step, len(self.train) // size)
         return self._order(number)[place * size : (place + 1) * size]
 
+    def first(self) -> list:
+        """Samples of training subjects, to fit what begins with them."""
+        return list(self.read(self._order(0)[:EVALUATED]))
+
+    def compared(self) -> np.ndarray:
+        """Rows of all subjects that are trained on, in a random order, or evaluated."""
+        return np.concatenate([self._order(0), self.test[:EVALUATED]])
+
     def _order(self, number):
         return np.random.default_rng([self.plan.seed, number]).permutation(self.train)
 
@@ -168,6 +176,8 @@ class Run:
         counts, costs, found = self._counts(self.batch(self.step)), [s.cost for s in samples], []
         parts = [samples[turn] for turn in in_turns(costs, self.plan.tokens_at_once)]
         rounds = self.processes.most(len(parts)) if self.plan.shard else len(parts)
+        if self.objective.compares:
+            self._relate(parts, self.batch(self.step), rounds)
         for i in range(rounds):  # all gather split weights: who is done repeats for nothing
             part, weight = parts[min(i, len(parts) - 1)], float(i < len(parts))
             here = [sample.to(self.device) for sample in part]
@@ -187,6 +197,20 @@ class Run:
                 for s in part if not values.isfinite().all()
             ])  # fmt: skip
         return losses, int(tokens), norm
+
+    def _relate(self, parts, rows, rounds, together=True):
+        """Show an objective that compares people all of them, before the gradients of parts."""
+        pooled = []
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, self._half):
+            for i in range(rounds):
+                here = [s.to(self.device) for s in parts[min(i, len(parts) - 1)]]
+                pooled.append(torch.stack([t.mean(0) for t in self.parallel(here, True)]).float())
+        mine = torch.cat(pooled[: len(parts)])
+        whole = self.processes.joined(mine, len(rows)) if together else mine
+        signals = self.objective.compare(whole, rows)
+        signals = self.processes.share_of(signals) if together else signals
+        for sample, signal in zip((s for part in parts for s in part), signals, strict=True):
+            sample.signal = signal
 
     def _counts(self, rows):
         """How many subjects of the whole batch have each term of the loss."""
@@ -239,7 +263,12 @@ class Run:
         """Mean held-out loss of each term, and signs of collapse."""
         totals, tokens = {k: [] for k in self.objective.terms}, []
         self.objective.eval()
-        for sample in self.read(rows):
+        samples = self.read(rows)
+        if self.objective.compares:
+            samples = list(samples)
+            if len(samples) >= FEWEST:  # else nobody's place among others is known
+                self._relate([[s] for s in samples], rows, len(samples), together=False)
+        for sample in samples:
             with torch.autocast(self.device.type, torch.bfloat16, self._half):
                 losses = self.parallel([sample])
                 if self.plan.patience is None:

@@ -17,12 +17,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from bhx.encode.inputs import Sequences, encode_readings, sequences
+from bhx.errors import InputError, check_choice, listed
+from bhx.modalities.base import Modality
 from bhx.modalities.bold import BOLD, jepa_masks
 from bhx.modalities.t1 import ANATOMY, cube_mask
 from bhx.model.dynamics import jepa_loss
-from bhx.model.layers import Block, LinearEmbedding
+from bhx.model.hub import Hub
+from bhx.model.layers import Block, LinearEmbedding, skip
 from bhx.model.structure import mae_loss
+from bhx.train.dataset import readable
 from bhx.train.processes import local
+
+FEWEST = 16  # people that a relational loss compares
+FITTED = 1000  # training people at most whom teachers are fitted on
 
 
 class Objective(nn.Module):
@@ -30,13 +37,23 @@ class Objective(nn.Module):
 
     names: tuple[str, ...] = ()  # modalities that it reads; all of the model's where empty
     terms: Mapping[str, str | None]
+    compares = False  # whether its loss is of the whole batch: see `compare`
 
     @staticmethod
     def hide(sample, config, plan, random) -> None:
         """Choose what of a sample the network does not see."""
 
-    def begin(self, samples) -> None:
-        """Take what is fitted before the first step from samples of the training subjects."""
+    def begin(self, run) -> None:
+        """Take what is fitted before the first step from the run's training subjects."""
+
+    def compare(self, pooled, rows) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What the mean tokens (n, width) of a whole batch, rows of the cohort, say to each of its
+        subjects: the loss, and n times its gradient by the subject's mean token."""
+        raise NotImplementedError
+
+    def record(self) -> dict:
+        """What was fitted, for the record beside the weights."""
+        return {}
 
     def follow(self, momentum: float) -> None:
         """What moves after each step without a gradient."""
@@ -118,9 +135,12 @@ class HarmonizerObjective(Objective):
     """Reconstruction of every modality's tokens from the hub tokens. Encoders are frozen; the
     linear embeddings of modalities that have none learn along."""
 
+    losses: tuple[str, ...] = ("paper", "release")
+
     def __init__(self, networks, plan):
         super().__init__()
-        self.harmonizer = networks.harmonizer
+        check_choice("loss", plan.loss or self.losses[0], self.losses)
+        self.harmonizer, self.plan = networks.harmonizer, plan
         self.embeddings = nn.ModuleDict()
         self.networks = [networks]  # in a list: the frozen encoders are no parameters of this
         for name in networks.config.modalities:
@@ -129,41 +149,177 @@ class HarmonizerObjective(Objective):
                 self.embeddings[name] = encoder
             else:
                 encoder.requires_grad_(False)
-        self.release = plan.loss == "release"
         terms = {f"loss_{name}": name for name in networks.config.modalities}
-        self.terms = {"loss": None} if self.release else terms
+        self.terms = {"loss": None} if plan.loss == "release" else terms
 
     @staticmethod
     def hide(sample, config, plan, random):
-        """One modality of those who have several, in a share of cases."""
-        if len(sample.has) > 1 and random.random() < plan.drop_modality:
-            sample.unseen = str(random.choice(sample.has))
+        """One variable of those who have several, in a share of cases."""
+        has = list(dict.fromkeys(config.modalities[name].variable for name in sample.has))
+        if len(has) > 1 and random.random() < plan.drop_modality:
+            sample.unseen = str(random.choice(has))
 
     def forward(self, samples, look=False):
-        subjects = self.read(samples).subjects
+        subjects, seen = self.read(samples)
         if look:
-            return list(self.harmonizer(subjects)[:, 1:])
-        if self.release:
+            return list(self.harmonizer(subjects))
+        if self.plan.loss == "release":
             return {"loss": self.harmonizer.release_loss(subjects)}
-        pairs = zip(subjects, samples, strict=True)
-        seen = [{n: x for n, x in one.items() if n != sample.unseen} for one, sample in pairs]
-        targets = [{name: (x.detach(), at) for name, (x, at) in one.items()} for one in subjects]
-        return self.harmonizer.losses(seen, targets)
+        return self.harmonizer.losses(seen, detached(subjects))
 
     @torch.no_grad()
-    def begin(self, samples):
+    def begin(self, run):
         """Fit the linear embeddings, then the mean token of each place and its variance."""
-        samples = list(samples)
+        samples = run.first()
         for name, embedding in self.embeddings.items():
-            inputs = [s.reading.windows[name][0] for s in samples if name in s.reading.windows]
-            if inputs:
-                embedding.fit(torch.stack(inputs))
-        if not self.release:
-            self.harmonizer.fit_means(one for s in samples for one in self.read([s]).subjects)
+            embedding.fit(s.reading.windows[name][0] for s in samples if name in s.reading.windows)
+        if self.plan.loss != "release":
+            self.harmonizer.fit_means(one for s in samples for one in self.read([s])[0])
 
-    def read(self, samples) -> Sequences:
-        """What the harmonizer reads of these samples, in float32."""
-        return read_sequences(self.networks[0], samples, self.harmonizer.cls_token.device)
+    def read(self, samples):
+        """What the harmonizer could read of each sample, in float32, and what it may."""
+        subjects = read_sequences(self.networks[0], samples, self.harmonizer.device).subjects
+        variables = {n: m.variable for n, m in self.networks[0].config.modalities.items()}
+        return subjects, [
+            {n: x for n, x in one.items() if variables[n] != sample.unseen}
+            for one, sample in zip(subjects, samples, strict=True)
+        ]
+
+
+class RelationalObjective(HarmonizerObjective):
+    """People must lie to one another, in their mean hub token, as they do in the whole data.
+
+    The teacher of each modality that is read through a linear embedding are the first principal
+    scores of its summary, of whole scans, over training people; singular values to the power 0.5.
+    Beside it a decoder learns to give the data back; no gradient of it reaches the hub tokens.
+    Source: arXiv 2609.37642, for the idea of distilling similarity between scans.
+    """
+
+    losses = ("relational",)
+    compares = True
+
+    def __init__(self, networks, plan):
+        super().__init__(networks, plan)
+        if plan.batch < FEWEST:
+            fact = f"Expected a batch of at least {FEWEST} people, found {plan.batch}"
+            raise InputError(fact, "People are compared with one another: set batch=64, or more")
+        if not self.embeddings:
+            fact = "Expected a hub that reads coupling or cubes, found neither"
+            raise InputError(fact, "Their similarity between people is what it learns: add one")
+        self.terms = {"loss_relations": None} | self.terms
+        self.scores: dict[str, torch.Tensor] = {}  # of each teacher, (row of the cohort, component)
+        self.fitted: dict[str, dict] = {}
+
+    def get_extra_state(self):
+        """The teachers, which a run that is resumed needs."""
+        return {"scores": self.scores, "fitted": self.fitted}
+
+    def set_extra_state(self, state):
+        """Take the teachers of the run that is resumed."""
+        self.scores = {k: v.to(self.harmonizer.device) for k, v in state["scores"].items()}
+        self.fitted = state["fitted"]
+
+    def record(self):
+        """The teachers: people they were fitted on, components, and the share of variance."""
+        return {"teachers": self.fitted}
+
+    def forward(self, samples, look=False):
+        subjects, seen = self.read(samples)
+        hub = self.harmonizer.read(seen)
+        if look:
+            return list(hub)
+        related = [hub.new_zeros(0)]
+        for pooled, sample in zip(hub.mean(1), samples, strict=True):
+            if sample.signal is not None:
+                loss, pull = sample.signal
+                related.append((loss + (pooled - pooled.detach()) @ pull)[None])
+        errors = self.harmonizer.losses(hub.detach(), detached(subjects))
+        weight = self.plan.reconstruction
+        errors = {k: torch.lerp(v.detach(), v, weight) for k, v in errors.items()}  # its gradient
+        return {"loss_relations": torch.cat(related)} | errors
+
+    def compare(self, pooled, rows):
+        with torch.enable_grad():
+            pooled = pooled.detach().requires_grad_()
+            loss = disagreement(pooled, self.wanted(rows))
+            pull = torch.autograd.grad(loss, pooled)[0]
+        return [(loss.detach(), one * len(rows)) for one in pull]
+
+    def wanted(self, rows):
+        """How alike people (rows) should be: (n, n), the teachers' Gram matrices weighted."""
+        total = 0.0
+        for name, scores in self.scores.items():
+            gram = scores[rows] @ scores[rows].T
+            weight = self.networks[0].config.modalities[name].weight
+            total = total + weight * gram / gram.norm().clamp(min=1e-12)
+        return total
+
+    @torch.no_grad()
+    def begin(self, run):
+        """Fit embeddings and teachers on training people, and score everybody who is compared."""
+        config = self.networks[0].config
+        for name, embedding in self.embeddings.items():
+            samples, modality = run.samples.whole(name), config.modalities[name]
+            rows = [int(i) for i in run.compared() if samples.has[name][i]]
+            known = [i for i in rows if i in set(run.train)][:FITTED]
+            if len(known) < FEWEST:
+                fact = (
+                    f"Expected {modality.variable} of at least {FEWEST} people to train on, found "
+                )
+                raise InputError(f"{fact}{len(known)}", "Take a model that does not read it")
+            summaries = {}
+
+            def windows(rows, name=name, samples=samples, modality=modality, out=summaries):
+                for i in rows:
+                    window = readable(samples[-1, i]).reading.windows[name][0]
+                    summary = modality.summary(window.nan_to_num().numpy(), config)
+                    out[i] = torch.from_numpy(summary).to(self.harmonizer.device)
+                    yield window.to(self.harmonizer.device)
+
+            embedding.fit(windows(known))
+            teacher = Teacher(torch.stack([summaries[i] for i in known]), modality.components)
+            for _ in windows([i for i in rows if i not in summaries]):
+                pass
+            scores = torch.zeros(len(samples.labels.subject), teacher.axes.shape[1])
+            self.scores[name] = scores.to(self.harmonizer.device)
+            for i in rows:
+                self.scores[name][i] = teacher(summaries.pop(i))
+            self.fitted[name] = teacher.record
+
+
+class Teacher:
+    """Principal scores of people, fitted on summaries (n, number), each scaled by its spread."""
+
+    def __init__(self, people, components: int):
+        self.mean = people.mean(0)
+        left = people - self.mean
+        self.spread = left.std(0) + 0.1 * left.std()
+        left = (left / self.spread).double()
+        values, vectors = torch.linalg.eigh(left @ left.T)
+        kept = slice(-min(components, len(people) - 1), None)
+        axes = left.T @ (vectors[:, kept] * values[kept].clamp(min=1e-9) ** -0.75)
+        self.axes = axes.float()
+        explained = float(values[kept].sum() / values.sum())
+        self.record = {"people": len(people), "components": axes.shape[1], "explained": explained}
+
+    def __call__(self, summary):
+        """Scores (component): singular values to the power 0.5 instead of 1."""
+        return ((summary - self.mean) / self.spread) @ self.axes
+
+
+def disagreement(pooled, wanted):
+    """1 - correlation, over pairs of people, of the Gram matrix of their mean tokens with that
+    wanted; both (n, n) after the mean person is taken out."""
+    center = torch.eye(len(pooled), device=pooled.device) - 1 / len(pooled)
+    pooled = pooled - pooled.mean(0)
+    pairs = ~torch.eye(len(pooled), dtype=torch.bool, device=pooled.device)
+    a, b = (pooled @ pooled.T)[pairs], (center @ wanted @ center)[pairs]
+    return 1 - F.cosine_similarity(a - a.mean(), b - b.mean(), 0)
+
+
+def detached(subjects):
+    """Data tokens of subjects as targets: no gradient reaches what made them."""
+    return [{name: (x.detach(), at) for name, (x, at) in one.items()} for one in subjects]
 
 
 class LabelObjective(Objective):
@@ -188,14 +344,13 @@ class LabelObjective(Objective):
                 parameter.requires_grad_(True)
         for i, block in enumerate(h.blocks):
             learns = i + 1 >= self.first
-            block.drop_path = learns * plan.drop_path * (i / (depth - 1) if depth > 1 else 1)
+            skip(block, learns * plan.drop_path * (i / (depth - 1) if depth > 1 else 1))
 
     def layers(self) -> list:
         """Parameters of each layer: what enters the harmonizer, its blocks, the head."""
         h = self.harmonizer
-        enters = [h.cls_token, h.latent_tokens, h.enc_latent_token_positional_embedding]
         blocks = [list(block.parameters()) for block in h.blocks]
-        return [enters, *blocks, [*self.norm.parameters(), *self.head.parameters()]]
+        return [h.entries(), *blocks, [*self.norm.parameters(), *self.head.parameters()]]
 
     def groups(self, plan):
         """The head has the whole rate, each layer below `layer_decay` times that of the one above;
@@ -234,7 +389,7 @@ class LabelObjective(Objective):
     def pool(self, samples):
         """Mean hub token (subject, width), over the windows of each subject by their share."""
         read = read_sequences(self.networks[0], samples, self.head.weight.device)
-        hub = self.harmonizer.encode(read.subjects)[:, 1:].float().mean(1)
+        hub = self.harmonizer.pooled(read.subjects).float()
         owner = torch.tensor(read.owner, device=hub.device)
         out = hub.new_zeros(len(samples), hub.shape[1])
         return out.index_add(0, owner, hub * read.share.to(hub)[:, None])
@@ -260,6 +415,17 @@ OBJECTIVES = {
     "dynamics": DynamicsObjective,
     "harmonizer": HarmonizerObjective,
 }
+
+
+def objective_of(networks, plan) -> Objective:
+    """What the stage of a plan trains of these networks."""
+    stage, config, kind = plan.stage, networks.config, OBJECTIVES[plan.stage]
+    if stage == "harmonizer" and isinstance(networks.harmonizer, Hub):
+        kind = RelationalObjective
+    if not all(config.encodes(config.modalities.get(name, Modality())) for name in kind.names):
+        fact = f"Expected a model with an encoder for the stage '{stage}', found '{config.name}'"
+        raise InputError(f"{fact}, which reads {listed(config.modalities)}", "Take preset='paper'")
+    return kind(networks, plan)
 
 
 def compile_blocks(objective) -> None:

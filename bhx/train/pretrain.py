@@ -12,12 +12,13 @@ from bhx.encode.embed import aligned_to
 from bhx.encode.model import Model, config_of, random_model, reading_all_of
 from bhx.errors import InputError, listed
 from bhx.model.checkpoints import read_weights, save_weights
-from bhx.model.config import Harmonix, HarmonixConfig
+from bhx.model.config import PRESETS, Harmonix, HarmonixConfig
+from bhx.model.hub import HubConfig
 from bhx.settings import __version__
 from bhx.train.dataset import Samples, held_out_rows, is_as_stored, opened
 from bhx.train.log import read_log
 from bhx.train.loop import Run, differences
-from bhx.train.objectives import OBJECTIVES, digest
+from bhx.train.objectives import digest, objective_of
 from bhx.train.processes import gathered, own_device
 from bhx.train.recipes import recipe
 
@@ -70,17 +71,20 @@ def pretrain(
         The cohort lacks what the stage needs, `out` holds another run, the configuration changed,
         a loss was not finite, or data could not be read; the last checkpoint stays.
     """
-    plan = recipe(stage, preset if isinstance(preset, str) else preset.name, **settings)
+    config = config_of(preset)
+    own = isinstance(config.harmonizer, HubConfig) and config.name not in PRESETS
+    plan = recipe(stage, "base" if own else config.name, **settings)
     cohort, path = opened(cohort, subjects)
     start = _starting_point(model, preset, cohort, Path(out), plan, own_device(device))
     aligned = aligned_to(cohort, start)
     path = path if is_as_stored(aligned, cohort) else None
-    objective = OBJECTIVES[stage](start.networks, plan).to(start.device)
+    objective = objective_of(start.networks, plan).to(start.device)
     names = objective.names or tuple(start.config.modalities)
     samples = Samples(aligned, start.config, plan, names, objective.hide, path)
     train, test = held_out_rows(samples, held_out)
     ids = samples.labels.subject.values
-    encoders = [start.networks.encoder(n) for n in start.config.modalities]
+    frozen = [m for m in start.config.modalities.values() if start.config.encodes(m)]
+    encoders = [start.networks.encoder(m.name) for m in frozen]
     fixed = {
         "plan": plan.model_dump(),
         "config": asdict(start.config),
@@ -108,6 +112,7 @@ def _finished(run, start, out) -> Model:
             "cohort": {k: str(v) for k, v in labels.attrs.items() if k != "truth"},
             "subjects": len(run.train),
             "held_out": run.fixed["held_out"],
+            **run.objective.record(),
             "versions": {"bhx": __version__, "torch": torch.__version__.split("+")[0]},
         }
         source = f"bhx.pretrain on {labels.attrs.get('source', 'a cohort')}"
@@ -126,7 +131,7 @@ def _starting_point(model, preset, cohort, out, plan, device) -> Model:
         start = Model(read_weights(model), device)
     elif there is not None:
         start = Model(there, device)
-    elif plan.stage == "harmonizer":
+    elif plan.stage == "harmonizer" and any(map(config.encodes, config.modalities.values())):
         raise InputError(
             f"Expected encoders for the harmonizer in '{out}', found none",
             "Train the stages 'structure' and 'dynamics' there first, or give model=",

@@ -46,6 +46,15 @@ class Processes:
         dist.all_reduce(values)
         return values.tolist()
 
+    def joined(self, mine: torch.Tensor, total: int) -> torch.Tensor:
+        """Rows of all processes in the order of the batch that `share_of` dealt."""
+        if self.world == 1:
+            return mine
+        whole = mine.new_zeros(total, *mine.shape[1:])
+        whole[self.rank :: self.world] = mine
+        dist.all_reduce(whole)
+        return whole
+
     def most(self, value: int) -> int:
         """The largest over the processes."""
         if self.world == 1:
@@ -66,7 +75,11 @@ class Processes:
             return _sharded(objective, self.device, self.world)
         ids = [self.device.index or 0] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
-            objective, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+            objective,
+            device_ids=ids,
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=objective.compares,  # modalities that a part does not have
         )
 
     def exchange(self, parallel: nn.Module, shard: bool, last: bool):

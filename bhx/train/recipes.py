@@ -81,12 +81,14 @@ class Recipe(Settings):
     clip: Above = 1.0  # norm of the gradient
     momentum: Shares = (0.996, 1.0)  # of the teacher, first and last
     hidden: Inner = 0.75  # of the cubes
-    loss: Literal["paper", "release"] = "paper"  # of the harmonizer
+    loss: Literal["relational", "paper", "release"] | None = None  # None: the harmonizer's own
+    reconstruction: Rate = 0.1  # weight beside the relational loss
     drop_modality: Share = 0.2  # of the cases
     decimate: Factors = (1, 2, 3, 4)
     slowest_tr: Above = 3.0  # s, after decimation
     antialias: bool = False
     crop: bool = True
+    whole: Share = 0.0  # of the cases in which a scan is read whole although `crop`
     shortest: Count = 4  # patches of a crop in time, where the scan has as many
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     compile: bool = False
@@ -97,9 +99,9 @@ class Recipe(Settings):
     patience: Patience = None  # evaluations without a lower loss; None: no early stopping
 
 
-def recipe(stage: str, preset: str = "base", **changes) -> Recipe:
-    """The published settings of a stage, or those of a smaller preset, with changes by name."""
-    smaller = _SMALLER.get(preset, {}).get(stage, {})
+def recipe(stage: str, preset: str = "release", **changes) -> Recipe:
+    """The settings of a stage for a preset, else the published ones, with changes by name."""
+    smaller = _PRESETS.get(preset, {}).get(stage, {})
     return Recipe(**{"stage": stage, **_PUBLISHED.get(stage, {}), **smaller, **changes})
 
 
@@ -107,9 +109,19 @@ _PUBLISHED = {  # rates of both at the batch of 512: base rate x batch / 256
     "structure": {"rate": (0.0, 3e-4, 0.0), "decay": (0.05, 0.05), "betas": (0.9, 0.95)},
     "harmonizer": {"rate": (0.0, 1e-3, 0.0), "decay": (0.05, 0.05), "betas": (0.9, 0.95)},
 }
+_RELATIONAL = {
+    "batch": 64, "rate": (0.0, 2e-3, 0.0), "decay": (0.05, 0.05), "betas": (0.9, 0.95),
+    "decimate": (1, 1, 1, 1, 2, 3, 4), "slowest_tr": 6.01, "whole": 0.3, "shortest": 2,
+    "warmup": 0.1,
+}  # fmt: skip
 _QUICK = {"precision": "float32", "tokens_at_once": 16384, "warmup": 0.1, "checkpoint_every": 100}
-_SMALLER = {
-    "workshop": {
+_PRESETS = {
+    "base": {"harmonizer": _RELATIONAL},
+    "small": {"harmonizer": _RELATIONAL},
+    "workshop": {"harmonizer": {
+        **_QUICK, **_RELATIONAL, "steps": 400, "evaluate_every": 50,
+    }},
+    "paper": {
         "structure": {
             **_QUICK, "steps": 400, "batch": 16, "rate": (1e-4, 2e-3, 1e-5), "evaluate_every": 100,
         },
