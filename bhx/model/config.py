@@ -102,7 +102,7 @@ def as_in_paper(name, atlas, structure, dynamics, hubs=128, order="7networks", *
 def relational(name, read, hubs, encoders=True, **sizes) -> HarmonixConfig:
     """A configuration with a relational hub, which reads coupling and cubes, and with `encoders`
     the tokens of dynamics and structure beside them; `read` are its first three parts."""
-    _, structure, dynamics = read
+    atlas, structure, dynamics = read
     patches = dynamics.parcels * dynamics.max_patches
     reads = {
         BOLD.name: (patches, 0),
@@ -113,7 +113,7 @@ def relational(name, read, hubs, encoders=True, **sizes) -> HarmonixConfig:
     reads = {name: sizes for name, sizes in reads.items() if sizes[1] or encoders}
     places, numbers = zip(*reads.values(), strict=True)
     hub = HubConfig((*reads,), places, numbers, hubs, **sizes)
-    return HarmonixConfig(name, *read, hub)
+    return HarmonixConfig(name, atlas, structure, dynamics, hub)
 
 
 def _smaller(parcels, voxel_mm, cube, *, width, depth, heads, inner):
