@@ -9,7 +9,8 @@ alone, from the first two minutes, and from every second, third and fourth volum
 same network untrained, connectome, flattened connectome, cube means, and both modalities together.
 
 Predictions are those of `bhx.probe`, five folds stratified by site: r for numbers, balanced
-accuracy for labels, the mean over cohorts with a 95 % interval from a bootstrap over people within each.
+accuracy for labels, the mean over cohorts with a 95 % interval from a bootstrap over people within
+each.
 Who is who: the share of people found again in another session by all hub tokens, each session
 centered. --stages names a table of series `sub-XXX_ses-K` (rows of 400 Schaefer parcels first).
 Settings were chosen on seeds 101 to 103; seeds 0 to 2 are for reporting.

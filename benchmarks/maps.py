@@ -3,8 +3,9 @@
     python benchmarks/maps.py [--model workshop] [--seed 101] [--people 24] [--out maps.json]
 
 For people that no model has seen, three maps (token, parcel) of each person's BOLD: attention of
-the last layer; the size of integrated gradients; and the distance that a token moves when the parcel is
-removed from the scan. Tokens are taken before the sketch, which is fixed and random. For each map:
+the last layer; the size of integrated gradients; and the distance that a token moves when the
+parcel is removed from the scan. Tokens are taken before the sketch, which is fixed and random. For
+each map:
 
 repeats      correlation over parcels between the two halves of a scan, mean over tokens and people
              ("mean": of the mean map over people)
