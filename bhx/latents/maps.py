@@ -72,12 +72,12 @@ def _map_of(latents, of):
     if of == "modality":
         return ATTENTION, np.ones(latents.sizes["subject"], bool)
     if of == "roi":
-        named = maps_in(latents, ("roi",)) or [BOLD.name]
-    else:  # its own, or that of another modality that reads the same variable
-        named = [n for n, m in MODALITIES.items() if m.variable == modality(of).variable]
-        named = [of, *(n for n in named if modality(n).map_name in latents)]
-        named = named[1:] if modality(of).map_name not in latents and len(named) > 1 else named
-    return modality(named[0]).map_name, who_has(latents, modality(named[0]).variable)
+        names = maps_in(latents, ("roi",)) or [BOLD.name]
+    else:  # its own map first, then that of another modality that reads the same variable
+        same = [n for n, m in MODALITIES.items() if m.variable == modality(of).variable]
+        same.sort(key=lambda name: name != of)
+        names = [n for n in same if modality(n).map_name in latents] or [of]
+    return modality(names[0]).map_name, who_has(latents, modality(names[0]).variable)
 
 
 def spin_test(values: xr.DataArray, labels: str, atlas: xr.Dataset, *, n_spins=1000, seed=0):

@@ -141,9 +141,9 @@ class Run:
         """Samples of training subjects, to fit what begins with them."""
         return list(self.read(self._order(0)[:EVALUATED]))
 
-    def compared(self) -> np.ndarray:
-        """Rows of all subjects that are trained on, in a random order, or evaluated."""
-        return np.concatenate([self._order(0), self.test[:EVALUATED]])
+    def compared(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of all subjects that are trained on, in a random order, and that are evaluated."""
+        return self._order(0), self.test[:EVALUATED]
 
     def _order(self, number):
         return np.random.default_rng([self.plan.seed, number]).permutation(self.train)

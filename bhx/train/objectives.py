@@ -140,7 +140,8 @@ class HarmonizerObjective(Objective):
     def __init__(self, networks, plan):
         super().__init__()
         check_choice("loss", plan.loss or self.losses[0], self.losses)
-        self.harmonizer, self.plan = networks.harmonizer, plan
+        self.harmonizer, self.plan, self.config = networks.harmonizer, plan, networks.config
+        self.modalities = networks.config.modalities
         self.embeddings = nn.ModuleDict()
         self.networks = [networks]  # in a list: the frozen encoders are no parameters of this
         for name in networks.config.modalities:
@@ -179,9 +180,8 @@ class HarmonizerObjective(Objective):
     def read(self, samples):
         """What the harmonizer could read of each sample, in float32, and what it may."""
         subjects = read_sequences(self.networks[0], samples, self.harmonizer.device).subjects
-        variables = {n: m.variable for n, m in self.networks[0].config.modalities.items()}
         return subjects, [
-            {n: x for n, x in one.items() if variables[n] != sample.unseen}
+            {n: x for n, x in one.items() if self.modalities[n].variable != sample.unseen}
             for one, sample in zip(subjects, samples, strict=True)
         ]
 
@@ -250,41 +250,37 @@ class RelationalObjective(HarmonizerObjective):
         total = 0.0
         for name, scores in self.scores.items():
             gram = scores[rows] @ scores[rows].T
-            weight = self.networks[0].config.modalities[name].weight
-            total = total + weight * gram / gram.norm().clamp(min=1e-12)
+            total = total + self.modalities[name].weight * gram / gram.norm().clamp(min=1e-12)
         return total
 
     @torch.no_grad()
     def begin(self, run):
         """Fit embeddings and teachers on training people, and score everybody who is compared."""
-        config = self.networks[0].config
+        train, test = (rows.tolist() for rows in run.compared())
         for name, embedding in self.embeddings.items():
-            samples, modality = run.samples.whole(name), config.modalities[name]
-            rows = [int(i) for i in run.compared() if samples.has[name][i]]
-            known = [i for i in rows if i in set(run.train)][:FITTED]
+            samples, modality = run.samples.whole(name), self.modalities[name]
+            known, tested = ([i for i in rows if samples.has[name][i]] for rows in (train, test))
             if len(known) < FEWEST:
-                fact = (
-                    f"Expected {modality.variable} of at least {FEWEST} people to train on, found "
-                )
-                raise InputError(f"{fact}{len(known)}", "Take a model that does not read it")
-            summaries = {}
-
-            def windows(rows, name=name, samples=samples, modality=modality, out=summaries):
-                for i in rows:
-                    window = readable(samples[-1, i]).reading.windows[name][0]
-                    summary = modality.summary(window.nan_to_num().numpy(), config)
-                    out[i] = torch.from_numpy(summary).to(self.harmonizer.device)
-                    yield window.to(self.harmonizer.device)
-
-            embedding.fit(windows(known))
-            teacher = Teacher(torch.stack([summaries[i] for i in known]), modality.components)
-            for _ in windows([i for i in rows if i not in summaries]):
-                pass
-            scores = torch.zeros(len(samples.labels.subject), teacher.axes.shape[1])
-            self.scores[name] = scores.to(self.harmonizer.device)
-            for i in rows:
-                self.scores[name][i] = teacher(summaries.pop(i))
+                fact = f"Expected {FEWEST} people or more with {modality.variable} to train on"
+                raise InputError(f"{fact}, found {len(known)}", "Give more people, or leave it out")
+            people: dict[int, torch.Tensor] = {}
+            embedding.fit(self._whole(samples, name, known[:FITTED], people))
+            teacher = Teacher(torch.stack([*people.values()]), modality.components)
+            everybody = (len(samples.labels.subject), teacher.axes.shape[1])
+            scores = self.scores[name] = teacher.axes.new_zeros(everybody)
+            for i in [*known, *tested]:
+                if i not in people:
+                    list(self._whole(samples, name, [i], people))
+                scores[i] = teacher(people.pop(i))
             self.fitted[name] = teacher.record
+
+    def _whole(self, samples, name, rows, summaries):
+        """Windows of whole scans, one after another; their summaries are put by row."""
+        for i in rows:
+            window = readable(samples[-1, i]).reading.windows[name][0].to(self.harmonizer.device)
+            summary = self.modalities[name].summary(window.nan_to_num().cpu().numpy(), self.config)
+            summaries[i] = torch.from_numpy(summary).to(window.device)
+            yield window
 
 
 class Teacher:
