@@ -219,6 +219,27 @@ def test_kept_tokens_give_the_same_mean_hub_token(latents, model):
     np.testing.assert_allclose(again.mean("token"), one.hub.mean("token"), atol=1e-5)
 
 
+def test_lazy_is_stored_is_one_by_one(cohort, model, latents, tmp_path):
+    """People of two TRs, two lengths, some with one modality: together, apart, and from a store."""
+    stored = embed(cohort, model, store=tmp_path / "l.zarr", progress=False)
+    np.testing.assert_allclose(stored.hub, latents.hub, atol=1e-5)
+    for i in (0, 1, 3, 5):
+        alone = embed(cohort.isel(subject=[i]), model, tokens_at_once=1)
+        np.testing.assert_allclose(alone.hub[0], latents.hub[i], atol=1e-4)
+
+
+def test_a_scan_longer_than_the_positions_of_an_encoder_is_one_coupling(model):
+    long = bhx.synthetic_cohort(1, seed=2, minutes=15, missing=0)[["bold"]].load()
+    whole = embed(long, model, keep="coupling").load()
+    assert whole.coupling.dims == ("subject", "roi", "feature")
+    assert np.isfinite(whole.hub).all()
+    facts = {"tr": float(long.tr[0]), "n_volumes": int(long.n_volumes[0])}
+    scan = COUPLING.trim(long.bold.values[0], facts)
+    (window,) = COUPLING.cut(COUPLING.scale(scan, HUB), facts, HUB)
+    by_hand = model.networks.coupling([torch.from_numpy(window)])[0][:, :24]
+    np.testing.assert_allclose(whole.coupling[0], by_hand.detach(), atol=1e-5)
+
+
 def test_parcels_are_taken_by_name(cohort, model, latents):
     with pytest.warns(UserWarning, match="aligned by name"):
         turned = embed(cohort.isel(roi=slice(None, None, -1)), model)

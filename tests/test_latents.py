@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+import bhx
 from bhx.errors import InputError
 from bhx.latents import maps as maps_file
 from bhx.latents import pool as pool_file
@@ -249,8 +250,21 @@ def test_controls_of_an_untrained_model_are_itself(brains):
     retest = found.agreement.sel(control="retest", token=4)
     halves = found["map"].sel(token=4, version=["first half", "second half"])
     assert float(retest) == pytest.approx(np.corrcoef(halves)[0, 1], abs=1e-5)
+    assert not found.passes.any()  # what random weights give as well has not been learned
     model_map = found["map"].sel(version="model")
     np.testing.assert_allclose(model_map.sum("roi"), 1 - _t1_share(cohort, model), atol=1e-4)
+
+
+def test_maps_of_shipped_weights_repeat_and_are_not_those_of_random_weights():
+    cohort = bhx.synthetic_cohort(6, seed=11, missing=0)[["bold"]].compute()
+    found = maps_file.map_controls(cohort, bhx.load_model("workshop", device="cpu"))
+    mean = found.agreement.mean("token").to_series()
+    assert mean["retest"] > 0.9
+    assert mean["random weights"] < 0.5
+    alike = found.agreement.sel(control=["random weights", "shuffled parcels"]).max("control")
+    wanted = (found.agreement.sel(control="retest") >= 0.9) & (alike <= 0.7)
+    assert found.passes.equals(wanted.drop_vars("control", errors="ignore"))
+    assert 0 < found.passes.mean() < 1
 
 
 def _t1_share(cohort, model):

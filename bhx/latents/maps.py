@@ -12,6 +12,8 @@ from bhx.modalities.bold import BOLD
 from bhx.modalities.table import MODALITIES, modality
 from bhx.schema import ATTENTION, check, who_has
 
+REPEATS, ALIKE = 0.9, 0.7  # correlations that a map reaches, and that its controls do not pass
+
 
 def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi") -> xr.DataArray:
     """Where hub tokens read from: attention from tokens to parcels, averaged over subjects.
@@ -121,7 +123,8 @@ def map_controls(cohort: xr.Dataset, model, *, seed: int = 0) -> xr.Dataset:
     -------
     Dataset with `map` (version, token, roi) and `agreement` (control, token), the correlations
     over parcels of the model's map with those of "random weights" and "shuffled parcels", and
-    "retest", of the two halves with one another
+    "retest", of the two halves with one another; `passes` (token): whether a map repeats (retest
+    of 0.9 or more) and is not mostly what either control gives, too (at most 0.7)
     """
     from bhx.encode.embed import embed
     from bhx.encode.model import random_model
@@ -149,7 +152,11 @@ def map_controls(cohort: xr.Dataset, model, *, seed: int = 0) -> xr.Dataset:
     pairs = {name: ("model", name) for name in ("random weights", "shuffled parcels")}
     pairs["retest"] = "first half", "second half"
     agreement = {name: (unit[a] * unit[b]).sum("roi") for name, (a, b) in pairs.items()}
-    return xr.Dataset({"map": _stack(maps, "version"), "agreement": _stack(agreement, "control")})
+    passes = agreement["retest"] >= REPEATS
+    for name in ("random weights", "shuffled parcels"):
+        passes &= agreement[name] <= ALIKE
+    data = {"map": _stack(maps, "version"), "agreement": _stack(agreement, "control")}
+    return xr.Dataset(data | {"passes": passes})
 
 
 def _stack(arrays, dim):
