@@ -1,8 +1,14 @@
-"""The one HTML page of bhx: a title, a body and a stylesheet, nothing that must be fetched."""
+"""The one HTML page of bhx: a title, a body and a stylesheet, nothing that must be fetched.
+
+And the one door of plotly's figures, plain, in a page or as widgets: none offers to upload scans.
+"""
 
 from __future__ import annotations
 
+import json
 from html import escape
+
+NO_UPLOAD = {"plotlyServerURL": "", "showSendToCloud": False}  # plotly 7 shows "Share chart"
 
 STYLE = """
 body {font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem}
@@ -29,3 +35,30 @@ def page(title: str, body: str, *, scripts: str = "") -> str:
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>{scripts}'
     body = f"<h1>{escape(title)}</h1>{body}"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'
+
+
+def private(figure, **layout):
+    """A plotly figure, or widget, of this layout, without the button that uploads its data.
+
+    The button is gone wherever the figure is drawn; in notebooks and windows of this Python no
+    figure has an address to upload to.
+    """
+    from plotly.io import renderers
+
+    for renderer in map(renderers.__getitem__, renderers):
+        if hasattr(renderer, "config"):
+            renderer.config = {**(renderer.config or {}), **NO_UPLOAD}
+    figure._config = NO_UPLOAD  # what a widget sends along
+    return figure.update_layout(modebar_remove="sendChartToCloud", **layout)
+
+
+def drawn(figures) -> str:
+    """HTML of plotly figures, one below the other, and once the script that draws them."""
+    from plotly.offline import get_plotlyjs
+
+    config = json.dumps({"config": NO_UPLOAD | {"responsive": True}})
+    parts = [f"<script>{get_plotlyjs()}</script>"]
+    for i, figure in enumerate(figures):
+        draw = f"Plotly.newPlot('figure{i}', Object.assign({config}, {figure.to_json()}))"
+        parts.append(f'<div id="figure{i}"></div><script>{draw}</script>')
+    return "".join(parts)

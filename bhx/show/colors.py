@@ -10,6 +10,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from bhx.data.page import private
 from bhx.errors import InputError
 
 # Okabe and Ito's colors, distinct in every common form of color blindness
@@ -62,9 +63,8 @@ def plotly_colors(cmap, steps=33):
 
 
 def finish(figure, title: str, **layout):
-    """A plotly figure with its title, and without the button that uploads it."""
-    title = {"text": escape(title), "x": 0.5}
-    return figure.update_layout(title=title, modebar_remove="sendChartToCloud", **layout)
+    """A plotly figure with its title, which nobody can upload by a button."""
+    return private(figure, title={"text": escape(title), "x": 0.5}, **layout)
 
 
 def finish_static(figure, title: str):
