@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from html import escape
 
-NO_UPLOAD = {"plotlyServerURL": "", "showSendToCloud": False}  # plotly 7 shows "Share chart"
+# plotly 7 shows "Share chart" unless it is told not to
+CONFIG = {"plotlyServerURL": "", "showSendToCloud": False, "responsive": True}
 
 STYLE = """
 body {font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem}
@@ -47,8 +48,8 @@ def private(figure, **layout):
 
     for renderer in map(renderers.__getitem__, renderers):
         if hasattr(renderer, "config"):
-            renderer.config = {**(renderer.config or {}), **NO_UPLOAD}
-    figure._config = NO_UPLOAD  # what a widget sends along
+            renderer.config = {**(renderer.config or {}), **CONFIG}
+    figure._config = dict(CONFIG)  # what a widget sends along
     return figure.update_layout(modebar_remove="sendChartToCloud", **layout)
 
 
@@ -56,7 +57,7 @@ def drawn(figures) -> str:
     """HTML of plotly figures, one below the other, and once the script that draws them."""
     from plotly.offline import get_plotlyjs
 
-    config = json.dumps({"config": NO_UPLOAD | {"responsive": True}})
+    config = json.dumps({"config": CONFIG})
     parts = [f"<script>{get_plotlyjs()}</script>"]
     for i, figure in enumerate(figures):
         draw = f"Plotly.newPlot('figure{i}', Object.assign({config}, {figure.to_json()}))"

@@ -12,12 +12,13 @@ import numpy as np
 import xarray as xr
 
 from bhx.errors import InputError, check_choice, listed
-from bhx.latents.maps import maps_in
+from bhx.latents.maps import SHARE, maps_in
 from bhx.latents.pool import project, subject_mask
 from bhx.modalities.t1 import CUBE_DIMS
 from bhx.modalities.table import by_variable, modality
 from bhx.schema import ATTENTION, check, subject_coords, who_has
-from bhx.show.panels import ALL_TOKENS, Panels
+from bhx.show.colors import CLEAR
+from bhx.show.panels import ALL_TOKENS, GROUPS, Panels
 from bhx.show.surface import plot_surface
 
 
@@ -43,7 +44,7 @@ class Explorer:
     Attributes
     ----------
     chosen : mask over subjects; groups : two masks, or None; token : a token, or None for all;
-    parcels : mask over parcels; places : names of networks and parcels; on_roi, on_cubes :
+    parcels : mask over parcels; place : their name, or None; places : names of networks and parcels; on_roi, on_cubes :
     modalities with a map on parcels, on cubes; surface_of, cubes_of : those of them that are seen
     """
 
@@ -73,7 +74,7 @@ class Explorer:
     def reset(self):
         """Everyone, all tokens, no parcel."""
         self.chosen = np.ones(len(self.subjects), bool)
-        self.groups, self.token = None, None
+        self.groups, self.token, self.place = None, None, None
         self.parcels = np.zeros(len(self.roi), bool)
         self._announce()
 
@@ -93,7 +94,7 @@ class Explorer:
         """Follow a parcel or a whole network: the token that prefers it most."""
         if name is not None:
             check_choice("the parcel or network", name, self.places)
-        self.parcels = (self.roi == name) | (self.networks == name)
+        self.parcels, self.place = (self.roi == name) | (self.networks == name), name
         if self.parcels.any():
             self.token = int(self.tokens[np.argmax(self.preference())])
         self._announce()
@@ -150,24 +151,27 @@ class Explorer:
         return None
 
     def card(self) -> str:
-        """Who is selected, as HTML; names are escaped."""
-        rows = [("subjects", f"{self.chosen.sum()} of {len(self.chosen)}")]
-        if self.groups is not None:
-            rows = [("compared", " against ".join(str(g.sum()) for g in self.groups))]
-        if self.chosen.sum() == 1:
-            rows = [("subject", self.subjects[self.chosen][0])]
+        """Who is selected, or is in each of the groups, as an HTML table; names are escaped."""
         coords = subject_coords(self.latents)
         shown = [n for n in ("age", "sex", "diagnosis", "site", "tr", "mean_fd") if n in coords]
-        rows += [(name, _summary(coords[name].values[self.chosen])) for name in shown]
-        cells = [f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows]
-        return f"<table>{''.join(cells)}</table>"
+        rows = [("", "subjects", *map(_with_units, (coords[name] for name in shown)))]
+        for name, who in zip(GROUPS if self.groups else " ", self._selected(), strict=False):
+            one = self.subjects[who][0] if who.sum() == 1 else f"{who.sum()} of {len(who)}"
+            rows.append((name, one, *(_summary(coords[n].values[who]) for n in shown)))
+        cell = '<td style="padding-right: 1em">'
+        lines = (
+            f'<tr style="border-left: 6px solid {GROUPS.get(row[0], CLEAR)}">'
+            + "".join(f"{cell}{escape(str(one))}</td>" for one in row)
+            for row in rows
+        )
+        return f'<table style="border-collapse: collapse">{"</tr>".join(lines)}</tr></table>'
 
     def heading(self) -> str:
         """One line on what the maps show."""
         token = ALL_TOKENS if self.token is None else f"token {self.token}"
         if not (self.chosen & self._has[self.surface_of]).any():
             return f"{token}: nobody selected has {self.surface_of}"
-        return f"attention of {token}" + (", first group minus second" if self.groups else "")
+        return f"attention of {token}" + (", group A minus group B" if self.groups else "")
 
     def code(self) -> str:
         """The lines that make the same map without the explorer."""
@@ -183,7 +187,9 @@ class Explorer:
 
     def figure(self):
         """The static figure that `code` draws."""
-        values = xr.DataArray(self.surface_map(), {"roi": self.roi}, ["roi"])
+        values = xr.DataArray(
+            self.surface_map(), {"roi": self.roi}, ["roi"], attrs={"units": SHARE}
+        )
         return plot_surface(values, static=True, title=self.heading())
 
     def _ipython_display_(self):
@@ -220,6 +226,11 @@ class Explorer:
 
     def _weighted(self, of, weights):
         return np.tensordot(np.frombuffer(weights, np.float32), self._maps[of], 1)
+
+
+def _with_units(coord):
+    units = coord.attrs.get("units")
+    return f"{coord.name} [{units}]" if units else coord.name
 
 
 def _summary(values):
