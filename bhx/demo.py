@@ -71,9 +71,7 @@ def _figures(sample, latents, cohort):
     first = cohort[ANATOMY.variable].sel(subject=str(latents.subject.values[0]))
     people, cubes = bhx.project(bhx.pool(latents)), bhx.region_map(latents, of=ANATOMY.name)
     return [
-        bhx.plot_surface(
-            bhx.region_map(sample), title="The real scan: parcels its hub tokens read"
-        ),
+        bhx.plot_surface(bhx.region_map(sample), title="The real scan: parcels its tokens read"),
         bhx.plot_latents(people, color="age", title="The synthetic cohort, colored by age"),
         bhx.plot_tokens(latents, title="Its hub tokens: which network, which modality"),
         bhx.plot_volume(first, overlay=cubes, title="T1 cubes that they read, on one subject"),

@@ -44,8 +44,8 @@ class Explorer:
     Attributes
     ----------
     chosen : mask over subjects; groups : two masks, or None; token : a token, or None for all;
-    parcels : mask over parcels; place : their name, or None; places : names of networks and parcels; on_roi, on_cubes :
-    modalities with a map on parcels, on cubes; surface_of, cubes_of : those of them that are seen
+    parcels : mask over parcels; place : their name, or None; places : names of networks and
+    parcels; on_roi, on_cubes : modalities with a map on parcels, on cubes; surface_of, cubes_of : those of them that are seen
     """
 
     def __init__(self, latents: xr.Dataset, cohort: xr.Dataset | None = None):
@@ -187,9 +187,8 @@ class Explorer:
 
     def figure(self):
         """The static figure that `code` draws."""
-        values = xr.DataArray(
-            self.surface_map(), {"roi": self.roi}, ["roi"], attrs={"units": SHARE}
-        )
+        values = xr.DataArray(self.surface_map(), {"roi": self.roi}, ["roi"])
+        values.attrs["units"] = SHARE
         return plot_surface(values, static=True, title=self.heading())
 
     def _ipython_display_(self):

@@ -169,9 +169,7 @@ class Panels:
         # drawn once with each parcel's number as its value: so vertices know their parcel
         numbers = xr.DataArray(np.arange(len(roi), dtype="f4"), {"roi": roi}, ["roi"])
         numbers.attrs["units"] = SHARE
-        figure = _widget(
-            plot_surface(numbers), "brain", 300, "Cortex: click a parcel, drag to turn"
-        )
+        figure = _widget(plot_surface(numbers), "brain", 300, "Cortex: click a parcel")
         figure.update_layout(margin={"l": 0, "b": 45}, updatemenus=[{"font": {"size": 9}}])
         colored = [trace for trace in figure.data if trace.name.endswith("values")]
         self._parcels = {trace.name: trace.intensity.astype(int) for trace in colored}
