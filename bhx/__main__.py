@@ -159,6 +159,21 @@ def _evaluate(latents, cohort, target, groups=None):
     print(bhx.compare(*scores, control=control.attrs["name"]).to_string())
 
 
+def _explore(latents, out):
+    """One page of people, cortex and tokens, opened in a browser.
+
+    example:
+      python -m bhx explore latents.zarr --out explorer.html
+    """
+    import webbrowser
+
+    from bhx.data.store import open_store
+
+    page = bhx.explore(open_store(latents, "latents")).save(out).resolve()
+    print(f"page {page}")
+    webbrowser.open(page.as_uri())
+
+
 # What an option may be ----------------------------------------------------------------------------
 
 
@@ -327,6 +342,10 @@ def _parser():
     add("cohort", type=COHORT, help="the cohort that it was made from")
     add("--target", required=True, nargs="+", help="labels to predict, such as age")
     add("--groups", help="label whose groups are held out whole, such as site")
+
+    add = command(_explore)
+    add("latents", type=STORE, help="store that embed wrote with --keep attention")
+    add("--out", type=_output, default="explorer.html", help="page to write; it needs no network")
     return parser
 
 

@@ -362,6 +362,52 @@ def test_a_page_of_figures_loads_and_uploads_nothing(browser, tmp_path):
     shot(page, "page")
 
 
+def test_the_saved_explorer_works_without_python(browser, tmp_path):
+    """A loop around people, then a click on a token: the values are Python's."""
+    import numpy as np
+    from small_latents import make_latents
+
+    import bhx
+
+    explorer = bhx.explore(make_latents(n=40))
+    page = new_page(browser)
+    page.goto(explorer.save(tmp_path / "explorer.html").resolve().as_uri())
+    page.wait_for_function("() => window.explorer")
+    seen = lambda: page.evaluate("() => window.explorer")  # noqa: E731
+    np.testing.assert_allclose(seen()["map"], explorer.surface_map(), atol=1e-6)
+
+    x, y, w, h = box_of(page, "people")
+    page.mouse.move(x + 0.05 * w, y + 0.05 * h)
+    page.mouse.down()
+    for cx, cy in [(0.5, 0.02), (0.52, 0.95), (0.05, 0.97), (0.05, 0.05)]:
+        page.mouse.move(x + cx * w, y + cy * h, steps=12)
+    page.mouse.up()
+    page.wait_for_function("() => window.explorer.chosen.length < 40")
+    page.wait_for_timeout(1000)
+    explorer.select_subjects(explorer.subjects[seen()["chosen"]])
+    np.testing.assert_allclose(seen()["map"], explorer.surface_map(), atol=1e-6)
+    assert page.get_by_text(f"{explorer.chosen.sum()} of 40").is_visible()
+
+    x, y, w, h = box_of(page, "tokens")
+    page.mouse.click(x + w * 5.5 / 8, y + h * 0.97)
+    page.wait_for_function("() => window.explorer.token === 5")
+    explorer.select_token(5)
+    np.testing.assert_allclose(seen()["map"], explorer.surface_map(), atol=1e-6)
+    ends = explorer.panels.brain.layout.coloraxis
+    np.testing.assert_allclose(seen()["ends"], (ends.cmin, ends.cmax), atol=1e-6)
+    drawn_map = page.evaluate(
+        f"() => ({FIGURES})().find(g => g.layout.meta === 'brain').data[0].intensity"
+    )
+    assert set(np.float32(drawn_map)) <= set(np.float32(seen()["map"]))
+    shot(page, "offline")
+
+    page.get_by_role("button", name="Reset", exact=True).click()
+    page.wait_for_function("() => window.explorer.chosen.length === 40")
+    assert seen()["token"] is None
+    assert not page.reached
+    assert not offers_upload(page)
+
+
 def test_lecture_is_a_page_without_code(lecture, browser):
     page = new_page(browser)
     page.goto(lecture)

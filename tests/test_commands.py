@@ -23,7 +23,7 @@ from bhx.modalities.table import MODALITIES
 from bhx.model.config import PRESETS
 from bhx.train.recipes import STAGES
 
-NAMES = ("doctor", "demo", "catalog", "prepare", "pretrain", "embed", "evaluate")
+NAMES = ("doctor", "demo", "catalog", "prepare", "pretrain", "embed", "evaluate", "explore")
 
 
 def refused(line, folder, capsys) -> str:
@@ -217,6 +217,16 @@ def test_evaluate_prints_the_control_beside_the_tokens(latents, cohort, capsys):
     printed = capsys.readouterr().out
     assert "hub tokens, mean" in printed
     assert "connectome" in printed
+
+
+def test_explore_writes_a_page_and_opens_it(latents, tmp_path, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    page = tmp_path / "explorer.html"
+    assert main(["explore", str(latents), "--out", str(page)]) == 0
+    assert opened == [page.as_uri()]
+    assert str(page) in capsys.readouterr().out
+    assert "sub-0001" in page.read_text(encoding="utf-8")
 
 
 def test_evaluate_names_the_labels_there_are(latents, cohort, folder, capsys):

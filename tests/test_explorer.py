@@ -1,5 +1,6 @@
 """Laws of the explorer, without a browser: what is seen equals what the plain functions give."""
 
+import base64
 import re
 
 import matplotlib
@@ -290,6 +291,30 @@ def test_wrong_entries_are_answered_not_raised(explorer, panels):
         assert panels.controls[box].value == ""  # taken back
     explorer.select_token(3)
     assert panels.message.value == ""
+
+
+def test_a_picture_stands_beside_the_widgets_for_stored_notebooks(explorer, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
+    explorer._ipython_display_()
+    assert base64.b64decode(shown[0]["image/png"]).startswith(b"\x89PNG")
+    assert "application/vnd.jupyter.widget-view+json" in shown[0]
+
+
+def test_a_page_for_a_thousand_people_stays_small(tmp_path):
+    explorer = explore(make_latents(n=1000, tokens=32))
+    page = explorer.save(tmp_path / "explorer.html")
+    assert page.stat().st_size < 10e6
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", text)
+
+
+def test_a_page_escapes_names(tmp_path):
+    data = make_latents().assign_coords(subject=[BAD + str(i) for i in range(20)])
+    data["site"] = ("subject", [BAD] * 10 + ["</script>"] * 10)
+    text = explore(data).save(tmp_path / "explorer.html").read_text(encoding="utf-8")
+    assert BAD not in text
+    assert text.count("</script>") == 6  # plotly, three figures, the numbers, the module
 
 
 def test_button_writes_the_code(explorer, panels):

@@ -6,10 +6,11 @@ And the one door of plotly's figures, plain, in a page or as widgets: none offer
 from __future__ import annotations
 
 import json
+import sys
 from html import escape
 
 # plotly 7 shows "Share chart" unless it is told not to
-CONFIG = {"plotlyServerURL": "", "showSendToCloud": False, "responsive": True}
+CONFIG = {"plotlyServerURL": "", "showSendToCloud": False, "displaylogo": False, "responsive": True}
 
 STYLE = """
 body {font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem}
@@ -41,14 +42,14 @@ def page(title: str, body: str, *, scripts: str = "") -> str:
 def private(figure, **layout):
     """A plotly figure, or widget, of this layout, without the button that uploads its data.
 
-    The button is gone wherever the figure is drawn; in notebooks and windows of this Python no
-    figure has an address to upload to.
+    The button is gone wherever the figure is drawn, and in notebooks the address is too.
     """
-    from plotly.io import renderers
+    if "IPython" in sys.modules:  # else they are not needed, and slow to import
+        from plotly.io import renderers
 
-    for renderer in map(renderers.__getitem__, renderers):
-        if hasattr(renderer, "config"):
-            renderer.config = {**(renderer.config or {}), **CONFIG}
+        for renderer in map(renderers.__getitem__, renderers):
+            if hasattr(renderer, "config"):
+                renderer.config = {**(renderer.config or {}), **CONFIG}
     figure._config = dict(CONFIG)  # what a widget sends along
     return figure.update_layout(modebar_remove="sendChartToCloud", **layout)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -18,6 +19,7 @@ from bhx.modalities.t1 import CUBE_DIMS
 from bhx.modalities.table import by_variable, modality
 from bhx.schema import ATTENTION, check, subject_coords, who_has
 from bhx.show.colors import CLEAR
+from bhx.show.offline import offline_page
 from bhx.show.panels import ALL_TOKENS, GROUPS, Panels
 from bhx.show.surface import plot_surface
 
@@ -45,7 +47,9 @@ class Explorer:
     ----------
     chosen : mask over subjects; groups : two masks, or None; token : a token, or None for all;
     parcels : mask over parcels; place : their name, or None; places : names of networks and
-    parcels; on_roi, on_cubes : modalities with a map on parcels, on cubes; surface_of, cubes_of : those of them that are seen
+    parcels; on_roi, on_cubes : modalities with a map on parcels, on cubes; surface_of, cubes_of :
+    those of them that are seen; maps, has : each person's maps, and who has them; labels : what
+    cards show
     """
 
     def __init__(self, latents: xr.Dataset, cohort: xr.Dataset | None = None):
@@ -65,9 +69,14 @@ class Explorer:
             self.cohort = cohort.sel(subject=self.subjects)
         kinds = [modality(name) for name in self.on_roi + self.on_cubes]
         maps = {ATTENTION: latents[ATTENTION]} | {m.name: latents[m.map_name] for m in kinds}
-        self._maps = {name: np.nan_to_num(v.values.astype("f4")) for name, v in maps.items()}
-        self._has = {m.name: who_has(latents, m.variable) for m in kinds}
+        self.maps = {name: np.nan_to_num(v.values.astype("f4")) for name, v in maps.items()}
+        self.has = {m.name: who_has(latents, m.variable) for m in kinds}
         self._mean = lru_cache(8)(self._weighted)
+        coords, shown = (
+            subject_coords(latents),
+            ("age", "sex", "diagnosis", "site", "tr", "mean_fd"),
+        )
+        self.labels = {_with_units(coords[name]): coords[name] for name in shown if name in coords}
         self.followers = []
         self.reset()
 
@@ -152,12 +161,10 @@ class Explorer:
 
     def card(self) -> str:
         """Who is selected, or is in each of the groups, as an HTML table; names are escaped."""
-        coords = subject_coords(self.latents)
-        shown = [n for n in ("age", "sex", "diagnosis", "site", "tr", "mean_fd") if n in coords]
-        rows = [("", "subjects", *map(_with_units, (coords[name] for name in shown)))]
+        rows = [("", "subjects", *self.labels)]
         for name, who in zip(GROUPS if self.groups else " ", self._selected(), strict=False):
             one = self.subjects[who][0] if who.sum() == 1 else f"{who.sum()} of {len(who)}"
-            rows.append((name, one, *(_summary(coords[n].values[who]) for n in shown)))
+            rows.append((name, one, *(_summary(v.values[who]) for v in self.labels.values())))
         cell = '<td style="padding-right: 1em">'
         lines = (
             f'<tr style="border-left: 6px solid {GROUPS.get(row[0], CLEAR)}">'
@@ -169,7 +176,7 @@ class Explorer:
     def heading(self) -> str:
         """One line on what the maps show."""
         token = ALL_TOKENS if self.token is None else f"token {self.token}"
-        if not (self.chosen & self._has[self.surface_of]).any():
+        if not (self.chosen & self.has[self.surface_of]).any():
             return f"{token}: nobody selected has {self.surface_of}"
         return f"attention of {token}" + (", group A minus group B" if self.groups else "")
 
@@ -191,10 +198,18 @@ class Explorer:
         values.attrs["units"] = SHARE
         return plot_surface(values, static=True, title=self.heading())
 
+    def save(self, path="explorer.html") -> Path:
+        """Write one HTML page of people, cortex and bars that opens without Python or a network."""
+        Path(path).write_text(offline_page(self), encoding="utf-8")
+        return Path(path)
+
     def _ipython_display_(self):
+        """The widgets, and beside them the picture that stored notebooks show in their place."""
+        from IPython.core.pylabtools import print_figure
         from IPython.display import display
 
-        display(self.panels.box)
+        picture = print_figure(self.figure(), base64=True, dpi=70)
+        display(self.panels.box._repr_mimebundle_() | {"image/png": picture}, raw=True)
 
     @cached_property
     def panels(self) -> Panels:
@@ -219,12 +234,12 @@ class Explorer:
         between the groups' averages."""
         weights = np.zeros(len(self.subjects), np.float32)
         for sign, group in zip((1, -1), groups or self._selected(), strict=False):
-            counted = group & self._has.get(of, True)
+            counted = group & self.has.get(of, True)
             weights += sign * counted / max(counted.sum(), 1)
         return self._mean(of, weights.tobytes())
 
     def _weighted(self, of, weights):
-        return np.tensordot(np.frombuffer(weights, np.float32), self._maps[of], 1)
+        return np.tensordot(np.frombuffer(weights, np.float32), self.maps[of], 1)
 
 
 def _with_units(coord):

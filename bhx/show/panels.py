@@ -172,22 +172,22 @@ class Panels:
         figure = _widget(plot_surface(numbers), "brain", 300, "Cortex: click a parcel")
         figure.update_layout(margin={"l": 0, "b": 45}, updatemenus=[{"font": {"size": 9}}])
         colored = [trace for trace in figure.data if trace.name.endswith("values")]
-        self._parcels = {trace.name: trace.intensity.astype(int) for trace in colored}
+        self.parcels = {trace.name: trace.intensity.astype(int) for trace in colored}
         for trace in colored:
             trace.on_click(self._brain_clicked)
         return figure
 
     def _brain_clicked(self, trace, picked, _):
         if picked.point_inds:
-            parcel = self._parcels[trace.name][picked.point_inds[0]]
+            parcel = self.parcels[trace.name][picked.point_inds[0]]
             self.explorer.select_parcel(str(self.explorer.roi[parcel]))
 
     def _update_brain(self):
         values = self.explorer.surface_map()
         with self.brain.batch_update():
             for trace in self.brain.data:
-                if trace.name in self._parcels:
-                    trace.intensity = values[self._parcels[trace.name]]
+                if trace.name in self.parcels:
+                    trace.intensity = values[self.parcels[trace.name]]
             self._recolor(self.brain, values)
 
     def _recolor(self, figure, values, **how):
