@@ -23,6 +23,8 @@ from bhx.show.offline import offline_page
 from bhx.show.panels import ALL_TOKENS, GROUPS, Panels
 from bhx.show.surface import plot_surface
 
+LABELS = ("age", "sex", "diagnosis", "site", "tr", "mean_fd")  # what cards say of people
+
 
 def explore(latents: xr.Dataset, cohort: xr.Dataset | None = None) -> Explorer:
     """Walk around in a latent space: pick people, tokens, parcels; everything else follows.
@@ -72,11 +74,8 @@ class Explorer:
         self.maps = {name: np.nan_to_num(v.values.astype("f4")) for name, v in maps.items()}
         self.has = {m.name: who_has(latents, m.variable) for m in kinds}
         self._mean = lru_cache(8)(self._weighted)
-        coords, shown = (
-            subject_coords(latents),
-            ("age", "sex", "diagnosis", "site", "tr", "mean_fd"),
-        )
-        self.labels = {_with_units(coords[name]): coords[name] for name in shown if name in coords}
+        coords = subject_coords(latents)
+        self.labels = {_with_units(coords[name]): coords[name] for name in LABELS if name in coords}
         self.followers = []
         self.reset()
 
@@ -165,13 +164,11 @@ class Explorer:
         for name, who in zip(GROUPS if self.groups else " ", self._selected(), strict=False):
             one = self.subjects[who][0] if who.sum() == 1 else f"{who.sum()} of {len(who)}"
             rows.append((name, one, *(_summary(v.values[who]) for v in self.labels.values())))
-        cell = '<td style="padding-right: 1em">'
-        lines = (
-            f'<tr style="border-left: 6px solid {GROUPS.get(row[0], CLEAR)}">'
-            + "".join(f"{cell}{escape(str(one))}</td>" for one in row)
-            for row in rows
-        )
-        return f'<table style="border-collapse: collapse">{"</tr>".join(lines)}</tr></table>'
+        cell, table = '<td style="padding-right: 1em">', '<table style="border-collapse: collapse">'
+        for name, *row in rows:
+            table += f'<tr style="border-left: 6px solid {GROUPS.get(name, CLEAR)}">'
+            table += "".join(f"{cell}{escape(str(one))}</td>" for one in (name, *row)) + "</tr>"
+        return table + "</table>"
 
     def heading(self) -> str:
         """One line on what the maps show."""

@@ -241,9 +241,9 @@ class Panels:
     def _controls(self):
         e = self.explorer
         coords = list(subject_coords(e.points))
-        self._tokens = {ALL_TOKENS: None} | {str(token): token for token in e.tokens}
+        tokens = {ALL_TOKENS: None} | {str(token): token for token in e.tokens}
         controls = {
-            "token": _typed_in("token", list(self._tokens), 140),
+            "token": _typed_in("token", list(tokens), 140),
             "parcel": _typed_in("parcel", e.places, 250),
             "subject": _typed_in("subject", list(e.subjects), 200),
             "color": widgets.Dropdown(description="color", options=coords),
@@ -264,7 +264,7 @@ class Panels:
             controls["map"].layout.display = "none"
         controls["color"].observe(self.color_people, "value")
         acts = {
-            "token": lambda v: e.select_token(self._tokens.get(v, v or None)),
+            "token": lambda v: e.select_token(tokens.get(v, v or None)),
             "parcel": lambda v: e.select_parcel(v or None),
             "subject": lambda v: e.select_subjects([v] if v else None),
             "map": e.select_map,
@@ -294,11 +294,10 @@ class Panels:
     def _update_boxes(self):
         """Let the boxes hold what is selected."""
         e = self.explorer
-        one = e.subjects[e.chosen][0] if e.chosen.sum() == 1 else ""
-        token, place = ("" if e.token is None else str(e.token)), e.place or ""
+        one = e.subjects[e.chosen][0] if e.chosen.sum() == 1 else None
         self._follows = False
-        for name, value in (("token", token), ("parcel", place), ("subject", one)):
-            self.controls[name].value = value
+        for name, value in (("token", e.token), ("parcel", e.place), ("subject", one)):
+            self.controls[name].value = "" if value is None else str(value)
         self._follows = True
 
     def _reset(self, _):
@@ -345,9 +344,8 @@ def _widget(data, name, height, hint):
     figure.update_layout(margin={"l": 50, "r": 10, "t": 32, "b": 38}, font_size=11)
     figure.update_xaxes(gridcolor="rgba(128,128,128,.25)", zeroline=False)
     figure.update_yaxes(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.5)")
-    return finish(figure, hint).update_layout(
-        title={"x": 0.01, "y": 1, "pad_t": 8, "font_size": 12}
-    )
+    title = {"x": 0.01, "y": 1, "pad_t": 8, "font_size": 12}
+    return finish(figure, hint).update_layout(title=title)
 
 
 def _keep_state(figure):

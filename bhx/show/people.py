@@ -47,9 +47,9 @@ def plot_latents(
 def point_groups(projection, color) -> list:
     """Which points share a trace: (name, positions, color or numbers to be mapped, shape)."""
     everyone = np.arange(projection.sizes["subject"])
-    values = None if color is None else projection[color].values
-    if values is None:
+    if color is None:
         return [("", everyone, CATEGORIES[0], "circle")]
+    values = projection[color].values
     if values.dtype.kind in "fiu" and len(np.unique(values)) > len(CATEGORIES):
         return [("", everyone, values, "circle")]
     names, group = np.unique([str(v) for v in values.tolist()], return_inverse=True)

@@ -124,22 +124,13 @@ def _surface_figure(brain, hemi, scale, outlines):
         aspectratio=_extent([coords for coords, _ in placed.values()]),
         camera=camera("top" if hemi == "both" else f"{hemi} lateral"),
     )
-    buttons = [
-        {
-            "label": name,
-            "method": "update",
-            "args": [
-                {"visible": [trace.name.split()[0] in SIDES[shown] for trace in traces]},
-                {"scene.camera": camera(name)}
-                | {
-                    f"scene.annotations[{i}].visible": side in SIDES[shown]
-                    for i, side in enumerate(sides)
-                },
-            ],
-        }
-        for name, (_, _, shown) in VIEWS.items()
-        if set(SIDES[shown]) & set(sides)
-    ]
+    buttons = []
+    for name, (_, _, shown) in VIEWS.items():
+        seen = {"visible": [trace.name.split()[0] in SIDES[shown] for trace in traces]}
+        view = {f"scene.annotations[{i}].visible": s in SIDES[shown] for i, s in enumerate(sides)}
+        view["scene.camera"] = camera(name)
+        if set(SIDES[shown]) & set(sides):
+            buttons.append({"label": name, "method": "update", "args": [seen, view]})
     menu = {"type": "buttons", "direction": "right", "buttons": buttons, "active": -1}
     menu |= {"x": 0.5, "xanchor": "center", "y": 0, "yanchor": "top", "bgcolor": CLEAR}
     figure.update_layout(updatemenus=[menu], showlegend=False)

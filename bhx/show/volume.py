@@ -133,15 +133,9 @@ def three_planes():
     figure.update_yaxes(visible=False, constrain="domain")
     for column, (across, *_) in enumerate(PLANES.values(), 1):
         for letter, x in zip(SIDES[across], ("left", "right"), strict=True):
-            place = {
-                "x": float(x == "right"),
-                "xanchor": x,
-                "y": 1,
-                "yanchor": "top",
-                "text": letter,
-            }
-            place |= {"xref": "x domain", "yref": "y domain", "showarrow": False}
-            figure.add_annotation(place, font={"color": "#ccc"}, row=1, col=column)
+            place = {"x": float(x == "right"), "xanchor": x, "y": 1, "yanchor": "top"}
+            place |= {"xref": "x domain", "yref": "y domain", "font": {"color": "#ccc"}}
+            figure.add_annotation(place, text=letter, showarrow=False, row=1, col=column)
         figure.update_yaxes(col=column, scaleanchor=f"x{column if column > 1 else ''}")
     return figure
 
