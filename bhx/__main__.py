@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ ORDERS = ("7networks", "17networks")
 STAGES = ("structure", "dynamics", "harmonizer")
 PRESETS = ("workshop", "small", "base")
 KEEP = ("dynamics", "structure", "attention")
+ENTRY_ATLAS = {"sample": "schaefer400", "synthetic": "schaefer100"}
 
 
 def main(argv=None) -> int:
@@ -37,6 +39,9 @@ def main(argv=None) -> int:
     except InputError as error:
         print(f"bhx: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a right that was taken away
+        print(f"bhx: stopped by the system: {error}", file=sys.stderr)
+        return 1
 
 
 # The jobs: the help of each is its docstring -----------------------------------------------------
@@ -106,15 +111,32 @@ def _embed(cohort, out, model, keep=(), reparcellate=False, device=None):
     example:
       python -m bhx embed sample latents.zarr --reparcellate --keep attention
     """
-    cohort, network = bhx.open_cohort(cohort), bhx.load_model(model, device=device)
-    wanted = network.config.atlas
-    found = cohort.attrs.get("atlas", wanted) if "roi" in cohort.dims else wanted
-    if found != wanted:
-        if not reparcellate:
-            fact = f"Expected parcels of {wanted}, which the model '{model}' reads, found {found}"
-            raise InputError(fact, f"Add --reparcellate to average them to parcels of {wanted}")
-        cohort = bhx.reparcellate(cohort, wanted)
-    print(bhx.embed(cohort, network, store=out, keep=keep))
+    if not reparcellate:
+        _check_parcels(_parcels_of(cohort), _parcels_of(model), model)
+    data, network = bhx.open_cohort(cohort), bhx.load_model(model, device=device)
+    found, wanted = data.attrs.get("atlas") if "roi" in data.dims else "", network.config.atlas
+    if found and found != wanted and reparcellate:
+        data = bhx.reparcellate(data, wanted)
+    else:
+        _check_parcels(found, wanted, model)
+    print(bhx.embed(data, network, store=out, keep=keep))
+
+
+def _check_parcels(found, wanted, model):
+    if found and wanted and found != wanted:
+        fact = f"Expected parcels of {wanted}, which the model '{model}' reads, found {found}"
+        raise InputError(fact, f"Add --reparcellate to average them to parcels of {wanted}")
+
+
+def _parcels_of(source):
+    """The atlas of a store or of weights as their JSON has it; "" where more must be read."""
+    store, weights = Path(source, "zarr.json"), PACKAGE / "weights" / source / "config.json"
+    if store.is_file():
+        attrs = json.loads(store.read_text("utf-8"))["attributes"]
+        return attrs.get("atlas", "") if Path(source, "roi").is_dir() else ""
+    if weights.is_file():  # shipped ones, or those in a folder of another place
+        return json.loads(weights.read_text("utf-8"))["config"]["atlas"]
+    return ENTRY_ATLAS.get(source, "")
 
 
 def _evaluate(latents, cohort, target, groups=None):
@@ -137,11 +159,26 @@ def _evaluate(latents, cohort, target, groups=None):
     print(bhx.compare(*scores, control=control.attrs["name"]).to_string())
 
 
+def _explore(latents, out):
+    """One page of people, cortex and tokens, opened in a browser.
+
+    example:
+      python -m bhx explore latents.zarr --out explorer.html
+    """
+    import webbrowser
+
+    from bhx.data.store import open_store
+
+    page = bhx.explore(open_store(latents, "latents")).save(out).resolve()
+    print(f"page {page}")
+    webbrowser.open(page.as_uri())
+
+
 # What an option may be ----------------------------------------------------------------------------
 
 
 def _of(expected, help, fits, kind=str):
-    """A reader of one option, which refuses what does not fit."""
+    """A reader of one option, which refuses what does not fit and says what would."""
 
     def read(text):
         try:
@@ -182,12 +219,12 @@ def shipped_weights() -> list[str]:
     return sorted(path.parent.name for path in PACKAGE.glob("weights/*/config.json"))
 
 
-NUMBER, THERE = "Give another number", "Name one that exists"
+THERE = "Name one that exists"
 ENTRIES = f"Name a folder that exists, or one of {listed(catalog_names(), 30)}"
 WEIGHTS = f"Name {listed(shipped_weights())}, a folder of pretrain, or release:FOLDER"
-COUNT = _of("a whole number of at least 1", NUMBER, lambda n: n >= 1, int)
-COUNT_OR_0 = _of("a whole number of at least 0", NUMBER, lambda n: n >= 0, int)
-ABOVE_0 = _of("a number above 0", NUMBER, lambda x: 0 < x < float("inf"), float)
+COUNT = _of("a whole number of at least 1", "Give 1, 2, 3 or more", lambda n: n >= 1, int)
+COUNT_OR_0 = _of("a whole number of at least 0", "Give 0, 1 or more", lambda n: n >= 0, int)
+ABOVE_0 = _of("a number above 0", "Give one such as 2", lambda x: 0 < x < float("inf"), float)
 FILE = _of("a file", THERE, os.path.isfile)
 FOLDER = _of("a folder", THERE, os.path.isdir)
 STORE = _of("a zarr store", "Name a folder that prepare or embed wrote", _is_store)
@@ -227,7 +264,7 @@ def _setting(text):
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog):
-        super().__init__(prog, width=min(100, shutil.get_terminal_size().columns))
+        super().__init__(prog, width=min(100, shutil.get_terminal_size((100, 24)).columns))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -242,12 +279,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser():
-    parser = _Parser(prog="python -m bhx", description=bhx.__doc__.splitlines()[0])
+    about = {"description": bhx.__doc__.splitlines()[0], "epilog": "examples:"}
+    parser = _Parser(prog="python -m bhx", **about)
     parser.add_argument("--version", action="version", version=f"bhx {bhx.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
 
     def command(run):
         text = inspect.cleandoc(run.__doc__)
+        parser.epilog += "\n" + text.splitlines()[-1]
         names = {"name": run.__name__.strip("_"), "help": text.split(".")[0], "description": text}
         added = commands.add_parser(**names)
         added.set_defaults(run=run)
@@ -303,6 +342,10 @@ def _parser():
     add("cohort", type=COHORT, help="the cohort that it was made from")
     add("--target", required=True, nargs="+", help="labels to predict, such as age")
     add("--groups", help="label whose groups are held out whole, such as site")
+
+    add = command(_explore)
+    add("latents", type=STORE, help="store that embed wrote with --keep attention")
+    add("--out", type=_output, default="explorer.html", help="page to write; it needs no network")
     return parser
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import bhx
-from bhx.data.page import page
+from bhx.data.page import drawn, page
 from bhx.modalities.t1 import ANATOMY
 
 TARGETS = ("age", "sex", "diagnosis", "fusion")
@@ -67,25 +67,19 @@ def main_scores(table):
 
 
 def _figures(sample, latents, cohort):
-    """Title and figure, in the order of the page."""
+    """In the order of the page."""
     first = cohort[ANATOMY.variable].sel(subject=str(latents.subject.values[0]))
-    cubes = bhx.plot_volume(first, overlay=bhx.region_map(latents, of=ANATOMY.name))
-    people = bhx.plot_latents(bhx.project(bhx.pool(latents)), color="age")
-    return {
-        "The real scan: parcels its hub tokens read": bhx.plot_surface(bhx.region_map(sample)),
-        "The synthetic cohort: subjects in the latent space": people,
-        "Its hub tokens: which network, which modality": bhx.plot_tokens(latents),
-        "Its T1 cubes that hub tokens read, on the first subject": cubes,
-    }
+    people, cubes = bhx.project(bhx.pool(latents)), bhx.region_map(latents, of=ANATOMY.name)
+    return [
+        bhx.plot_surface(bhx.region_map(sample), title="The real scan: parcels its tokens read"),
+        bhx.plot_latents(people, color="age", title="The synthetic cohort, colored by age"),
+        bhx.plot_tokens(latents, title="Its hub tokens: which network, which modality"),
+        bhx.plot_volume(first, overlay=cubes, title="T1 cubes that they read, on one subject"),
+    ]
 
 
 def _body(table, figures, latents):
-    """The page's content as HTML; the first figure brings plotly along."""
-    parts = [
-        f"<h2>{html.escape(title)}</h2>"
-        + figure.to_html(full_html=False, include_plotlyjs=i == 0, default_width="100%")
-        for i, (title, figure) in enumerate(figures.items())
-    ]
+    """The page's content as HTML."""
     made_by = " · ".join(
         f"{k}: {html.escape(str(latents.attrs[k])[:80])}"
         for k in ("model", "weights", "weights_sha256", "versions", "scaling")
@@ -94,7 +88,7 @@ def _body(table, figures, latents):
         "<p>Every score of the hub tokens stands beside the same estimator on the plain "
         "connectome. <b>The cohort is synthetic: it shows mechanics, not findings.</b></p>"
         + main_scores(table).to_html(border=0, na_rep="")
-        + "".join(parts)
+        + drawn(figures)
         + f"<footer>{made_by}</footer>"
     )
 

@@ -28,6 +28,9 @@ class Stamp(Preprocessor):
 
     def preprocess(self, nb, resources):
         nb.metadata["made_from"] = stamp(nb.cells)
+        for output in [o for cell in nb.cells for o in cell.get("outputs", [])]:
+            if "image/png" in output.get("data", {}):  # stands where the widget was
+                output["data"].pop("application/vnd.jupyter.widget-view+json", None)
         return nb, resources
 
 

@@ -54,6 +54,8 @@ def test_widget_becomes_a_sentence(reader):
     state = {"model_id": "x", "version_major": 2, "version_minor": 0}
     cell = one_cell(reader, with_output({reader.WIDGET: state, "text/plain": "FigureWidget()"}))
     assert list(cell.outputs[0].data) == ["text/html"]
+    cell = one_cell(reader, with_output({reader.WIDGET: state, "image/png": "aGVsbG8="}))
+    assert list(cell.outputs[0].data) == ["image/png"]
 
 
 def test_prose_has_links_for_badges(reader):

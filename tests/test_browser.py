@@ -137,9 +137,19 @@ def new_page(browser):
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.set_default_timeout(300_000)
     page.add_init_script(PATIENT)
-    local = re.compile(r"^(?!(https?|wss?)://127\.0\.0\.1|blob:|data:)")
-    page.route(local, lambda route: route.abort())
+    elsewhere = re.compile(r"^(?!(https?|wss?)://127\.0\.0\.1|blob:|data:|file:)")
+    page.reached = []
+    page.on("request", lambda r: page.reached.append(r.url) if elsewhere.match(r.url) else None)
+    page.route(elsewhere, lambda route: route.abort())
     return page
+
+
+def offers_upload(page):
+    """Whether a figure of a page has a button to share it, or an address to upload it to."""
+    return page.evaluate(
+        f"""() => ({FIGURES})().some(g => g._context.plotlyServerURL || g._context.showSendToCloud
+            || g.querySelector('[data-title*=hare], [data-title*=loud], [data-title*=tudio]'))"""
+    )
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +245,33 @@ def test_four_figures_are_drawn_without_overlap(page):
     assert heading(page) == "attention of all tokens"
 
 
+def test_nothing_can_be_uploaded(page):
+    assert page.locator(".modebar-btn").count() > 10
+    assert not offers_upload(page)
+
+
+@pytest.mark.parametrize("width, height", [(1100, 900), (1440, 900), (1920, 1080)])
+def test_all_panels_fit_a_screen(page, width, height):
+    usual = page.viewport_size
+    page.set_viewport_size({"width": width, "height": height})
+    page.wait_for_timeout(2500)
+    boxes = page.evaluate(
+        f"""() => {{
+            const all = ({FIGURES})()
+            all[0].closest('.widget-gridbox').parentElement.scrollIntoView({{block: 'start'}})
+            const inside = all.map(g => [g, ...g.querySelectorAll('.infolayer, .menulayer')])
+            return inside.flat().map(e => e.getBoundingClientRect()).filter(b => b.width)
+                .map(b => [b.left, b.top, b.right, b.bottom])
+        }}"""
+    )
+    shot(page, f"explorer_{width}")
+    page.set_viewport_size(usual)
+    page.wait_for_timeout(1500)
+    assert max(box[2] for box in boxes) <= width
+    assert max(box[3] for box in boxes) <= height
+    assert max(box[2] for box in boxes) > 0.9 * width  # nothing is left empty
+
+
 def test_lasso_of_people_changes_the_cortex(page):
     brain, x, y, w, h = state(page, "brain"), *box_of(page, "people")
     corners = [(0.05, 0.05), (0.5, 0.02), (0.52, 0.95), (0.05, 0.97), (0.05, 0.05)]
@@ -248,6 +285,13 @@ def test_lasso_of_people_changes_the_cortex(page):
     assert 0 < picked < 40
     assert page.get_by_text(f"{picked} of 40").count() == 1
     shot(page, "lasso")
+    loops = f"() => ({FIGURES})().flatMap(g => g.layout.selections || []).length === 0"
+    page.wait_for_function(loops)  # the loop goes, its people stay
+    assert state(page, "people")[0][-1] == picked
+    people = state(page, "people")
+    page.get_by_role("button", name="Reset", exact=True).click()
+    assert changed(page, "people", people)[0][-1] is None
+    page.wait_for_function(loops)
 
 
 def test_click_on_a_token_changes_cortex_and_slices(page):
@@ -263,7 +307,7 @@ def test_click_on_a_token_changes_cortex_and_slices(page):
 def test_click_on_the_cortex_selects_the_parcel_under_it(page):
     x, y, w, h = box_of(page, "brain")
     parcel = page.get_by_label("parcel")
-    for at in (0.33, 0.36, 0.30, 0.39):  # from the middle of the left hemisphere's usual place
+    for at in (0.41, 0.43, 0.39, 0.44):  # from the middle of the left hemisphere's usual place
         page.mouse.move(x + w * at - 20, y + h * 0.5)
         page.mouse.move(x + w * at, y + h * 0.5, steps=4)
         page.wait_for_timeout(2000)  # software WebGL needs a moment to find what is hovered,
@@ -290,6 +334,78 @@ def test_typed_network_and_its_code(page):
     written = page.locator(".widget-textarea textarea").input_value()
     assert "bhx.region_map(latents, token=" in written
     shot(page, "code")
+
+
+def test_a_page_of_figures_loads_and_uploads_nothing(browser, tmp_path):
+    import numpy as np
+    from small_latents import make_latents
+
+    import bhx
+    from bhx.data.page import drawn
+    from bhx.data.page import page as html
+
+    latents = make_latents()
+    figures = [
+        bhx.plot_surface(bhx.region_map(latents)),
+        bhx.plot_volume(overlay=bhx.region_map(latents, of="t1")),
+        bhx.plot_tokens(latents),
+        bhx.plot_latents(bhx.project(latents), color="age"),
+    ]
+    file = tmp_path / "page.html"
+    file.write_text(html("Figures", drawn(figures)), encoding="utf-8")
+    page = new_page(browser)
+    page.goto(file.as_uri())
+    page.wait_for_function(f"() => ({FIGURES})().length === {len(figures)}")
+    assert np.diff(page.evaluate(f"() => ({FIGURES})().map(g => g.offsetTop)")).min() > 200
+    assert not offers_upload(page)
+    assert not page.reached
+    shot(page, "page")
+
+
+def test_the_saved_explorer_works_without_python(browser, tmp_path):
+    """A loop around people, then a click on a token: the values are Python's."""
+    import numpy as np
+    from small_latents import make_latents
+
+    import bhx
+
+    explorer = bhx.explore(make_latents(n=40))
+    page = new_page(browser)
+    page.goto(explorer.save(tmp_path / "explorer.html").resolve().as_uri())
+    page.wait_for_function("() => window.explorer")
+    seen = lambda: page.evaluate("() => window.explorer")  # noqa: E731
+    np.testing.assert_allclose(seen()["map"], explorer.surface_map(), atol=1e-6)
+
+    x, y, w, h = box_of(page, "people")
+    page.mouse.move(x + 0.05 * w, y + 0.05 * h)
+    page.mouse.down()
+    for cx, cy in [(0.5, 0.02), (0.52, 0.95), (0.05, 0.97), (0.05, 0.05)]:
+        page.mouse.move(x + cx * w, y + cy * h, steps=12)
+    page.mouse.up()
+    page.wait_for_function("() => window.explorer.chosen.length < 40")
+    page.wait_for_timeout(1000)
+    explorer.select_subjects(explorer.subjects[seen()["chosen"]])
+    np.testing.assert_allclose(seen()["map"], explorer.surface_map(), atol=1e-6)
+    assert page.get_by_text(f"{explorer.chosen.sum()} of 40").is_visible()
+
+    x, y, w, h = box_of(page, "tokens")
+    page.mouse.click(x + w * 5.5 / 8, y + h * 0.97)
+    page.wait_for_function("() => window.explorer.token === 5")
+    explorer.select_token(5)
+    np.testing.assert_allclose(seen()["map"], explorer.surface_map(), atol=1e-6)
+    ends = explorer.panels.brain.layout.coloraxis
+    np.testing.assert_allclose(seen()["ends"], (ends.cmin, ends.cmax), atol=1e-6)
+    drawn_map = page.evaluate(
+        f"() => ({FIGURES})().find(g => g.layout.meta === 'brain').data[0].intensity"
+    )
+    assert set(np.float32(drawn_map)) <= set(np.float32(seen()["map"]))
+    shot(page, "offline")
+
+    page.get_by_role("button", name="Reset", exact=True).click()
+    page.wait_for_function("() => window.explorer.chosen.length === 40")
+    assert seen()["token"] is None
+    assert not page.reached
+    assert not offers_upload(page)
 
 
 def test_lecture_is_a_page_without_code(lecture, browser):

@@ -23,7 +23,7 @@ from bhx.modalities.table import MODALITIES
 from bhx.model.config import PRESETS
 from bhx.train.recipes import STAGES
 
-NAMES = ("doctor", "demo", "catalog", "prepare", "pretrain", "embed", "evaluate")
+NAMES = ("doctor", "demo", "catalog", "prepare", "pretrain", "embed", "evaluate", "explore")
 
 
 def refused(line, folder, capsys) -> str:
@@ -46,6 +46,8 @@ def folder(tmp_path):
     (tmp_path / "store.zarr").mkdir()
     (tmp_path / "store.zarr" / "zarr.json").write_text('{"attributes": {}}')
     (tmp_path / "note.txt").write_text("not a folder")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
     return tmp_path
 
 
@@ -55,6 +57,7 @@ REFUSED = {  # command line -> what its sentence says
     "evaluate store.zarr synthetic": "arguments are required: --target",
     "embed synthetic note.txt/out.zarr": r"write 'note.txt/out.zarr', found '.*note.txt'",
     "embed synthetik out.zarr": "found 'synthetik'. Name a folder that exists, or one of abcd, .*",
+    "embed sample out.zarr": "parcels of schaefer100.*found schaefer400. Add --reparcellate",
     "embed synthetic out.zarr --model shop": "weights, found 'shop'. Name workshop, a fo",
     "embed synthetic out.zarr --keep hub": "invalid choice: 'hub'.*dynamics.*attention",
     "embed synthetic out.zarr --device gpu": "Expected cpu, cuda, cuda:N or mps, found 'gpu'",
@@ -68,13 +71,14 @@ REFUSED = {  # command line -> what its sentence says
     "pretrain store.zarr --stage dynamics --out o --set stepz=3": "settings of .*, found stepz",
     "pretrain store.zarr --stage dynamics --out o --workers -1": "at least 0, found '-1'",
     "prepare missing out.zarr": "a catalog entry or a folder, found 'missing'",
-    "prepare . out.zarr --voxel-mm 0": "a number above 0, found '0'",
+    "prepare . out.zarr --voxel-mm 0": "a number above 0, found '0'. Give one such as 2",
     "prepare . out.zarr --workers none": "a whole number of at least 1, found 'none'",
     "prepare . out.zarr --atlas schaefer300": "invalid choice: 'schaefer300'.*schaefer400",
     "prepare . out.zarr --phenotypes people.tsv": "a file, found 'people.tsv'",
     "catalog --catalog missing": "a folder, found 'missing'",
     "demo --out note.txt/demo": "write 'note.txt/demo'",
-    "demo --subjects 0": "at least 1, found '0'",
+    "demo --subjects 0": "at least 1, found '0'. Give 1, 2, 3 or more",
+    "demo --out full": "an empty folder or one of an earlier demo, found files in 'full'",
     "embed": "the following arguments are required: cohort, out",
     "teach": "invalid choice: 'teach'",
 }
@@ -112,6 +116,15 @@ def test_a_place_that_cannot_be_written_is_named(folder, capsys, monkeypatch):
     assert re.search(r"place to write 'out.zarr', found '.+' \(Permission denied\)", message)
 
 
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device", "out.zarr")
+
+    monkeypatch.setattr(commands.bhx, "catalog_table", full, raising=False)
+    assert main(["catalog"]) == 1
+    assert capsys.readouterr().err.endswith("No space left on device: 'out.zarr'\n")
+
+
 # Help --------------------------------------------------------------------------------------------
 
 
@@ -140,7 +153,11 @@ def test_help_names_choices_and_defaults(capsys):
     assert "{structure,dynamics,harmonizer}" in text
     assert "(default: workshop)" in text
     assert "(default: schaefer400)" in helped("prepare", capsys)
-    assert all(name in helped("", capsys) for name in NAMES)
+    overview = helped("", capsys)
+    for name in NAMES:  # each with an example
+        assert f"\n  python -m bhx {name}" in overview
+    wide = helped("embed", capsys).splitlines()
+    assert 80 < max(map(len, wide)) <= 100
 
 
 def test_choices_are_those_of_the_library():
@@ -152,6 +169,8 @@ def test_choices_are_those_of_the_library():
     assert commands.shipped_weights() == ["workshop"]
     for atlas in commands.ATLASES:
         bhx.load_atlas(atlas)
+    for entry, atlas in commands.ENTRY_ATLAS.items():
+        assert bhx.open_cohort(entry).attrs["atlas"] == atlas
 
 
 @pytest.mark.parametrize("name", ["prepare", "pretrain", "embed"])
@@ -200,6 +219,16 @@ def test_evaluate_prints_the_control_beside_the_tokens(latents, cohort, capsys):
     assert "connectome" in printed
 
 
+def test_explore_writes_a_page_and_opens_it(latents, tmp_path, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    page = tmp_path / "explorer.html"
+    assert main(["explore", str(latents), "--out", str(page)]) == 0
+    assert opened == [page.as_uri()]
+    assert str(page) in capsys.readouterr().out
+    assert "sub-0001" in page.read_text(encoding="utf-8")
+
+
 def test_evaluate_names_the_labels_there_are(latents, cohort, folder, capsys):
     message = refused(f"evaluate {latents} {cohort} --target agee", folder, capsys)
     assert re.search("Expected a label of the subjects in .* found 'agee'. The labels are", message)
@@ -207,11 +236,6 @@ def test_evaluate_names_the_labels_there_are(latents, cohort, folder, capsys):
 
 
 def test_parcels_of_another_atlas_can_be_averaged(folder, capsys):
-    message = refused("embed sample out.zarr", folder, capsys)
-    assert (
-        "Expected parcels of schaefer100, which the model 'workshop' reads, found schae" in message
-    )
-    assert "Add --reparcellate" in message
     assert main(["embed", "sample", str(folder / "out.zarr"), "--reparcellate"]) == 0
     written = xr.open_zarr(folder / "out.zarr", consolidated=False)
     assert bool(np.isfinite(written.hub).all())

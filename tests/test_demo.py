@@ -43,7 +43,8 @@ def test_the_page_stands_alone(made):
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?(https?:)?//", page)
     assert page.count("Plotly.newPlot(") >= 4
     assert "not findings" in page
-    assert page.count('"modebar":{"remove":"sendChartToCloud"}') >= 4  # nothing is uploaded
+    assert page.count('"modebar":{"remove":"sendChartToCloud"}') == 4  # nothing is uploaded
+    assert page.count('"plotlyServerURL": ""') == 4
 
 
 def test_made_anew_over_an_old_one_but_never_over_other_files(made, tmp_path):

@@ -1,5 +1,8 @@
 """Laws of the explorer, without a browser: what is seen equals what the plain functions give."""
 
+import base64
+import re
+
 import matplotlib
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from bhx.errors import InputError
 from bhx.modalities.base import Modality
 from bhx.modalities.t1 import t1_grid
 from bhx.modalities.table import MODALITIES
+from bhx.show.colors import CLEAR
+from bhx.show.panels import GROUPS
 from bhx.show.tokens import token_table
 
 matplotlib.use("agg")
@@ -48,7 +53,8 @@ def test_comparison_is_the_difference_of_maps(explorer):
         explorer.latents, 2, subjects=b
     )
     np.testing.assert_allclose(explorer.surface_map(), expected, atol=1e-7)
-    assert "6 against 10" in explorer.card()
+    card = explorer.card()  # one line each
+    assert re.search("A</td>.*6 of 20.*B</td>.*10 of 20", card)
     explorer.select_subjects(a)
     assert explorer.groups is None
 
@@ -143,7 +149,8 @@ def test_brain_shows_the_map_and_its_color_bar(explorer, panels):
     left, right = (t for t in panels.brain.data if t.name.endswith("values"))
     assert {*left.intensity, *right.intensity} <= set(values)
     axis = panels.brain.layout.coloraxis
-    assert (axis.cmin, axis.cmax) == pytest.approx((values.min(), values.max()))
+    assert (axis.cmin, axis.cmax) == pytest.approx(np.quantile(values, (0.02, 0.98)))
+    assert axis.colorbar.title.text == "share of attention"
     explorer.compare(explorer.subjects[:5], explorer.subjects[5:])
     assert axis.cmin == -axis.cmax
 
@@ -188,6 +195,71 @@ def test_two_groups_are_compared(explorer, panels):
     assert "minus" in panels.heading.value
 
 
+def test_one_parcel_does_not_set_the_scale():
+    data = make_latents()
+    data.hub_to_roi.values[:, :, 7] = 9
+    axis = explore(data).panels.brain.layout.coloraxis
+    assert axis.cmax < 0.1
+
+
+def test_locked_colors_stay(explorer, panels):
+    axis = panels.brain.layout.coloraxis
+    panels.controls["lock"].value = True
+    before = axis.cmin, axis.cmax
+    explorer.select_token(2)
+    assert (axis.cmin, axis.cmax) == before
+    panels.controls["lock"].value = False
+    assert (axis.cmin, axis.cmax) != before
+
+
+def test_groups_are_ringed_in_the_colors_of_their_cards(explorer, panels):
+    panels._people_picked([0, 1, 4])
+    panels.controls["first"].click()
+    ring = np.array(panels.people.data[0].marker.line.color)
+    assert np.flatnonzero(ring == GROUPS["A"]).tolist() == [0, 1, 4]
+    assert "Now set B" in panels.message.value
+    panels.controls["first"].click()  # twice is once
+    panels._people_picked([5, 6])
+    panels.controls["second"].click()
+    ring = np.array(panels.people.data[0].marker.line.color)
+    assert [(ring == GROUPS[name]).sum() for name in "AB"] == [3, 2]
+    assert all(GROUPS[name] in panels.card.value for name in "AB")
+    panels.controls["reset"].click()
+    assert set(panels.people.data[0].marker.line.color) == {CLEAR}
+
+
+def test_a_lasso_is_removed_and_its_people_stay(explorer, panels):
+    messages = sent_by(panels.people, lambda: panels._people_picked([3, 5], lasso=True))
+    cleared = [m for name, m in messages if name == "_py2js_relayout"]
+    assert cleared[0]["relayout_data"] == {"selections": []}
+    panels.people.data[0].selectedpoints = []  # what pages answer
+    panels._people_picked([])
+    assert list(panels.people.data[0].selectedpoints) == [3, 5]
+    assert explorer.chosen.sum() == 2
+    again = sent_by(panels.people, panels.controls["reset"].click)
+    assert "_py2js_relayout" in {name for name, _ in again}
+
+
+def test_every_panel_says_what_to_do_and_stands_on_any_theme(panels):
+    for figure in (panels.people, panels.strip, panels.brain, panels.slices):
+        assert ": " in figure.layout.title.text
+        assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == CLEAR
+        assert figure.layout.width is None  # as wide as its place
+        assert figure.layout.margin.t >= 30  # room for the bar of buttons
+    letters = [a.text for a in panels.slices.layout.annotations]
+    assert letters.count("L") == letters.count("R") == 2
+    assert [a.text for a in panels.brain.layout.scene.annotations] == ["<b>L</b>", "<b>R</b>"]
+
+
+def test_thirty_names_look_different(panels):
+    data = make_latents(n=30)
+    panels = explore(data).panels
+    panels.controls["color"].value = "subject"
+    marker = panels.people.data[0].marker
+    assert len({*zip(marker.color, marker.symbol, strict=True)}) == 30
+    assert "and 18 more" in panels.legend.value
+
+
 def test_two_compared_groups_never_become_one(explorer, panels):
     explorer.compare(explorer.subjects[:3], explorer.subjects[5:9])
     panels.controls["first"].click()
@@ -216,8 +288,33 @@ def test_wrong_entries_are_answered_not_raised(explorer, panels):
         panels.controls[box].value = entry
         assert entry in panels.message.value
         assert panels.heading.value == heading
+        assert panels.controls[box].value == ""  # taken back
     explorer.select_token(3)
     assert panels.message.value == ""
+
+
+def test_a_picture_stands_beside_the_widgets_for_stored_notebooks(explorer, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
+    explorer._ipython_display_()
+    assert base64.b64decode(shown[0]["image/png"]).startswith(b"\x89PNG")
+    assert "application/vnd.jupyter.widget-view+json" in shown[0]
+
+
+def test_a_page_for_a_thousand_people_stays_small(tmp_path):
+    explorer = explore(make_latents(n=1000, tokens=32))
+    page = explorer.save(tmp_path / "explorer.html")
+    assert page.stat().st_size < 10e6
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", text)
+
+
+def test_a_page_escapes_names(tmp_path):
+    data = make_latents().assign_coords(subject=[BAD + str(i) for i in range(20)])
+    data["site"] = ("subject", [BAD] * 10 + ["</script>"] * 10)
+    text = explore(data).save(tmp_path / "explorer.html").read_text(encoding="utf-8")
+    assert BAD not in text
+    assert text.count("</script>") == 6  # plotly, three figures, the numbers, the module
 
 
 def test_button_writes_the_code(explorer, panels):
@@ -346,6 +443,7 @@ def test_one_map_on_each_place_leaves_nothing_to_choose(panels):
 def test_no_figure_offers_to_upload_its_data(panels):
     for figure in (panels.people, panels.strip, panels.brain, panels.slices):
         assert "sendChartToCloud" in figure.layout.modebar.remove
+        assert figure._config["plotlyServerURL"] == ""
 
 
 def bad_calls():

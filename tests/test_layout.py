@@ -51,7 +51,7 @@ ROOMS = {
     ),
     "show": (
         *("colors", "surface", "volume", "tokens", "people", "hidden", "figures", "panels"),
-        "explorer",
+        *("offline", "explorer"),
     ),
 }
 LAST = ("demo", "doctor", "__main__")

@@ -18,6 +18,7 @@ from bhx.show import people as people_file
 from bhx.show import surface as surface_file
 from bhx.show import tokens as tokens_file
 from bhx.show import volume as volume_file
+from bhx.show.colors import Scale
 
 LIMIT = 1.3e6  # bytes of plotly JSON
 HALF = 10_242  # vertices of a hemisphere
@@ -138,6 +139,37 @@ def test_buttons_show_one_hemisphere_from_its_side(values):
     shown = [t.name for t, on in zip(figure.data, visible, strict=True) if on]
     assert shown == ["left values", "left gray"]
     assert buttons["left medial"][1]["scene.camera"]["eye"]["x"] > 0
+
+
+@pytest.mark.parametrize(
+    "view, letters", [("top", "LR"), ("left medial", "L"), ("right lateral", "R")]
+)
+def test_every_view_says_which_side_it_is(values, view, letters):
+    figure = surface_file.plot_surface(values)
+    layout = next(b.args[1] for b in figure.layout.updatemenus[0].buttons if b.label == view)
+    sides = enumerate(figure.layout.scene.annotations)
+    shown = [a.text[3] for i, a in sides if layout[f"scene.annotations[{i}].visible"]]
+    assert "".join(shown) == letters
+    left, right = figure.layout.scene.annotations
+    assert left.x < 0 < right.x
+
+
+def test_planes_are_named_and_have_their_sides():
+    letters = {}
+    for note in volume_file.plot_volume().layout.annotations:
+        letters.setdefault(note.xref.split()[0], []).append((note.text, note.x))
+    named = [a.text for a in volume_file.plot_volume().layout.annotations[:3]]
+    assert named == ["sagittal", "coronal", "axial"]
+    assert letters["x"] == [("P", 0), ("A", 1)]
+    assert letters["x2"] == letters["x3"] == [("L", 0), ("R", 1)]
+
+
+def test_zero_is_clear_over_a_brain():
+    for limits in ((0, 3), (-2, 2)):
+        colors = Scale("RdBu_r", limits).fade().colors
+        value = np.linspace(*limits, len(colors))
+        assert colors[np.abs(value).argmin(), 3] == 0
+        assert colors[np.abs(value).argmax(), 3] == pytest.approx(0.8)
 
 
 def test_hover_names_parcel_network_and_value(atlas, values):

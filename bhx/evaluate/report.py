@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from bhx.data.page import page
+from bhx.data.page import drawn, page, private
 from bhx.data.splits import cohort_hash
 from bhx.errors import InputError, listed
 from bhx.evaluate import metrics
@@ -68,13 +68,12 @@ def _page(scores, table):
         figures.append(plot_calibration(*scores))
     if first.attrs["task"] == "number":
         figures.append(plot_predictions(*scores))
-    drawn = (f.to_html(full_html=False, include_plotlyjs=f is figures[0]) for f in figures)
     notes = ["Rows without a label, a confound or a feature are left out as shown above."]
     notes += [note for s in scores for note in json.loads(s.attrs["notes"])]
     sections = {
         "Methods": "".join(f"<p>{escape(methods(s))}</p>" for s in scores),
         "Who entered": "".join(map(_flow, scores)),
-        "Scores": "".join([_html(table), *drawn]),
+        "Scores": _html(table) + drawn(figures),
         "Within each site": "".join(_html(within(s, "site")) for s in scores if "site" in s.coords),
         "Confounds": "".join(map(_explained, scores)),
         "What was taken for granted": _list(notes),
@@ -274,8 +273,8 @@ def plot_scores(table: pd.DataFrame, metric: str | None = None):
         figure.add_vline(table.attrs["chance"][metric], line=line, opacity=1)
     figure.update_xaxes(title=f"{metric.replace('_', ' ')} (mean over folds, 95 % interval)")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_layout(template="simple_white", title=table.columns.name)
-    return figure.update_layout(height=140 + 36 * len(names), modebar_remove="sendChartToCloud")
+    height, title = 140 + 36 * len(names), table.columns.name
+    return private(figure, template="simple_white", height=height, title=title)
 
 
 def plot_calibration(*scores: xr.Dataset, bins: int = 10):
@@ -289,7 +288,7 @@ def plot_calibration(*scores: xr.Dataset, bins: int = 10):
             figure.add_scatter(x=found.predicted, y=found.observed, mode="lines+markers", name=name)
     figure.update_xaxes(title=f"predicted probability of {scores[0].attrs['positive']}")
     figure.update_yaxes(title="observed frequency")
-    return figure.update_layout(template="simple_white", height=420, title="Calibration")
+    return private(figure, template="simple_white", height=420, title="Calibration")
 
 
 def plot_predictions(*scores: xr.Dataset):
@@ -303,7 +302,7 @@ def plot_predictions(*scores: xr.Dataset):
             figure.add_scatter(x=s.truth, y=output, mode="markers", marker=dots, name=name)
     target = scores[0].attrs["target"]
     figure.update_xaxes(title=f"true {target}").update_yaxes(title=f"predicted {target}")
-    return figure.update_layout(template="simple_white", height=460, title="Predictions")
+    return private(figure, template="simple_white", height=460, title="Predictions")
 
 
 def _diagonal(ends):

@@ -13,6 +13,7 @@ from bhx.modalities.table import MODALITIES, modality
 from bhx.schema import ATTENTION, check, who_has
 
 REPEATS, ALIKE = 0.9, 0.7  # correlations that a map reaches, and that its controls do not pass
+SHARE = "share of attention"  # units of the maps
 
 
 def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi") -> xr.DataArray:
@@ -43,7 +44,7 @@ def region_map(latents: xr.Dataset, token=None, *, subjects=None, of: str = "roi
         raise InputError(fact, "See latents.token")
     values = values.sel(token=asked).mean("token", keep_attrs=True)
     which = "all tokens" if token is None else f"token {listed(asked)}"
-    return values.assign_attrs(long_name=f"attention of {which}")
+    return values.assign_attrs(long_name=f"attention of {which}", units=SHARE)
 
 
 def each_token(latents: xr.Dataset, *, of: str = "roi", subjects=None) -> xr.DataArray:

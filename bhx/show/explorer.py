@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
 from bhx.errors import InputError, check_choice, listed
-from bhx.latents.maps import maps_in
+from bhx.latents.maps import SHARE, maps_in
 from bhx.latents.pool import project, subject_mask
 from bhx.modalities.t1 import CUBE_DIMS
 from bhx.modalities.table import by_variable, modality
 from bhx.schema import ATTENTION, check, subject_coords, who_has
-from bhx.show.panels import ALL_TOKENS, Panels
+from bhx.show.colors import CLEAR
+from bhx.show.offline import offline_page
+from bhx.show.panels import ALL_TOKENS, GROUPS, Panels
 from bhx.show.surface import plot_surface
+
+LABELS = ("age", "sex", "diagnosis", "site", "tr", "mean_fd")  # what cards say of people
 
 
 def explore(latents: xr.Dataset, cohort: xr.Dataset | None = None) -> Explorer:
@@ -43,8 +48,10 @@ class Explorer:
     Attributes
     ----------
     chosen : mask over subjects; groups : two masks, or None; token : a token, or None for all;
-    parcels : mask over parcels; places : names of networks and parcels; on_roi, on_cubes :
-    modalities with a map on parcels, on cubes; surface_of, cubes_of : those of them that are seen
+    parcels : mask over parcels; place : their name, or None; places : names of networks and
+    parcels; on_roi, on_cubes : modalities with a map on parcels, on cubes; surface_of, cubes_of :
+    those of them that are seen; maps, has : each person's maps, and who has them; labels : what
+    cards show
     """
 
     def __init__(self, latents: xr.Dataset, cohort: xr.Dataset | None = None):
@@ -64,16 +71,18 @@ class Explorer:
             self.cohort = cohort.sel(subject=self.subjects)
         kinds = [modality(name) for name in self.on_roi + self.on_cubes]
         maps = {ATTENTION: latents[ATTENTION]} | {m.name: latents[m.map_name] for m in kinds}
-        self._maps = {name: np.nan_to_num(v.values.astype("f4")) for name, v in maps.items()}
-        self._has = {m.name: who_has(latents, m.variable) for m in kinds}
+        self.maps = {name: np.nan_to_num(v.values.astype("f4")) for name, v in maps.items()}
+        self.has = {m.name: who_has(latents, m.variable) for m in kinds}
         self._mean = lru_cache(8)(self._weighted)
+        coords = subject_coords(latents)
+        self.labels = {_with_units(coords[name]): coords[name] for name in LABELS if name in coords}
         self.followers = []
         self.reset()
 
     def reset(self):
         """Everyone, all tokens, no parcel."""
         self.chosen = np.ones(len(self.subjects), bool)
-        self.groups, self.token = None, None
+        self.groups, self.token, self.place = None, None, None
         self.parcels = np.zeros(len(self.roi), bool)
         self._announce()
 
@@ -93,7 +102,7 @@ class Explorer:
         """Follow a parcel or a whole network: the token that prefers it most."""
         if name is not None:
             check_choice("the parcel or network", name, self.places)
-        self.parcels = (self.roi == name) | (self.networks == name)
+        self.parcels, self.place = (self.roi == name) | (self.networks == name), name
         if self.parcels.any():
             self.token = int(self.tokens[np.argmax(self.preference())])
         self._announce()
@@ -150,24 +159,23 @@ class Explorer:
         return None
 
     def card(self) -> str:
-        """Who is selected, as HTML; names are escaped."""
-        rows = [("subjects", f"{self.chosen.sum()} of {len(self.chosen)}")]
-        if self.groups is not None:
-            rows = [("compared", " against ".join(str(g.sum()) for g in self.groups))]
-        if self.chosen.sum() == 1:
-            rows = [("subject", self.subjects[self.chosen][0])]
-        coords = subject_coords(self.latents)
-        shown = [n for n in ("age", "sex", "diagnosis", "site", "tr", "mean_fd") if n in coords]
-        rows += [(name, _summary(coords[name].values[self.chosen])) for name in shown]
-        cells = [f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows]
-        return f"<table>{''.join(cells)}</table>"
+        """Who is selected, or is in each of the groups, as an HTML table; names are escaped."""
+        rows = [("", "subjects", *self.labels)]
+        for name, who in zip(GROUPS if self.groups else " ", self._selected(), strict=False):
+            one = self.subjects[who][0] if who.sum() == 1 else f"{who.sum()} of {len(who)}"
+            rows.append((name, one, *(_summary(v.values[who]) for v in self.labels.values())))
+        cell, table = '<td style="padding-right: 1em">', '<table style="border-collapse: collapse">'
+        for name, *row in rows:
+            table += f'<tr style="border-left: 6px solid {GROUPS.get(name, CLEAR)}">'
+            table += "".join(f"{cell}{escape(str(one))}</td>" for one in (name, *row)) + "</tr>"
+        return table + "</table>"
 
     def heading(self) -> str:
         """One line on what the maps show."""
         token = ALL_TOKENS if self.token is None else f"token {self.token}"
-        if not (self.chosen & self._has[self.surface_of]).any():
+        if not (self.chosen & self.has[self.surface_of]).any():
             return f"{token}: nobody selected has {self.surface_of}"
-        return f"attention of {token}" + (", first group minus second" if self.groups else "")
+        return f"attention of {token}" + (", group A minus group B" if self.groups else "")
 
     def code(self) -> str:
         """The lines that make the same map without the explorer."""
@@ -184,12 +192,21 @@ class Explorer:
     def figure(self):
         """The static figure that `code` draws."""
         values = xr.DataArray(self.surface_map(), {"roi": self.roi}, ["roi"])
+        values.attrs["units"] = SHARE
         return plot_surface(values, static=True, title=self.heading())
 
+    def save(self, path="explorer.html") -> Path:
+        """Write one HTML page of people, cortex and bars that opens without Python or a network."""
+        Path(path).write_text(offline_page(self), encoding="utf-8")
+        return Path(path)
+
     def _ipython_display_(self):
+        """The widgets, and beside them the picture that stored notebooks show in their place."""
+        from IPython.core.pylabtools import print_figure
         from IPython.display import display
 
-        display(self.panels.box)
+        picture = print_figure(self.figure(), base64=True, dpi=70)
+        display(self.panels.box._repr_mimebundle_() | {"image/png": picture}, raw=True)
 
     @cached_property
     def panels(self) -> Panels:
@@ -214,12 +231,17 @@ class Explorer:
         between the groups' averages."""
         weights = np.zeros(len(self.subjects), np.float32)
         for sign, group in zip((1, -1), groups or self._selected(), strict=False):
-            counted = group & self._has.get(of, True)
+            counted = group & self.has.get(of, True)
             weights += sign * counted / max(counted.sum(), 1)
         return self._mean(of, weights.tobytes())
 
     def _weighted(self, of, weights):
-        return np.tensordot(np.frombuffer(weights, np.float32), self._maps[of], 1)
+        return np.tensordot(np.frombuffer(weights, np.float32), self.maps[of], 1)
+
+
+def _with_units(coord):
+    units = coord.attrs.get("units")
+    return f"{coord.name} [{units}]" if units else coord.name
 
 
 def _summary(values):

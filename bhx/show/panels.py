@@ -11,19 +11,30 @@ import ipywidgets as widgets
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
+from anywidget import AnyWidget
 from IPython.display import display
-from plotly.subplots import make_subplots
 
 from bhx.errors import InputError
+from bhx.latents.maps import SHARE
 from bhx.schema import subject_coords
-from bhx.show.colors import CATEGORIES, Scale, finish
+from bhx.show.colors import CATEGORIES, CLEAR, SHAPES, Scale, finish
 from bhx.show.people import axis_name, dots, point_groups
 from bhx.show.surface import plot_surface
-from bhx.show.volume import PLANES, gray_levels, slices, square_axes, template, with_mm
+from bhx.show.volume import PLANES, gray_levels, slices, template, three_planes, with_mm
 
 ALL_TOKENS = "all tokens"
-WIDE = 470  # px, of every figure: two fit side by side in JupyterLab on a laptop, files shown
 REACH = {"x": (-76, 0, 76), "y": (-110, -20, 74), "z": (-58, 10, 94)}  # mm: first, start, last
+BEYOND = 0.02  # share of a map's values that may lie outside either end of its colors
+GROUPS = {"A": "#B2182B", "B": "#2166AC"}  # as in the difference: red where A has more
+GRAY = "#7a7a7a"  # readable on white and on black
+
+
+class Fit(AnyWidget):
+    """Nothing to see: tells figures when their page gives them another width."""
+
+    _esm = """export default { render({ el }) {
+        new ResizeObserver(() => window.dispatchEvent(new Event("resize"))).observe(el)
+    } }"""
 
 
 class Panels:
@@ -33,6 +44,8 @@ class Panels:
         self.explorer = explorer
         self._gray = None, gray_levels(template())  # whose brain the slices show
         self._groups = {}  # A and B, as far as they are set
+        self._follows = True  # whether boxes act: not while they are brought up to date
+        self._lasso = False  # whether the page shows a loop around people
         self.sliders = {axis: self._slider(axis) for axis in REACH}
         self.people, self.strip = self._people(), self._strip()
         self.brain, self.slices = self._brain(), self._slices()
@@ -42,6 +55,7 @@ class Panels:
         self.controls = self._controls()
         self.written = widgets.Textarea(layout={"width": "60%", "height": "120px"})
         self.picture = widgets.Output(layout={"width": "40%"})
+        self.shown = widgets.HBox([self.written, self.picture], layout={"display": "none"})
         self.box = self._arranged()
         explorer.followers.append(self.update)
         self.color_people()
@@ -50,11 +64,10 @@ class Panels:
     def update(self):
         """Send what follows from the selection: values, never a mesh."""
         e = self.explorer
-        self.card.value = e.card()
+        self.card.value = f'<div style="line-height: 1.3; overflow: auto">{e.card()}</div>'
         self.heading.value, self.message.value = f"<b>{escape(e.heading())}</b>", ""
-        with self.people.batch_update():
-            everyone = e.chosen.all()
-            self.people.data[0].selectedpoints = None if everyone else np.flatnonzero(e.chosen)
+        self._update_boxes()
+        self._update_people()
         self._update_strip()
         self._update_brain()
         self._update_slices()
@@ -63,45 +76,70 @@ class Panels:
 
     def _people(self):
         points = self.explorer.points
-        figure = _widget([dots(points, slice(None), CATEGORIES[0])], "people", 330)
-        figure.update_traces(marker_colorbar_thickness=12)
+        everyone = dots(points, "", slice(None), CATEGORIES[0], "circle")
+        everyone.unselected = {"marker": {"color": GRAY, "opacity": 0.3}}
+        everyone.hovertemplate = "%{text}<br>%{customdata}<extra></extra>"
+        figure = _widget([everyone], "people", 300, "People: drag around some, or click one")
+        figure.update_traces(marker_colorbar={"thickness": 12, "outlinewidth": 0})
         figure.update_layout(xaxis_title=axis_name(points, 1), yaxis_title=axis_name(points, 2))
         figure.update_layout(dragmode="lasso")
         trace = figure.data[0]
-        for listen in (trace.on_selection, trace.on_click):
-            listen(lambda _, picked, how: self._people_picked(picked.point_inds))
+        trace.on_selection(lambda _, picked, how: self._people_picked(picked.point_inds, True))
+        trace.on_click(lambda _, picked, how: self._people_picked(picked.point_inds))
         trace.on_deselect(lambda *_: self.explorer.select_subjects())
         return figure
 
-    def _people_picked(self, where):
-        self.explorer.select_subjects(self.explorer.subjects[where] if len(where) else None)
+    def _people_picked(self, where, lasso=False):
+        if len(where):
+            self._lasso = lasso
+            self.explorer.select_subjects(self.explorer.subjects[where])
+        else:  # a loop around nobody, or what pages answer when a loop is removed
+            self._update_people()
+
+    def _update_people(self):
+        e, trace = self.explorer, self.people.data[0]
+        groups = dict(zip(GROUPS, e.groups, strict=True)) if e.groups else self._groups
+        ring = np.full(len(e.subjects), CLEAR, object)
+        for name, who in groups.items():
+            ring[who] = GROUPS[name]
+        if self._lasso:  # it has done its work
+            self._lasso, trace.selectedpoints = False, None
+            self.people._send_relayout_msg({"selections": []})
+        with self.people.batch_update():
+            trace.marker.line = {"color": ring.tolist(), "width": 2.5 if groups else 0}
+            trace.selectedpoints = None if e.chosen.all() else np.flatnonzero(e.chosen)
 
     def color_people(self, *_):
         """Color the people by the coordinate chosen."""
-        groups = point_groups(self.explorer.points, self.controls["color"].value)
-        colors = np.empty(len(self.explorer.subjects), object)
-        for _, where, color in groups:
-            colors[where] = color
-        named = [(name, color) for name, _, color in groups if isinstance(color, str)]
-        self.people.update_traces(marker={"color": colors.tolist(), "showscale": not named})
-        self.legend.value = " ".join(
-            f'<span style="color:{color}">&#9679;</span> {escape(n)}' for n, color in named[:12]
-        )
+        points, name = self.explorer.points, self.controls["color"].value
+        groups = point_groups(points, name)
+        colors, shapes = np.empty((2, len(self.explorer.subjects)), object)
+        for _, where, color, shape in groups:
+            colors[where], shapes[where] = color, shape
+        named = [(n, c, SHAPES[shape]) for n, _, c, shape in groups if isinstance(c, str)]
+        look = {"color": colors.tolist(), "symbol": shapes.tolist(), "showscale": not named}
+        labels = [f"{escape(name)} {escape(str(v))}" for v in points[name].values.tolist()]
+        self.people.update_traces(marker=look, customdata=labels)
+        words = [f'<span style="color:{c}">{s}</span> {escape(n)}' for n, c, s in named[:12]]
+        more = [f"and {len(named) - 12} more"] if len(named) > 12 else []
+        self.legend.value = f"<b>{escape(name)}</b> " + " ".join(words + more)
 
     # tokens ---------------------------------------------------------------------------------
 
     def _strip(self):
         tokens, names = self.explorer.tokens, self.explorer.modalities
+        hover = "token %{x}<br>%{y:.3f} of its attention<extra>%{fullData.name}</extra>"
         bars = [
-            go.Bar(x=tokens, y=np.zeros(len(tokens)), name=escape(name), marker_color=color)
+            go.Bar(x=tokens, name=escape(name), marker_color=color, hovertemplate=hover)
             for name, color in zip(names, CATEGORIES, strict=False)
         ]
-        line = go.Scatter(x=tokens, y=np.zeros(len(tokens)), name="preference", yaxis="y2")
-        figure = _widget([*bars, line.update(line_color="black", mode="lines")], "tokens", 210)
+        line = go.Scatter(x=tokens, name="preference", yaxis="y2", line_color=GRAY, mode="lines")
+        line.hovertemplate = "token %{x}<br>%{y:.2f} times its mean attention<extra></extra>"
+        figure = _widget([*bars, line], "tokens", 190, "Hub tokens: click a bar")
         second = {"overlaying": "y", "side": "right", "title": "preference", "showgrid": False}
-        legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
+        legend = {"orientation": "h", "x": 0.98, "xanchor": "right", "y": 1, "yanchor": "bottom"}
         figure.update_layout(barmode="relative", bargap=0.1, yaxis2=second, legend=legend)
-        figure.update_layout(xaxis_title="token", yaxis_title="share", margin={"r": 50, "t": 35})
+        figure.update_layout(xaxis_title="token", yaxis_title="share")
         for trace in figure.data[:-1]:
             trace.on_click(lambda _, picked, how: self._token_clicked(picked.point_inds))
         return figure
@@ -113,14 +151,15 @@ class Panels:
     def _update_strip(self):
         e = self.explorer
         *bars, line = self.strip.data
-        marked = bool(e.parcels.any() and not e.groups)
+        shares, marked = e.shares(), bool(e.parcels.any() and not e.groups)
+        most = 1.1 * float(np.abs(shares).max()) or 1
         with self.strip.batch_update():
-            for bar, share in zip(bars, e.shares().T, strict=False):
+            for bar, share in zip(bars, shares.T, strict=False):
                 bar.y = share
             line.visible = self.strip.layout.yaxis2.visible = marked
-            if marked:
-                line.y = e.preference()
-            self.strip.layout.yaxis.range = [-1, 1] if e.groups else [0, 1]
+            line.y = e.preference() if marked else None
+            self.strip.layout.yaxis.range = [-most, most] if e.groups else [0, 1]
+            self.strip.layout.yaxis.title.text = "A minus B" if e.groups else "share"
             self.strip.layout.shapes = [] if e.token is None else [_band(e.token)]
 
     # the cortex -----------------------------------------------------------------------------
@@ -129,31 +168,39 @@ class Panels:
         roi = self.explorer.roi
         # drawn once with each parcel's number as its value: so vertices know their parcel
         numbers = xr.DataArray(np.arange(len(roi), dtype="f4"), {"roi": roi}, ["roi"])
-        figure = _widget(plot_surface(numbers), "brain", 360, margin={"l": 0, "r": 0, "t": 5})
+        numbers.attrs["units"] = SHARE
+        figure = _widget(plot_surface(numbers), "brain", 300, "Cortex: click a parcel")
+        figure.update_layout(margin={"l": 0, "b": 45}, updatemenus=[{"font": {"size": 9}}])
         colored = [trace for trace in figure.data if trace.name.endswith("values")]
-        self._parcels = {trace.name: trace.intensity.astype(int) for trace in colored}
+        self.parcels = {trace.name: trace.intensity.astype(int) for trace in colored}
         for trace in colored:
             trace.on_click(self._brain_clicked)
         return figure
 
     def _brain_clicked(self, trace, picked, _):
         if picked.point_inds:
-            parcel = self._parcels[trace.name][picked.point_inds[0]]
-            self.controls["parcel"].value = str(self.explorer.roi[parcel])
+            parcel = self.parcels[trace.name][picked.point_inds[0]]
+            self.explorer.select_parcel(str(self.explorer.roi[parcel]))
 
     def _update_brain(self):
         values = self.explorer.surface_map()
         with self.brain.batch_update():
             for trace in self.brain.data:
-                if trace.name in self._parcels:
-                    trace.intensity = values[self._parcels[trace.name]]
-            self.brain.update_layout(coloraxis=Scale.of(values).color_axis())
+                if trace.name in self.parcels:
+                    trace.intensity = values[self.parcels[trace.name]]
+            self._recolor(self.brain, values)
+
+    def _recolor(self, figure, values, **how):
+        """The colors of a map, unless they are locked."""
+        if not self.controls["lock"].value:
+            scale = Scale.of(values, units=SHARE, beyond=BEYOND)
+            figure.update_layout(coloraxis=scale.color_axis(**how))
 
     # slices ---------------------------------------------------------------------------------
 
     def _slider(self, axis):
         first, start, last = REACH[axis]
-        style, layout = {"description_width": "15px"}, {"width": f"{WIDE // 3}px"}
+        style, layout = {"description_width": "15px"}, {"width": "33%", "min_width": "0"}
         options = {"description": axis, "style": style, "layout": layout}
         slider = widgets.IntSlider(start, first, last, 2, **options)
         slider.observe(self._update_slices, "value")
@@ -167,19 +214,18 @@ class Panels:
         if who != self._gray[0]:
             self._gray = who, gray_levels(template() if own is None else own.compute())
         cubes = self.explorer.cube_map()
-        cubes = None if cubes is None else with_mm(cubes)
+        cubes = None if cubes is None else with_mm(cubes.assign_attrs(units=SHARE))
         stops = {plane: self.sliders[through].value for plane, (_, _, through) in PLANES.items()}
         return cubes, [slices(self._gray[1], cubes, plane, stop) for plane, stop in stops.items()]
 
     def _slices(self):
-        figure = make_subplots(1, 3, horizontal_spacing=0.08)
+        figure = three_planes()
         for column, traces in enumerate(self._cuts()[1], 1):
             figure.add_traces(traces, 1, column)
-        square_axes(figure)
-        for axes in (figure.update_xaxes, figure.update_yaxes):
-            axes(tickangle=0, tickvals=[-50, 0, 50], tickfont_size=10, constrain="domain")
         figure.update_layout(coloraxis=Scale.of([]).color_axis())
-        return _widget(figure, "slices", 230)
+        figure = _widget(figure, "slices", 190, "T1: move the sliders [mm]")
+        figure.update_annotations(font_size=12)
+        return figure.update_layout(margin={"l": 5, "b": 5, "t": 50})
 
     def _update_slices(self, *_):
         cubes, planes = self._cuts()
@@ -188,7 +234,7 @@ class Panels:
             for trace, cut in zip(self.slices.data, new, strict=True):
                 trace.update(x=cut.x, y=cut.y, z=cut.z, hovertemplate=cut.hovertemplate)
             if cubes is not None:
-                self.slices.update_layout(coloraxis=Scale.of(cubes.values).color_axis())
+                self._recolor(self.slices, cubes.values, faded=True)
 
     # controls -------------------------------------------------------------------------------
 
@@ -197,19 +243,23 @@ class Panels:
         coords = list(subject_coords(e.points))
         tokens = {ALL_TOKENS: None} | {str(token): token for token in e.tokens}
         controls = {
-            "token": _typed_in("token", list(tokens), 160),
-            "parcel": _typed_in("parcel", e.places, 300),
-            "subject": _typed_in("subject", list(e.subjects), 300),
+            "token": _typed_in("token", list(tokens), 140),
+            "parcel": _typed_in("parcel", e.places, 250),
+            "subject": _typed_in("subject", list(e.subjects), 200),
             "color": widgets.Dropdown(description="color", options=coords),
             "map": widgets.Dropdown(description="map of", options=e.on_roi + e.on_cubes),
-            "reset": widgets.Button(description="Reset", layout={"width": "100px"}),
             "first": widgets.Button(description="Set group A"),
             "second": widgets.Button(description="Set group B"),
+            "lock": widgets.ToggleButton(description="Lock colors"),
+            "reset": widgets.Button(description="Reset"),
             "code": widgets.Button(description="Show code"),
         }
         known = ("age", "site", "diagnosis", "subject")
         controls["color"].value = next(c for c in known if c in coords)
-        controls["color"].layout.width = controls["map"].layout.width = "200px"
+        for name in ("color", "map"):
+            controls[name].style.description_width, controls[name].layout.width = "50px", "180px"
+        for name in ("first", "second", "lock", "reset", "code"):
+            controls[name].layout.width = "100px"
         if max(len(e.on_roi), len(e.on_cubes)) < 2:  # nothing to choose
             controls["map"].layout.display = "none"
         controls["color"].observe(self.color_people, "value")
@@ -218,6 +268,7 @@ class Panels:
             "parcel": lambda v: e.select_parcel(v or None),
             "subject": lambda v: e.select_subjects([v] if v else None),
             "map": e.select_map,
+            "lock": lambda _: self.update(),
         }
         for name, act in acts.items():
             controls[name].observe(self._answering(lambda c, act=act: act(c["new"])), "value")
@@ -228,21 +279,30 @@ class Panels:
         return controls
 
     def _answering(self, act):
-        """A callback that shows what is wrong with an entry instead of failing."""
+        """A callback that shows what is wrong with an entry, and takes it back, before failing."""
 
         def follow(change):
             try:
-                act(change)
+                if self._follows:
+                    act(change)
             except InputError as error:
+                self._update_boxes()
                 self.message.value = escape(str(error))
 
         return follow
 
+    def _update_boxes(self):
+        """Let the boxes hold what is selected."""
+        e = self.explorer
+        one = e.subjects[e.chosen][0] if e.chosen.sum() == 1 else None
+        self._follows = False
+        for name, value in (("token", e.token), ("parcel", e.place), ("subject", one)):
+            self.controls[name].value = "" if value is None else str(value)
+        self._follows = True
+
     def _reset(self, _):
-        """Everyone, all tokens, no parcel, no groups, and boxes that say so."""
-        self._groups = {}
-        for name in ("token", "parcel", "subject"):
-            self.controls[name].value = ""
+        """Everyone, all tokens, no parcel, no groups."""
+        self._groups, self._lasso = {}, True
         self.explorer.reset()
 
     def _set_group(self, which):
@@ -256,32 +316,36 @@ class Panels:
             self._groups = {}
         else:
             self._groups, other = groups, {"A": "B", "B": "A"}[which]
-            self.message.value = f"{groups[which].sum()} subjects kept. Now set group {other}."
+            self._update_people()
+            self.message.value = f"Group {which}: {groups[which].sum()} subjects. Now set {other}."
 
     def _show_code(self, _):
-        self.written.value = self.explorer.code()
+        self.written.value, self.shown.layout.display = self.explorer.code(), ""
         self.picture.clear_output(wait=True)
         with self.picture:
             display(self.explorer.figure())
 
     def _arranged(self):
-        column = {"width": f"{WIDE + 10}px"}
-        controls, sliders = list(self.controls.values()), widgets.HBox([*self.sliders.values()])
-        left = [self.legend, self.people, self.strip, self.card]
-        right = [self.heading, self.brain, self.slices, sliders]
-        panels = [widgets.VBox(part, layout=column) for part in (left, right)]
-        entries = widgets.HBox(controls[:6], layout={"flex_flow": "row wrap"})
-        buttons = widgets.HBox([*controls[6:], self.message])
-        shown = widgets.HBox([self.written, self.picture])
-        return widgets.VBox([entries, widgets.HBox(panels), buttons, shown])
+        row, columns = {"flex_flow": "row wrap"}, "repeat(2, minmax(0, 1fr))"
+        controls = widgets.HBox([*self.controls.values(), self.message], layout=row)
+        sliders = widgets.HBox([*self.sliders.values()])
+        cells = [self.legend, self.heading, self.people, self.brain, self.strip, self.slices]
+        cells += [widgets.HTML(), sliders]
+        grid = {"grid_template_columns": columns, "grid_gap": "0 12px", "width": "100%"}
+        figures = widgets.GridBox(cells, layout=grid)
+        return widgets.VBox([controls, self.card, figures, self.shown, Fit()])
 
 
-def _widget(data, name, height, **layout):
-    """Traces or a figure as a widget that tests and callbacks find by its name."""
+def _widget(data, name, height, hint):
+    """Traces or a figure as a widget, as wide as its place, clear on light and dark pages."""
     figure = go.FigureWidget(data)
-    figure.update_layout(template="plotly_white", width=WIDE, height=height, meta=name)
-    figure.update_layout(margin={"l": 50, "r": 10, "t": 10, "b": 40})
-    return finish(figure, "", **layout)
+    figure.update_layout(template="plotly_white", height=height, meta=name, font_color=GRAY)
+    figure.update_layout(paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, modebar={"bgcolor": CLEAR})
+    figure.update_layout(margin={"l": 50, "r": 10, "t": 32, "b": 38}, font_size=11)
+    figure.update_xaxes(gridcolor="rgba(128,128,128,.25)", zeroline=False)
+    figure.update_yaxes(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.5)")
+    title = {"x": 0.01, "y": 1, "pad_t": 8, "font_size": 12}
+    return finish(figure, hint).update_layout(title=title)
 
 
 def _keep_state(figure):
@@ -292,12 +356,12 @@ def _keep_state(figure):
 def _band(token):
     """A band around a token of the strip."""
     ends = {"x0": token - 0.5, "x1": token + 0.5, "y0": 0, "y1": 1, "yref": "paper"}
-    return {"type": "rect", "fillcolor": "black", "opacity": 0.25, "line_width": 0} | ends
+    return {"type": "rect", "fillcolor": GRAY, "opacity": 0.4, "line_width": 0} | ends
 
 
 def _typed_in(name, options, width):
     """A box to type in, with suggestions; it reports when the entry is complete."""
-    style, layout = {"description_width": "55px"}, {"width": f"{width}px"}
+    style, layout = {"description_width": "48px"}, {"width": f"{width}px"}
     box = widgets.Combobox(description=name, options=options, style=style, layout=layout)
     box.continuous_update = False
     return box

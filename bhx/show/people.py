@@ -10,7 +10,7 @@ import xarray as xr
 
 from bhx.errors import InputError, check_choice
 from bhx.schema import subject_coords
-from bhx.show.colors import CATEGORIES, finish, plotly_colors
+from bhx.show.colors import CATEGORIES, SHAPES, finish, plotly_colors
 
 
 def plot_latents(
@@ -32,26 +32,30 @@ def plot_latents(
     groups = point_groups(projection, color)
     title = (color or "subjects") if title is None else title
     units = projection[color].attrs.get("units") if color else None
-    traces = [dots(projection, where, shade, name) for name, where, shade in groups]
+    traces = [dots(projection, *group) for group in groups]
     figure = go.Figure(traces).update_traces(marker_opacity=0.8)
     if not isinstance(groups[0][2], str):
-        bar = {"title": {"text": escape(f"{color} [{units}]" if units else str(color))}}
-        figure.update_traces(marker={"showscale": True, "colorbar": bar | {"thickness": 14}})
+        named = escape(f"{color} [{units}]" if units else str(color))
+        bar = {"title": {"text": named, "side": "right"}, "thickness": 12, "outlinewidth": 0}
+        figure.update_traces(marker={"showscale": True, "colorbar": bar})
+        figure.data[0].hovertemplate = f"%{{text}}<br>{named} %{{marker.color:.4g}}<extra></extra>"
     x, y = axis_name(projection, 1), axis_name(projection, 2)
     figure.update_layout(xaxis_title=x, yaxis_title=y, height=450)
     return finish(figure, title, showlegend=len(groups) > 1)
 
 
 def point_groups(projection, color) -> list:
-    """Which points share a trace: (name, positions, color or numbers to be mapped)."""
+    """Which points share a trace: (name, positions, color or numbers to be mapped, shape)."""
+    everyone = np.arange(projection.sizes["subject"])
     if color is None:
-        return [("", np.arange(projection.sizes["subject"]), CATEGORIES[0])]
+        return [("", everyone, CATEGORIES[0], "circle")]
     values = projection[color].values
     if values.dtype.kind in "fiu" and len(np.unique(values)) > len(CATEGORIES):
-        return [("", np.arange(len(values)), values)]
+        return [("", everyone, values, "circle")]
     names, group = np.unique([str(v) for v in values.tolist()], return_inverse=True)
+    looks = [(color, shape) for shape in SHAPES for color in CATEGORIES]
     return [
-        (name, np.flatnonzero(group == i), CATEGORIES[i % len(CATEGORIES)])
+        (name, np.flatnonzero(group == i), *looks[i % len(looks)])
         for i, name in enumerate(names.tolist())
     ]
 
@@ -64,10 +68,11 @@ def axis_name(projection, component):
     return name
 
 
-def dots(points, where, color, name="") -> go.Scatter:
+def dots(points, name, where, color, shape) -> go.Scatter:
     """Some of the subjects as one trace that names each under the mouse."""
     x, y = points.values[where, :2].T.astype(np.float32)
     ids = [escape(str(s)) for s in points.subject.values[where]]
     trace = go.Scatter(x=x, y=y, text=ids, mode="markers", name=escape(name))
     trace.hovertemplate = "%{text}<extra>" + escape(name) + "</extra>"
-    return trace.update(marker={"color": color, "size": 7, "colorscale": plotly_colors("viridis")})
+    look = {"color": color, "symbol": shape, "colorscale": plotly_colors("viridis")}
+    return trace.update(marker=look | {"size": 7})

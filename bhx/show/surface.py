@@ -20,7 +20,7 @@ import xarray as xr
 
 from bhx.data.atlas import ATLASES, N_FSAVERAGE5, aliases, load_atlas, load_mesh, load_sulc
 from bhx.errors import InputError, check_choice, listed
-from bhx.show.colors import Scale, finish, finish_static
+from bhx.show.colors import CLEAR, Scale, finish, finish_static
 
 VERTEX = "vertex_fsaverage5"
 SIDES = {"both": ("left", "right"), "left": ("left",), "right": ("right",)}
@@ -119,24 +119,20 @@ def _surface_figure(brain, hemi, scale, outlines):
     figure = go.Figure(traces)
     figure.update_scenes(
         {f"{axis}axis": {"visible": False, "showspikes": False} for axis in "xyz"},
+        annotations=[_letter(side, coords) for side, (coords, _) in placed.items()],
         aspectmode="manual",
         aspectratio=_extent([coords for coords, _ in placed.values()]),
         camera=camera("top" if hemi == "both" else f"{hemi} lateral"),
     )
-    buttons = [
-        {
-            "label": name,
-            "method": "update",
-            "args": [
-                {"visible": [trace.name.split()[0] in SIDES[shown] for trace in traces]},
-                {"scene.camera": camera(name)},
-            ],
-        }
-        for name, (_, _, shown) in VIEWS.items()
-        if set(SIDES[shown]) & set(sides)
-    ]
+    buttons = []
+    for name, (_, _, shown) in VIEWS.items():
+        seen = {"visible": [trace.name.split()[0] in SIDES[shown] for trace in traces]}
+        view = {f"scene.annotations[{i}].visible": s in SIDES[shown] for i, s in enumerate(sides)}
+        view["scene.camera"] = camera(name)
+        if set(SIDES[shown]) & set(sides):
+            buttons.append({"label": name, "method": "update", "args": [seen, view]})
     menu = {"type": "buttons", "direction": "right", "buttons": buttons, "active": -1}
-    menu |= {"x": 0.5, "xanchor": "center", "y": 0, "yanchor": "top"}
+    menu |= {"x": 0.5, "xanchor": "center", "y": 0, "yanchor": "top", "bgcolor": CLEAR}
     figure.update_layout(updatemenus=[menu], showlegend=False)
     margin = {"l": 0, "r": 0, "t": 40, "b": 50}
     return finish(figure, scale.title, coloraxis=scale.color_axis(), margin=margin)
@@ -154,7 +150,8 @@ def _hemisphere(brain, side, coords, faces):
         trace.update(lighting=LIGHT, lightposition=LIGHT_FROM)
         if part == "values":
             shared, short = _short_names(here.parcel.values[vertices])
-            hover = f"{shared}%{{text}}<br>%{{intensity:.4g}}<extra>{side}</extra>"
+            units = escape(brain.attrs.get("units", ""))
+            hover = f"{shared}%{{text}}<br>%{{intensity:.3g}} {units}<extra>{side}</extra>"
             trace.update(coloraxis="coloraxis", text=short, hovertemplate=hover)
             trace.intensity = here.values[vertices]
         else:
@@ -179,6 +176,13 @@ def _placed(side, sides):
         x = coords[:, 0]
         coords = coords - np.array([x.max() + 4 if side == "left" else x.min() - 4, 0, 0], "f4")
     return coords, faces
+
+
+def _letter(side, coords):
+    """L or R over the front of a hemisphere, from whichever side it is seen."""
+    x, (y, z) = np.median(coords[:, 0]), coords[:, 1:].max(axis=0)
+    place = dict(zip("xyz", map(float, (x, y, z)), strict=True))
+    return place | {"text": f"<b>{side[0].upper()}</b>", "showarrow": False, "yshift": 8}
 
 
 def _extent(placed):

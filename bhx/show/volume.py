@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,6 +17,7 @@ from bhx.show.colors import Scale, finish, finish_static
 
 # across, up and through of each plane; left is left
 PLANES = {"sagittal": ("y", "z", "x"), "coronal": ("x", "z", "y"), "axial": ("x", "y", "z")}
+SIDES = {"x": "LR", "y": "PA"}  # what stands at the two ends of an axis
 STOPS = 15  # positions on each plane's slider
 
 
@@ -99,16 +101,16 @@ def slices(gray, cubes, plane, stop, visible=True) -> list:
     drawn[0].hovertemplate = mm + "<extra></extra>"
     if cubes is not None:
         cut = plane_of(cubes.astype(np.float32), plane, stop)
-        over = go.Heatmap(z=cut.values, name=f"{plane} map", coloraxis="coloraxis", opacity=0.45)
+        over = go.Heatmap(z=cut.values, name=f"{plane} map", coloraxis="coloraxis")
         over.update(x=cut[across].values, y=cut[up].values)
-        over.hovertemplate = mm + "<br>%{z:.4g}<extra></extra>"
+        units = escape(cubes.attrs.get("units", ""))
+        over.hovertemplate = mm + f"<br>%{{z:.3g}} {units}<extra></extra>"
         drawn.append(over)
     return [trace.update(visible=bool(visible)) for trace in drawn]
 
 
 def _volume_figure(gray, cubes, at, scale):
-    figure = make_subplots(1, 3, horizontal_spacing=0.05, subplot_titles=list(PLANES))
-    sliders = []
+    figure, sliders = three_planes(), []
     for column, (plane, start) in enumerate(zip(PLANES, at, strict=True), 1):
         through = PLANES[plane][2]
         where = np.linspace(0, gray.sizes[through] - 1, STOPS + 2).round().astype(int)[1:-1]
@@ -117,19 +119,25 @@ def _volume_figure(gray, cubes, at, scale):
         traces = [slices(gray, cubes, plane, s, s == stops[shown]) for s in stops]
         sliders.append(_slider(through, stops, shown, column, len(figure.data), len(traces[0])))
         figure.add_traces([trace for both in traces for trace in both], 1, column)
-    square_axes(figure)
-    margin = {"l": 30, "r": 10, "t": 70, "b": 90}
-    figure.update_layout(sliders=sliders, height=400, margin=margin, plot_bgcolor="black")
-    axis = scale.color_axis() | {"showscale": cubes is not None}
+    margin = {"l": 10, "r": 10, "t": 70, "b": 90}
+    figure.update_layout(sliders=sliders, height=400, margin=margin)
+    axis = scale.color_axis(faded=True) | {"showscale": cubes is not None}
     return finish(figure, scale.title, coloraxis=axis)
 
 
-def square_axes(figure):
-    """The axes of three planes in one row: without grid, millimeters alike in both directions."""
-    for column in (1, 2, 3):
+def three_planes():
+    """An empty figure of the planes in one row, millimeters alike in both directions, with the
+    letters of their sides: left and right, or posterior and anterior."""
+    figure = make_subplots(1, 3, horizontal_spacing=0.02, subplot_titles=list(PLANES))
+    figure.update_xaxes(visible=False, constrain="domain")
+    figure.update_yaxes(visible=False, constrain="domain")
+    for column, (across, *_) in enumerate(PLANES.values(), 1):
+        for letter, x in zip(SIDES[across], ("left", "right"), strict=True):
+            place = {"x": float(x == "right"), "xanchor": x, "y": 1, "yanchor": "top"}
+            place |= {"xref": "x domain", "yref": "y domain", "font": {"color": "#ccc"}}
+            figure.add_annotation(place, text=letter, showarrow=False, row=1, col=column)
         figure.update_yaxes(col=column, scaleanchor=f"x{column if column > 1 else ''}")
-    figure.update_xaxes(showgrid=False, zeroline=False)
-    figure.update_yaxes(showgrid=False, zeroline=False)
+    return figure
 
 
 def _slider(through, stops, shown, column, first, layers):
@@ -154,9 +162,10 @@ def _static_volume(gray, cubes, at, scale):
         axis.pcolormesh(cut[across], cut[up], cut, cmap="gray", vmin=0, vmax=255)
         if cubes is not None:
             cut, norm = plane_of(cubes, plane, stop), plt.Normalize(*scale.limits)
-            axis.pcolormesh(cut[across], cut[up], cut, cmap=scale.cmap, norm=norm, alpha=0.45)
-        axis.set(title=f"{through} = {stop:g} mm", xlabel=f"{across} [mm]", ylabel=f"{up} [mm]")
+            axis.pcolormesh(cut[across], cut[up], cut, cmap=scale.fade(), norm=norm)
+        title, (low, high) = f"{plane}, {through} = {stop:g} mm", SIDES[across]
+        axis.set(title=title, xlabel=f"{low}   {across} [mm]   {high}", ylabel=f"{up} [mm]")
         axis.set_aspect("equal")
     if cubes is not None:
-        figure.colorbar(scale.mappable(), ax=axes, shrink=0.8, label=scale.units, alpha=0.45)
+        figure.colorbar(scale.mappable(faded=True), ax=axes, shrink=0.8, label=scale.units)
     return finish_static(figure, scale.title)

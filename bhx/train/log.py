@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from bhx.data.page import private
 from bhx.errors import InputError
 from bhx.modalities.table import MODALITIES
 
@@ -117,8 +118,7 @@ def plot_log(log: xr.Dataset):
     figure.update_xaxes(title_text="step").update_yaxes(title_text="loss", row=1, col=1)
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     figure.update_layout(template="plotly_white", height=600, margin={"t": 110}, legend=legend)
-    title = log.attrs.get("stage", "")
-    return figure.update_layout(title=title, modebar_remove="sendChartToCloud")
+    return private(figure, title=log.attrs.get("stage", ""))
 
 
 def collapse(tokens: torch.Tensor) -> dict:

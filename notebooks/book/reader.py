@@ -46,7 +46,8 @@ def as_html(output) -> None:
     if FIGURE in data:
         output["data"] = {"text/html": figure_html(data[FIGURE])}
     elif WIDGET in data:
-        output["data"] = {"text/html": NO_WIDGET}
+        picture = {k: v for k, v in data.items() if k == "image/png"}
+        output["data"] = picture or {"text/html": NO_WIDGET}
 
 
 def figure_html(figure: dict) -> str:

@@ -1,0 +1,61 @@
+"""The explorer as one page that needs neither Python nor a network; offline.js is its other half.
+
+People, cortex and bars, linked; the slices of the T1 stay with the widgets.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+
+from bhx.data.page import drawn, page
+from bhx.schema import ATTENTION
+from bhx.show.panels import BEYOND
+
+SCRIPT = Path(__file__).with_suffix(".js")
+AT_MOST = 600_000  # values of single tokens in a page; beyond, it has their mean alone
+STYLE = "display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr)"
+
+
+def offline_page(explorer) -> str:
+    """HTML of the explorer as it is: colored and lit as its widgets, everybody selected."""
+    panels, maps = explorer.panels, explorer.maps[explorer.surface_of]
+    maps = maps if maps.size <= AT_MOST else maps.mean(1, keepdims=True)
+    shares = explorer.maps[ATTENTION]
+    content = {
+        "subjects": list(map(str, explorer.subjects)),
+        "has": explorer.has[explorer.surface_of].tolist(),
+        "tokens": explorer.tokens.tolist(),
+        "modalities": shares.shape[2],
+        "layers": maps.shape[1],
+        "parcelCount": maps.shape[2],
+        "maps": _bytes(maps, "<f4"),
+        "shares": _bytes(shares, "<f4"),
+        "parcels": {name: _bytes(parcel, "<u2") for name, parcel in panels.parcels.items()},
+        "labels": {name: _values(coord) for name, coord in explorer.labels.items()},
+        "beyond": BEYOND,
+    }
+    words = json.dumps(content).replace("<", "\\u003c")
+    figures = drawn([panels.people, panels.brain, panels.strip])  # which the script knows by place
+    hint = "Drag around people, or click one" + ("; click a bar" if maps.shape[1] > 1 else "")
+    hint += ". Attention says what was read, not what mattered."
+    body = f"<p>{hint} <button id='reset'>Reset</button> {panels.legend.value}</p>"
+    body += f'<div style="{STYLE}">{figures}<table id="card"></table></div>'
+    body += f'<script type="application/json" id="explorer">{words}</script>'
+    script = SCRIPT.read_text(encoding="utf-8")
+    return page("Explorer", f'{body}<script type="module">{script}</script>')
+
+
+def _bytes(values, dtype):
+    return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode()
+
+
+def _values(coord):
+    """Labels as JSON knows them: numbers, none for those missing, and words."""
+    values = coord.values
+    if values.dtype.kind != "f":
+        return values.tolist() if values.dtype.kind in "iu" else [str(v) for v in values.tolist()]
+    return [None if np.isnan(v) else float(v) for v in values]
