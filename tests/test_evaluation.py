@@ -88,22 +88,75 @@ def test_predictions_do_not_depend_on_the_company_of_a_test_subject(features):
     assert abs(before.output[0, fold, at, 0] - after.output[0, fold, at, 0]) > 1
 
 
-def test_rotation_leaves_ridge_and_logistic_predictions_alone():
+EXACT = {"solver": "newton-cholesky", "tol": 1e-12, "max_iter": 10**4}
+
+
+@pytest.mark.parametrize("width", [80, 12])  # more features than rows, and fewer
+@pytest.mark.parametrize("labels", [0, 2, 3])
+def test_many_penalties_and_targets_at_once_are_scikit_learns_one_by_one(width, labels):
     from sklearn.linear_model import LogisticRegression, Ridge
 
     rng = np.random.default_rng(0)
-    x, new = rng.standard_normal((30, 80)), rng.standard_normal((10, 80))
-    y = x[:, 0] + 0.1 * rng.standard_normal(30)
-    turned = estimators_file.Rotation().fit(x)
-    a, b = turned.transform(x), turned.transform(new)
-    assert (a**2).sum(1).mean() == pytest.approx(1)
-    size = ((x - x.mean(0)) ** 2).sum(1).mean()
-    plain = Ridge(alpha=2.0).fit(x, y).predict(new)
-    np.testing.assert_allclose(Ridge(alpha=2.0 / size).fit(a, y).predict(b), plain, atol=1e-8)
-    tight = {"tol": 1e-10, "max_iter": 10000}
-    plain = LogisticRegression(C=0.1, **tight).fit(x, y > 0).decision_function(new)
-    rotated = LogisticRegression(C=0.1 * size, **tight).fit(a, y > 0).decision_function(b)
-    np.testing.assert_allclose(rotated, plain, atol=1e-5)
+    x, new = rng.standard_normal((40, width)) + 3, rng.standard_normal((10, width))
+    y = x[:, :3] @ rng.standard_normal((3, 5)) + rng.standard_normal((40, 5))
+    mean = x.mean(0)
+    pieces = [(0, x[:, cut] - mean[cut], new[:, cut] - mean[cut]) for cut in np.s_[:7, 7:]]
+    on = estimators_file.on_axes(pieces, wide=width > 40)
+    assert (on[0] ** 2).sum(1).mean() == pytest.approx(1)
+    np.testing.assert_allclose(on[0].T @ on[0], np.diag((on[0] ** 2).sum(0)), atol=1e-12)
+    size = ((x - mean) ** 2).sum(1).mean()
+    for penalty, *found in on_every_penalty(on, y, labels, penalties := np.logspace(1, -4, 4)):
+        assert penalty in penalties
+        for target, one in zip(y.T, found[0], strict=True):
+            if not labels:
+                plain = Ridge(penalty * size * 40).fit(x, target).predict(new)[:, None]
+            else:
+                model = LogisticRegression(C=1 / (penalty * size * 40), **EXACT)
+                plain = model.fit(x, codes(target, labels)).predict_proba(new)
+            np.testing.assert_allclose(one, plain, atol=1e-6 if labels else 1e-9)
+
+
+def codes(target, labels):
+    return np.digitize(target, np.quantile(target, np.arange(1, labels) / labels))
+
+
+def on_every_penalty(on, y, labels, penalties):
+    """Penalty and outputs (target, row, class)."""
+    if labels:
+        y = np.stack([codes(target, labels) for target in y.T], 1)
+        found = estimators_file.logistic(on[0], y, on[1], penalties, labels)
+    else:
+        found = estimators_file.ridge(on[0], y, on[1], penalties)
+    return zip(penalties, found, strict=True)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
+def test_logistic_regression_ends_at_its_minimum_however_far_and_rare(scale):
+    """Two rows of forty have the label, and one of them stands a thousand deviations apart."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((40, 5))
+    x[7] *= 1000
+    x -= x.mean(0)
+    x = scale * x @ np.linalg.eigh(x.T @ x)[1]
+    y = np.isin(np.arange(40), [3, 7]).astype(int)
+    for penalty in (1.0, 1e-3, 1e-6):
+        found = next(estimators_file.logistic(x, y[:, None], x, [penalty], 2))[0]
+        exact = LogisticRegression(C=1 / (penalty * 40), **EXACT).fit(x, y).predict_proba(x)
+        np.testing.assert_allclose(found, exact, atol=2e-5)
+
+
+def test_pieces_of_features_give_what_all_of_them_give(features, monkeypatch):
+    """However many columns are prepared at a time, with ComBat's priors over all of them."""
+    some = features.compute().copy(deep=True)
+    some.features[3, 5] = np.nan
+    options = {"harmonize": "site", "preserve": ["age"], "confounds": ["age"]}
+    whole = [probe(some, "group", **options), probe(some, "age")]
+    monkeypatch.setattr(probe_file, "PIECE", 7)
+    pieces = [probe(some, "group", **options), probe(some, "age")]
+    for a, b in zip(whole, pieces, strict=True):
+        np.testing.assert_allclose(a.output, b.output, atol=1e-6)
 
 
 def test_everyone_left_out_is_counted_with_a_reason(features):
@@ -810,13 +863,9 @@ def test_exchanged_labels_that_leave_a_fold_without_one_are_drawn_again(features
 
 def test_a_label_that_no_model_knows_is_never_decided(features):
     third = np.array(["a", "b", "c"])[np.arange(90) // 2 % 3]
-    some = features.assign_coords(third=("subject", third))
-    task = make_task(some, "third")
-    fold = probe_file.Fold(np.arange(60), np.arange(60, 90), np.ones((60, 1)), np.ones((30, 1)))
-    truth = np.arange(90) % 2
-    output = probe_file._outputs(probe_file.fit_fold(fold, task, truth), fold.test_x, task)
-    assert (output[:, 2] == 0).all()
-    assert set(task.decide(output, truth[:60])) <= {0, 1}
+    task = make_task(features.assign_coords(third=("subject", third)), "third")
+    output = np.random.default_rng(0).random((30, 3)) * [1, 1, 0]
+    assert set(task.decide(output, np.arange(60) % 2)) <= {0, 1}
 
 
 def test_large_numbers_keep_their_digits(features):
@@ -967,11 +1016,10 @@ def test_features_may_bring_a_network_or_keep_their_leading_axes(features):
     assert auroc[0] > 0.9 > 0.7 > auroc[1]
     assert "MLPClassifier" in scores["estimator"].values[0]
     assert probe(network, "size").score.sel(metric="r").mean() > 0.8
-    leading = estimators_file.Rotation(keep=3).fit(features.features.values)
-    np.testing.assert_allclose(
-        leading.transform(features.features.values),
-        estimators_file.Rotation().fit_transform(features.features.values)[:, -3:],
-    )
+    pieces = [(0, x[:60], x[60:])]
+    leading, every = (estimators_file.on_axes(pieces, False, keep) for keep in (1, None))
+    for few, all_of_them in zip(leading, every, strict=True):
+        np.testing.assert_allclose(few, all_of_them[:, -1:])
 
 
 @pytest.mark.parametrize("effect", [0.0, 1.0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -115,8 +115,9 @@ def _one_out(values, participants, name):
     return {value: np.where(values == value, "test", "train") for value in np.unique(values)}
 
 
-def permute_within(units, strata, rng, families=None) -> np.ndarray:
-    """An order of the rows that exchanges labels which, if they mean nothing, are exchangeable.
+def permute_within(units, strata, rng, families=None) -> Iterator[np.ndarray]:
+    """Orders of the rows without end: each exchanges labels which, if they mean nothing, are
+    exchangeable.
 
     Parameters
     ----------
@@ -126,26 +127,30 @@ def permute_within(units, strata, rng, families=None) -> np.ndarray:
     families : family of each row, or None; whole families of like make-up are exchanged, then
         members within each
     """
-    units, strata, order = np.asarray(units), np.asarray(strata), np.arange(len(units))
+    units, strata = np.asarray(units), np.asarray(strata)
+    plans = []
     if families is not None:
         families = np.asarray(families)
-        order = order[_exchange(families, units, strata, rng)]
+        plans.append(_alike(families, units, strata))
         strata = np.char.add(families.astype(str), np.char.add("|", strata.astype(str)))
-    return order[_exchange(units, units, strata, rng)]
+    plans.append(_alike(units, units, strata))
+    while True:
+        order = np.arange(len(units))
+        for plan in plans:
+            moved = np.arange(len(units))
+            for rows in plan:
+                moved[rows] = rows[rng.permutation(len(rows))]
+            order = order[moved]
+        yield order
 
 
-def _exchange(blocks, units, strata, rng):
-    """Shuffle whole blocks whose rows have the same strata and the same pattern of units."""
+def _alike(blocks, units, strata):
+    """Rows (block, row) of each set of blocks with the same strata and pattern of units."""
     _, of_row, counts = np.unique(units, return_inverse=True, return_counts=True)
     rows, alike = {}, {}
     for row in np.lexsort((units, -counts[of_row])):
         rows.setdefault(blocks[row], []).append(row)
-    for block, members in rows.items():
+    for members in rows.values():
         _, sizes = np.unique(units[members], return_counts=True)
-        key = (tuple(sorted(sizes)), tuple(strata[members]))
-        alike.setdefault(key, []).append(block)
-    out = np.arange(len(units))
-    for group in alike.values():
-        for to, origin in zip(group, rng.permutation(len(group)), strict=True):
-            out[rows[to]] = rows[group[origin]]
-    return out
+        alike.setdefault((tuple(sorted(sizes)), tuple(strata[members])), []).append(members)
+    return [np.array(group) for group in alike.values()]

@@ -99,6 +99,14 @@ class Task(Outcome):
         frequency = np.bincount(learned, minlength=len(self.names)) / len(learned)
         return (output / frequency.clip(1e-300)).argmax(1)
 
+    def loss(self, truth, output) -> np.ndarray:
+        """Squared error, or negative log-likelihood, (target,) of truths (n, target) and outputs
+        (target, n, class), summed over rows."""
+        if self.names is None:
+            return ((output[..., 0] - truth.T) ** 2).sum(1)
+        known = np.take_along_axis(output, truth.T[..., None], 2)[..., 0]
+        return -np.log(known.clip(1e-12)).sum(1)
+
     def empty(self):
         """Arrays to fill: output (fold, row, class) of NaN and decision (fold, row) of -1."""
         shape = (len(self.splits.part), len(self.truth))
