@@ -380,6 +380,68 @@ def test_constant_features_are_refused_and_some_constant_ones_ignored(features):
     np.testing.assert_allclose(probe(partly, "age").score, probe(without, "age").score, atol=1e-6)
 
 
+TAKEN = "score class fold model metric output decision prediction truth null estimator group_label"
+
+
+@pytest.mark.parametrize("name", TAKEN.split())
+def test_a_label_called_as_a_part_of_scores_changes_none(features, name):
+    values = np.random.default_rng(0).normal(50, 10, 90)
+    for labels in (values, np.where(values > 50, "a", "b")):
+        named = features.assign_coords({name: ("subject", labels)})
+        scores = probe(named, "group", permutations=2)
+        assert scores.equals(
+            probe(features, "group", permutations=2).assign_coords(
+                {name: scores[name]} if name == "group_label" else {}
+            )
+        )
+    as_target = compare(probe(named, name))
+    words = compare(probe(features.assign_coords(word=named[name].drop_vars(name)), "word"))
+    pd.testing.assert_frame_equal(as_target, words, check_names=False)
+
+
+@pytest.mark.parametrize(("people", "folds"), [(5, 5), (6, 5), (10, 10), (8, 5)])
+def test_no_fold_is_left_without_anyone_to_test(people, folds):
+    """Scikit-learn's stratified folds of a few people with many scans each may be empty."""
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        person = np.repeat(np.arange(people), rng.integers(1, 10, people))
+        data = xr.Dataset(
+            coords={
+                "subject": [f"s{i}" for i in range(len(person))],
+                "participant": ("subject", person.astype(str)),
+                "y": ("subject", rng.permutation(np.arange(len(person)) % 2).astype(str)),
+                "score": ("subject", rng.normal(size=len(person))),
+            }
+        )
+        for target in ("y", "score"):
+            try:
+                task = make_task(data, target, folds=folds)
+            except InputError as error:
+                assert "Expected every label in the training part" in str(error)
+                continue
+            for train, test, _ in task.folds():
+                assert len(test)
+                for fit, hold in task.inner_splits(train):
+                    assert len(fit) and len(hold)
+
+
+@pytest.mark.parametrize("options", [{}, {"preserve": ["age", "sex"]}, {"groups": "site"}])
+def test_combat_with_sites_of_one_and_features_that_are_constant(options):
+    rng = np.random.default_rng(0)
+    site = np.array(["A"] * 44 + ["B"] * 44 + ["C", "D"])
+    x = rng.standard_normal((90, 12)) + (site == "B")[:, None]
+    x[:, 0], x[site == "A", 1], x[:, 2], x[5, 3] = 3.0, 0.0, site == "B", np.nan
+    labels = {"y": rng.choice(["p", "c"], 90), "age": rng.uniform(20, 80, 90), "site": site}
+    labels |= {"sex": rng.choice(["F", "M"], 90)}
+    data = xr.Dataset(
+        {"features": (("subject", "feature"), x)}, {"subject": np.arange(90).astype(str)}
+    )
+    data = data.assign_coords({name: ("subject", values) for name, values in labels.items()})
+    scores = probe(data, "y", harmonize="site", **options)
+    assert np.isfinite(scores.output.sum("class")).all()
+    assert set(scores.prediction.values.ravel()) <= {"p", "c"}
+
+
 def test_small_sites_are_held_out_together_with_a_note(features):
     site = features.site.values.astype("U10")
     site[:2], site[2:4] = "tiny", "small"

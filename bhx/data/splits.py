@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from bhx.errors import InputError, listed
-from bhx.schema import check, subject_coords
+from bhx.schema import check, is_missing, subject_coords
 
 
 def cut(participants, shares: Mapping[str, float], seed: int, strata=None) -> np.ndarray:
@@ -71,15 +71,15 @@ def split(
     Raises
     ------
     InputError
-        A coordinate is missing, the shares do not sum to 1, or a participant has two values of
-        `leave_out`.
+        A coordinate is missing, the shares do not sum to 1, or a participant has no value of
+        `leave_out`, or two.
     """
     check(cohort, "cohort")
     shares = shares or {"train": 0.6, "validation": 0.2, "test": 0.2}
     stratify = [stratify] if isinstance(stratify, str) else list(stratify)
     people = cohort.participant.values
     if leave_out:
-        parts = _one_out(_labels(cohort, leave_out), people, leave_out)
+        parts = _one_out(cohort, _labels(cohort, leave_out), leave_out)
     else:
         labels = [_labels(cohort, name).astype(str) for name in stratify]
         strata = [" / ".join(names) for names in zip(*labels, strict=True)] or None
@@ -105,9 +105,15 @@ def _labels(cohort, name):
     return cohort[name].values
 
 
-def _one_out(values, participants, name):
+def _one_out(cohort, values, name):
     """For each value, "test" for its participants and "train" for all others."""
-    several = pd.Series(values).groupby(participants).nunique()
+    if (missing := is_missing(values)).any():
+        fact = f"Expected a {name} for each subject, found none for "
+        fact += f"{missing.sum()}: {listed(cohort.subject.values[missing])}"
+        raise InputError(
+            fact, f"Assign it, or leave them out: cohort.sel(subject=cohort.{name} != '')"
+        )
+    several = pd.Series(values).groupby(cohort.participant.values).nunique()
     if (several > 1).any():
         fact = f"Expected one {name} for each participant, found several for "
         fact += f"{listed(several.index[several > 1])}"

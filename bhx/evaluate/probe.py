@@ -48,7 +48,7 @@ def probe(
     estimator=None,
     protocol: str | None = None,
     split: xr.DataArray | None = None,
-    folds: int = 5,
+    folds: int | None = None,
     repeats: int = 1,
     permutations: int = 0,
     seed: int = 0,
@@ -66,8 +66,8 @@ def probe(
         then all are tested on the subjects that every one of them has, in the same folds; labels
         come from all of them, and those in use must agree
     target : name of a coordinate on subject; who has none ("", "n/a", "NA", NaN) is left out
-    groups : None, or the name of a coordinate whose values are held out whole ("site" is
-        leave-site-out; a few sites of fewer than 5 subjects are held out together)
+    groups : None, or the name of a coordinate whose values are held out whole, one a fold ("site"
+        is leave-one-site-out; a few sites of fewer than 5 subjects are held out together)
     stratify : name of a coordinate to balance over the folds, beside the target; numbers of which
         fewer than `folds` are alike by their fifths
     confounds : coordinates whose linear effect is taken out of the features; their columns (one a
@@ -89,7 +89,8 @@ def probe(
         stratified resplits and its logistic grid
     split : of `bhx.split`, instead of folds: a repeat is a fold, "train" and "test" are its parts,
         and the penalty is chosen on "validation" where there is one
-    folds, repeats, seed : number of folds, of repeated splits, and the seed of the first
+    folds, repeats, seed : number of folds (by default 5, or one a group; 5 where most groups are
+        of fewer than 5 subjects), of repeated splits, and the seed of the first
     permutations : how often to repeat all with labels exchanged between participants of one site
         (families, where there is a coordinate `family`, exchanged whole)
 
@@ -159,7 +160,7 @@ def _check_estimator(estimator, kind):
 
 # Before the estimator ---
 
-PIECE = 4096  # columns of features that are prepared at a time
+PIECE = 1024  # columns of features that are prepared at a time
 
 
 class Preparation:
