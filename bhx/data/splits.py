@@ -111,7 +111,7 @@ def _one_out(cohort, values, name):
         fact = f"Expected a {name} for each subject, found none for "
         fact += f"{missing.sum()}: {listed(cohort.subject.values[missing])}"
         raise InputError(
-            fact, f"Assign it, or leave them out: cohort.sel(subject=cohort.{name} != '')"
+            fact, f"Assign the {name}, or leave them out: cohort.drop_sel(subject=...)"
         )
     several = pd.Series(values).groupby(cohort.participant.values).nunique()
     if (several > 1).any():

@@ -6,7 +6,6 @@ target. Who enters, who is tested and how it is measured is decided in `task`.
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import numpy as np
@@ -343,19 +342,18 @@ def _exchanged(task, permutations):
     has them all, too.
     """
     rows, trains = task.rows, task.splits.rows("train")
-    orders = permute_within(
-        rows.people, rows.sites, np.random.default_rng(task.design.seed), rows.families
-    )
-    labels, out = 0 if task.names is None else len(task.names), [task.truth]
-    for drawn, order in enumerate(itertools.islice(orders, 100 * permutations), 1):
-        moved = task.truth[order]
+    rng = np.random.default_rng(task.design.seed)
+    labels, found = 0 if task.names is None else len(task.names), []
+    orders = permute_within(rows.people, rows.sites, rng, rows.families)
+    drawn = 0
+    while len(found) < permutations and drawn < 100 * permutations:
+        drawn += 1
+        moved = task.truth[next(orders)]
         if not labels or all(len(np.unique(moved[train])) == labels for train in trains):
-            out.append(moved)
-        if len(out) > permutations:
-            if again := drawn - permutations:
-                task.notes.append(f"{again} exchanges without some label drawn again")
-            break
-    if len(out) <= permutations:
+            found.append(moved)
+    if len(found) < permutations:
         fact = f"Expected {permutations} exchanges with every label in each training part, found "
-        raise InputError(fact + f"{len(out) - 1} in {drawn}", "Leave a rare label out")
-    return np.column_stack(out)
+        raise InputError(f"{fact}{len(found)} in {drawn}", "Leave a rare label out")
+    if again := drawn - permutations:
+        task.notes.append(f"{again} exchanges without some label drawn again")
+    return np.column_stack([task.truth, *found])
