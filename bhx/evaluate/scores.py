@@ -99,7 +99,7 @@ def _rows(s, drawn, control, base, level):
         row = {"target": s.attrs["target"], "model": str(s.model.item()), "metric": metric}
         ends = metrics.interval(score, own, level, mutual)
         low, high = np.clip(ends, *metrics.RANGE[metric])
-        if score == low == 1 and metric in metrics.LABEL:  # as many people of a label, no error
+        if low > 1 - 1e-9 and metric in metrics.LABEL:  # as many people of a label, no error
             low = ((1 - level) / 2) ** (1 / rarest)
         if few or (unsure and metric in metrics.DECIDED):
             low = high = np.nan
@@ -119,8 +119,8 @@ def _rows(s, drawn, control, base, level):
 
 
 def _people(s):
-    """Why those tested are too few for an interval or a test, or ""; and participants of the rarest
-    label, or in all."""
+    """Why those tested are too few for an interval or a test, or ""; and how many have the rarest
+    label."""
     seen = tested_of(s).any(0)
     people, truth = participants_of(s)[seen], codes_of(s)[seen]
     n = rarest = len(np.unique(people))
@@ -128,17 +128,12 @@ def _people(s):
         rarest = min(len(np.unique(people[truth == code])) for code in range(s.sizes["class"]))
     if n < ENOUGH:
         return f"too few: {n} participants", rarest
-    return (
-        f"too few: {rarest} participants of a label" if rarest < ENOUGH_OF_A_LABEL else "",
-        rarest,
-    )
+    scarce = rarest < ENOUGH_OF_A_LABEL
+    return f"too few: {rarest} participants of a label" if scarce else "", rarest
 
 
 def _same_people(a, b):
-    """Whether both are drawn alike: the same participants, and the same who were tested."""
-    people = [np.unique(participants_of(s)[tested_of(s).any(0)]) for s in (a, b)]
-    every = [np.unique(participants_of(s)) for s in (a, b)]
-    return all(np.array_equal(*pair) for pair in (people, every))
+    return np.array_equal(*(np.unique(participants_of(s)) for s in (a, b)))
 
 
 def _same_folds(a, b):
