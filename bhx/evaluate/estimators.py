@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.special import expit, log_expit, log_softmax, softmax
+from scipy.special import log_softmax, softmax
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -41,6 +41,7 @@ def on_axes(pieces, wide: bool, keep: int | None = None) -> tuple[np.ndarray, np
     parts, trains, tests = zip(*pieces, strict=True)
     part = np.repeat(parts, [train.shape[1] for train in trains])
     train, test = np.hstack(trains), np.hstack(tests)
+    del trains, tests
     size = np.bincount(part, np.einsum("ij,ij->j", train, train))
     weight = _weights(dict(enumerate(size)), len(train))
     scale = np.sqrt([weight[p] for p in part])
@@ -88,27 +89,26 @@ def logistic(x, y, new, penalties, labels: int) -> Iterator[np.ndarray]:
 
     Notes
     -----
-    The minimum of scikit-learn's LogisticRegression(C=1 / (penalty * rows)). Conjugate gradients,
-    one Newton step along each, for all targets at once; the axes and a bound of the curvature
+    The minimum of scikit-learn's LogisticRegression(C=1 / (penalty * rows)), which gives two labels
+    one column of weights where there are two here, each with half of it. Conjugate gradients, one
+    Newton step along each, for all targets at once; the axes and a bound of the curvature
     (Boehning, Ann. Inst. Statist. Math. 1992) make a diagonal preconditioner. Source: Minka, A
     comparison of numerical optimizers for logistic regression, 2003.
     """
-    two = labels == 2
-    wanted = (y == 1)[..., None] if two else y[..., None] == np.arange(labels)
+    wanted = y[..., None] == np.arange(labels)
     x, new = (np.insert(rows, 0, 1, axis=1) for rows in (x, new))
-    bound = (0.25 if two else 0.5) * (x**2).sum(0)
     weights = np.zeros((x.shape[1], *wanted.shape[1:]))
     for penalty in penalties:
-        weights = _minimum(x, wanted, weights, penalty * len(x), bound)
-        found = _times(new, weights).swapaxes(0, 1)
-        yield np.concatenate([expit(-found), expit(found)], 2) if two else softmax(found, 2)
+        strength = penalty * len(x) * (2 if labels == 2 else 1)
+        weights = _minimum(x, wanted, weights, strength)
+        yield softmax(_times(new, weights).swapaxes(0, 1), 2)
 
 
-def _minimum(x, wanted, weights, penalty, bound):
-    """Weights (column, target, output) of least loss, from those given; the first column's bear no
+def _minimum(x, wanted, weights, penalty):
+    """Weights (column, target, label) of least loss, from those given; the first column's bear no
     penalty."""
     penalty = np.where(np.arange(x.shape[1]), penalty, 0)[:, None, None]
-    scale = bound[:, None, None] + penalty
+    scale = (x**2).sum(0)[:, None, None] / 2 + penalty
     found, direction, size = _times(x, weights), 0, np.inf
     loss, rate = _loss(found, wanted, weights, penalty)
     before = 0
@@ -141,13 +141,10 @@ def _times(matrix, values):
 
 
 def _loss(found, wanted, weights, penalty):
-    """Loss (target,) and probabilities (row, target, output) of what was found."""
-    if found.shape[2] == 1:
-        likelihood, rate = log_expit(np.where(wanted, found, -found)), expit(found)
-    else:
-        logs = log_softmax(found, 2)
-        likelihood, rate = logs * wanted, np.exp(logs)
-    return (penalty * weights**2).sum((0, 2)) / 2 - likelihood.sum((0, 2)), rate
+    """Loss (target,) and probabilities (row, target, label) of what was found."""
+    logs = log_softmax(found, 2)
+    squares = (penalty * weights**2).sum((0, 2))
+    return squares / 2 - (logs * wanted).sum((0, 2)), np.exp(logs)
 
 
 def perceptron(task: str, seed: int = 0):

@@ -172,12 +172,12 @@ def read_split(rows, split: xr.DataArray) -> Splits:
             fact = "Expected one part for all rows of a participant, or of a family, found several "
             fact += f"for {listed(both.index[both > 1])} in repeat {name}"
             raise InputError(fact, "Give them the same part, as bhx.split does for participants")
-        found = {p: np.flatnonzero(part == p) for p in ("train", "validation", "test")}
-        if not (len(found["train"]) and len(found["test"])):
-            counts = f"{len(found['train'])} and {len(found['test'])}"
-            fact = f"Expected subjects to train on and to test in repeat {name}, found {counts}"
-            raise InputError(fact, "Call two of its parts 'train' and 'test'")
-        splits.add(name, **{p: index for p, index in found.items() if len(index)})
+        splits.names.append(str(name))
+        splits.part.append(np.where(np.isin(part, ("train", "validation", "test")), part, ""))
+        trained, tested = ((part == p).sum() for p in ("train", "test"))
+        if not trained * tested:
+            fact = f"Expected subjects to train on and to test in repeat {name}, found {trained} "
+            raise InputError(f"{fact}and {tested}", "Call two of its parts 'train' and 'test'")
     return splits
 
 
