@@ -24,14 +24,15 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import xarray as xr
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import bhx
 from bhx.data.synthetic import SITES
 from bhx.encode.model import random_model
-from bhx.evaluate.probe import preparation
 from bhx.latents.similarity import fingerprint
 from bhx.modalities import bold as prior
 from bhx.model.config import PRESETS
@@ -248,7 +249,9 @@ def probed(first, other, trait):
     guess = np.empty(len(trait))
     x, z = first.features.values, other.features.values
     for train, test in KFold(5, shuffle=True, random_state=0).split(x):
-        model = make_pipeline(preparation(first), Ridge(0.1 * len(train)))
+        penalty = Ridge(0.1 * len(train) * x.shape[1])
+        filled = SimpleImputer(keep_empty_features=True)
+        model = make_pipeline(filled, StandardScaler(), penalty)
         guess[test] = model.fit(x[train], trait[train]).predict(z[test])
     return np.corrcoef(guess, trait)[0, 1]
 

@@ -25,8 +25,8 @@ from bhx.settings import PACKAGE
 ATLASES = ("schaefer100", "schaefer200", "schaefer400")
 ORDERS = ("7networks", "17networks")
 STAGES = ("structure", "dynamics", "harmonizer")
-PRESETS = ("workshop", "small", "base")
-KEEP = ("dynamics", "structure", "attention")
+PRESETS = ("workshop", "small", "base", "paper")
+KEEP = ("dynamics", "coupling", "structure", "cubes", "attention")
 ENTRY_ATLAS = {"sample": "schaefer400", "synthetic": "schaefer100"}
 
 

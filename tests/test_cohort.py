@@ -217,6 +217,19 @@ def test_leave_site_out_tests_each_site_once():
         assert one.repeat.item() not in cohort.site.values[one == "train"]
 
 
+@pytest.mark.parametrize("none", ["", "n/a", "nan"])
+def test_nobody_without_a_site_is_a_site_of_their_own(none):
+    cohort = two_scans_each()
+    site = cohort.site.values.astype("U3")
+    site[2:4] = none
+    unnamed = cohort.assign_coords(site=("subject", site))
+    who = ".*".join(cohort.subject.values[2:4])
+    with pytest.raises(
+        InputError, match=f"Expected a site for each subject, found none for 2: {who}"
+    ):
+        splits_file.split(unnamed, leave_out="site")
+
+
 def test_splits_repeat_with_their_seed_and_differ_without():
     cohort = two_scans_each()
     assert splits_file.split(cohort, seed=3).identical(splits_file.split(cohort, seed=3))

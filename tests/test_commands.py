@@ -58,8 +58,8 @@ REFUSED = {  # command line -> what its sentence says
     "embed synthetic note.txt/out.zarr": r"write 'note.txt/out.zarr', found '.*note.txt'",
     "embed synthetik out.zarr": "found 'synthetik'. Name a folder that exists, or one of abcd, .*",
     "embed sample out.zarr": "parcels of schaefer100.*found schaefer400. Add --reparcellate",
-    "embed synthetic out.zarr --model shop": "weights, found 'shop'. Name workshop, a fo",
-    "embed synthetic out.zarr --keep hub": "invalid choice: 'hub'.*dynamics.*attention",
+    "embed synthetic out.zarr --model shop": "weights, found 'shop'. Name paper, workshop, a fo",
+    "embed synthetic out.zarr --keep hub": "invalid choice: 'hub'.*coupling.*attention",
     "embed synthetic out.zarr --device gpu": "Expected cpu, cuda, cuda:N or mps, found 'gpu'",
     "pretrain missing.zarr --stage structure --out o": "a zarr store, found 'missing.zarr'",
     "pretrain store.zarr --stage hub --out o": "invalid choice: 'hub'.*harmonizer",
@@ -156,7 +156,7 @@ def test_help_names_choices_and_defaults(capsys):
     overview = helped("", capsys)
     for name in NAMES:  # each with an example
         assert f"\n  python -m bhx {name}" in overview
-    wide = helped("embed", capsys).splitlines()
+    wide = "".join(helped(name, capsys) for name in NAMES).splitlines()
     assert 80 < max(map(len, wide)) <= 100
 
 
@@ -166,7 +166,7 @@ def test_choices_are_those_of_the_library():
     assert tuple(STAGES) == commands.STAGES
     assert set(PRESETS) == set(commands.PRESETS)
     assert list(catalog_files()) == commands.catalog_names()
-    assert commands.shipped_weights() == ["workshop"]
+    assert commands.shipped_weights() == ["paper", "workshop"]
     for atlas in commands.ATLASES:
         bhx.load_atlas(atlas)
     for entry, atlas in commands.ENTRY_ATLAS.items():

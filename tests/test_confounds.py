@@ -10,7 +10,6 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from bhx.errors import InputError
 from bhx.evaluate.confounds import ComBat, ConfoundRegression, match_subjects
-from bhx.evaluate.estimators import Rotation
 from bhx.evaluate.features import Tangent
 
 DATA = Path(__file__).parent / "data"
@@ -168,7 +167,7 @@ FAILS = {  # where [features | confounds], or a triangle, makes a check meaningl
 
 
 @parametrize_with_checks(
-    [ComBat(), ConfoundRegression(), Tangent(), Rotation()],
+    [ComBat(), ConfoundRegression(), Tangent()],
     expected_failed_checks=lambda estimator: FAILS.get(type(estimator).__name__, {}),
 )
 def test_scikit_learn_contract(estimator, check):

@@ -88,22 +88,75 @@ def test_predictions_do_not_depend_on_the_company_of_a_test_subject(features):
     assert abs(before.output[0, fold, at, 0] - after.output[0, fold, at, 0]) > 1
 
 
-def test_rotation_leaves_ridge_and_logistic_predictions_alone():
+EXACT = {"solver": "newton-cholesky", "tol": 1e-12, "max_iter": 10**4}
+
+
+@pytest.mark.parametrize("width", [80, 12])  # more features than rows, and fewer
+@pytest.mark.parametrize("labels", [0, 2, 3])
+def test_many_penalties_and_targets_at_once_are_scikit_learns_one_by_one(width, labels):
     from sklearn.linear_model import LogisticRegression, Ridge
 
     rng = np.random.default_rng(0)
-    x, new = rng.standard_normal((30, 80)), rng.standard_normal((10, 80))
-    y = x[:, 0] + 0.1 * rng.standard_normal(30)
-    turned = estimators_file.Rotation().fit(x)
-    a, b = turned.transform(x), turned.transform(new)
-    assert (a**2).sum(1).mean() == pytest.approx(1)
-    size = ((x - x.mean(0)) ** 2).sum(1).mean()
-    plain = Ridge(alpha=2.0).fit(x, y).predict(new)
-    np.testing.assert_allclose(Ridge(alpha=2.0 / size).fit(a, y).predict(b), plain, atol=1e-8)
-    tight = {"tol": 1e-10, "max_iter": 10000}
-    plain = LogisticRegression(C=0.1, **tight).fit(x, y > 0).decision_function(new)
-    rotated = LogisticRegression(C=0.1 * size, **tight).fit(a, y > 0).decision_function(b)
-    np.testing.assert_allclose(rotated, plain, atol=1e-5)
+    x, new = rng.standard_normal((40, width)) + 3, rng.standard_normal((10, width))
+    y = x[:, :3] @ rng.standard_normal((3, 5)) + rng.standard_normal((40, 5))
+    mean = x.mean(0)
+    pieces = [(0, x[:, cut] - mean[cut], new[:, cut] - mean[cut]) for cut in np.s_[:7, 7:]]
+    on = estimators_file.on_axes(pieces, wide=width > 40)
+    assert (on[0] ** 2).sum(1).mean() == pytest.approx(1)
+    np.testing.assert_allclose(on[0].T @ on[0], np.diag((on[0] ** 2).sum(0)), atol=1e-12)
+    size = ((x - mean) ** 2).sum(1).mean()
+    for penalty, *found in on_every_penalty(on, y, labels, penalties := np.logspace(1, -4, 4)):
+        assert penalty in penalties
+        for target, one in zip(y.T, found[0], strict=True):
+            if not labels:
+                plain = Ridge(penalty * size * 40).fit(x, target).predict(new)[:, None]
+            else:
+                model = LogisticRegression(C=1 / (penalty * size * 40), **EXACT)
+                plain = model.fit(x, codes(target, labels)).predict_proba(new)
+            np.testing.assert_allclose(one, plain, atol=1e-6 if labels else 1e-9)
+
+
+def codes(target, labels):
+    return np.digitize(target, np.quantile(target, np.arange(1, labels) / labels))
+
+
+def on_every_penalty(on, y, labels, penalties):
+    """Penalty and outputs (target, row, class)."""
+    if labels:
+        y = np.stack([codes(target, labels) for target in y.T], 1)
+        found = estimators_file.logistic(on[0], y, on[1], penalties, labels)
+    else:
+        found = estimators_file.ridge(on[0], y, on[1], penalties)
+    return zip(penalties, found, strict=True)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
+def test_logistic_regression_ends_at_its_minimum_however_far_and_rare(scale):
+    """Two rows of forty have the label, and one of them stands a thousand deviations apart."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((40, 5))
+    x[7] *= 1000
+    x -= x.mean(0)
+    x = scale * x @ np.linalg.eigh(x.T @ x)[1]
+    y = np.isin(np.arange(40), [3, 7]).astype(int)
+    for penalty in (1.0, 1e-3, 1e-6):
+        found = next(estimators_file.logistic(x, y[:, None], x, [penalty], 2))[0]
+        exact = LogisticRegression(C=1 / (penalty * 40), **EXACT).fit(x, y).predict_proba(x)
+        np.testing.assert_allclose(found, exact, atol=2e-5)
+
+
+def test_pieces_of_features_give_what_all_of_them_give(features, monkeypatch):
+    """However many columns are prepared at a time, with ComBat's priors over all of them."""
+    some = features.compute().copy(deep=True)
+    some.features[3, 5] = np.nan
+    options = {"harmonize": "site", "preserve": ["age"], "confounds": ["age"]}
+    whole = [probe(some, "group", **options), probe(some, "age")]
+    monkeypatch.setattr(probe_file, "PIECE", 7)
+    pieces = [probe(some, "group", **options), probe(some, "age")]
+    for a, b in zip(whole, pieces, strict=True):
+        np.testing.assert_allclose(a.output, b.output, atol=1e-6)
 
 
 def test_everyone_left_out_is_counted_with_a_reason(features):
@@ -327,6 +380,66 @@ def test_constant_features_are_refused_and_some_constant_ones_ignored(features):
     np.testing.assert_allclose(probe(partly, "age").score, probe(without, "age").score, atol=1e-6)
 
 
+TAKEN = "score class fold model metric output decision prediction truth null estimator group_label"
+
+
+@pytest.mark.parametrize("name", TAKEN.split())
+def test_a_label_called_as_a_part_of_scores_changes_none(features, name):
+    values = np.random.default_rng(0).normal(50, 10, 90)
+    for labels in (values, np.where(values > 50, "a", "b")):
+        named = features.assign_coords({name: ("subject", labels)})
+        scores = probe(named, "group", permutations=2)
+        assert scores.equals(
+            probe(features, "group", permutations=2).assign_coords(
+                {name: scores[name]} if name == "group_label" else {}
+            )
+        )
+    as_target = compare(probe(named, name))
+    words = compare(probe(features.assign_coords(word=named[name].drop_vars(name)), "word"))
+    pd.testing.assert_frame_equal(as_target, words, check_names=False)
+
+
+@pytest.mark.parametrize(("people", "folds"), [(5, 5), (6, 5), (10, 10), (8, 5)])
+def test_no_fold_is_left_without_anyone_to_test(people, folds):
+    """Scikit-learn's stratified folds of a few people with many scans each may be empty."""
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        person = np.repeat(np.arange(people), rng.integers(1, 10, people))
+        data = xr.Dataset(
+            coords={
+                "subject": [f"s{i}" for i in range(len(person))],
+                "participant": ("subject", person.astype(str)),
+                "y": ("subject", rng.permutation(np.arange(len(person)) % 2).astype(str)),
+                "score": ("subject", rng.normal(size=len(person))),
+            }
+        )
+        for target in ("y", "score"):
+            try:
+                task = make_task(data, target, folds=folds)
+            except InputError:  # a label that only one of them has
+                continue
+            for train, test, _ in task.folds():
+                assert len(test)
+                assert all(len(fit) * len(hold) for fit, hold in task.inner_splits(train))
+
+
+@pytest.mark.parametrize("options", [{}, {"preserve": ["age", "sex"]}, {"groups": "site"}])
+def test_combat_with_sites_of_one_and_features_that_are_constant(options):
+    rng = np.random.default_rng(0)
+    site = np.array(["A"] * 44 + ["B"] * 44 + ["C", "D"])
+    x = rng.standard_normal((90, 12)) + (site == "B")[:, None]
+    x[:, 0], x[site == "A", 1], x[:, 2], x[5, 3] = 3.0, 0.0, site == "B", np.nan
+    labels = {"y": rng.choice(["p", "c"], 90), "age": rng.uniform(20, 80, 90), "site": site}
+    labels |= {"sex": rng.choice(["F", "M"], 90)}
+    data = xr.Dataset(
+        {"features": (("subject", "feature"), x)}, {"subject": np.arange(90).astype(str)}
+    )
+    data = data.assign_coords({name: ("subject", values) for name, values in labels.items()})
+    scores = probe(data, "y", harmonize="site", **options)
+    assert np.isfinite(scores.output.sum("class")).all()
+    assert set(scores.prediction.values.ravel()) <= {"p", "c"}
+
+
 def test_small_sites_are_held_out_together_with_a_note(features):
     site = features.site.values.astype("U10")
     site[:2], site[2:4] = "tiny", "small"
@@ -354,7 +467,7 @@ def test_many_small_groups_are_held_out_several_a_fold(features, groups):
 
 def test_sites_that_share_all_participants_cannot_be_held_out_and_it_says_why(features):
     scanner = np.array(["A", "B"])[np.arange(90) % 2]
-    with pytest.raises(InputError, match="found values of scanner that share participants"):
+    with pytest.raises(InputError, match="share participants held out together: sub-000, sub-001"):
         probe(features.assign_coords(scanner=("subject", scanner)), "age", groups="scanner")
 
 
@@ -577,6 +690,76 @@ def test_compare_tests_against_the_control_on_shared_folds_only(features):
     assert turned.loc[("noise", "r"), "diff"] < 0
     with pytest.raises(InputError, match="Expected control to be connectome, noise, found 'x'"):
         compare(both, control="x")
+
+
+@pytest.mark.parametrize("target", ["age", "group"])
+def test_too_few_people_get_no_interval_and_no_test(features, target):
+    """Eight people once had r 1.000 [1.000, 1.000] and a p of 0.000."""
+    some = features.isel(subject=slice(0, 16))
+    for rows in (some, some.isel(subject=slice(0, None, 2))):
+        table = compare(probe([rows, noise(rows)], target, folds=4))
+        assert (table.note == "too few: 8 participants").all()
+        assert table[["low", "high", "p", "p_paired"]].isna().all(axis=None)
+    if target == "age":  # two rows a fold: any line goes through both
+        assert np.isnan(table.loc[("connectome", "r"), "score"])
+    assert "note" not in compare(probe(features, target))
+
+
+def test_too_few_of_a_label_get_no_interval(features):
+    rare = np.where(np.arange(90) // 2 % 12 == 0, "rare", "common")  # four participants
+    some = features.assign_coords(rare=("subject", rare))
+    table = compare(probe(some, "rare", folds=3))
+    assert set(table.note) == {"too few: 4 participants of a label"}
+    assert table.high.isna().all()
+
+
+def foretold(task, name, noise, seed=0):
+    """Scores of a model that knows the truth but for noise."""
+    output, decision = task.empty()
+    rng = np.random.default_rng(seed)
+    for i, (_, test, _) in enumerate(task.folds()):
+        output[i, test, -1] = task.truth[test] + noise * rng.normal(size=len(test))
+        if task.names is not None:
+            output[i, test, 0] = 1 - output[i, test, 1]
+            decision[i, test] = output[i, test].argmax(1)
+    return task.scores(name, output, decision, estimator="by hand")
+
+
+def test_a_clear_difference_is_found_over_participants_and_no_p_is_zero():
+    task = make_task(make_cohort(n=150), "age")
+    clear = compare(foretold(task, "sure", 0.01), foretold(task, "vague", 25.0, seed=1))
+    row = clear.loc[("sure", "r")]
+    assert row.score > 0.99 > 0.7 > clear.loc[("vague", "r"), "score"]
+    assert 0 < row.p_paired <= 0.01
+    assert clear[["p", "p_paired"]].min(axis=None) >= 0.001
+
+
+def test_models_that_are_alike_seldom_differ():
+    """Two of equal noise: a p of 0.05 or less in about one of twenty studies."""
+    task = make_task(make_cohort(), "age")
+    p = []
+    for seed in range(60):
+        pair = [foretold(task, name, 20.0, 2 * seed + i) for i, name in enumerate("ab")]
+        p.append(compare(*pair, draws=200).loc[("a", "r"), "p_paired"])
+    assert np.mean(np.array(p) <= 0.05) < 0.15
+    assert np.mean(p) > 0.35
+
+
+def test_a_perfect_score_is_as_sure_as_its_people_are_many():
+    perfect = [foretold(make_task(make_cohort(n=n), "group"), "all right", 0.0) for n in (60, 180)]
+    low = [compare(s).loc[("all right", "accuracy"), "low"] for s in perfect]
+    assert 0.7 < low[0] < low[1] < 1
+
+
+def test_a_site_a_fold_unless_folds_are_asked_for(features):
+    site = np.array([f"site {i // 2 % 9}" for i in range(90)])
+    some = features.assign_coords(site=("subject", site))
+    scores = probe(some, "age", groups="site")
+    assert sorted(scores.fold.values) == sorted(set(site))
+    tested = np.isfinite(scores.output.values[0, :, :, 0])
+    for name, row in zip(scores.fold.values, tested, strict=True):
+        assert set(site[row]) == {name}
+    assert probe(some, "age", groups="site", folds=3).sizes["fold"] == 3
 
 
 def test_p_values_are_adjusted_over_targets(features):
@@ -810,13 +993,9 @@ def test_exchanged_labels_that_leave_a_fold_without_one_are_drawn_again(features
 
 def test_a_label_that_no_model_knows_is_never_decided(features):
     third = np.array(["a", "b", "c"])[np.arange(90) // 2 % 3]
-    some = features.assign_coords(third=("subject", third))
-    task = make_task(some, "third")
-    fold = probe_file.Fold(np.arange(60), np.arange(60, 90), np.ones((60, 1)), np.ones((30, 1)))
-    truth = np.arange(90) % 2
-    output = probe_file._outputs(probe_file.fit_fold(fold, task, truth), fold.test_x, task)
-    assert (output[:, 2] == 0).all()
-    assert set(task.decide(output, truth[:60])) <= {0, 1}
+    task = make_task(features.assign_coords(third=("subject", third)), "third")
+    output = np.random.default_rng(0).random((30, 3)) * [1, 1, 0]
+    assert set(task.decide(output, np.arange(60) % 2)) <= {0, 1}
 
 
 def test_large_numbers_keep_their_digits(features):
@@ -967,11 +1146,10 @@ def test_features_may_bring_a_network_or_keep_their_leading_axes(features):
     assert auroc[0] > 0.9 > 0.7 > auroc[1]
     assert "MLPClassifier" in scores["estimator"].values[0]
     assert probe(network, "size").score.sel(metric="r").mean() > 0.8
-    leading = estimators_file.Rotation(keep=3).fit(features.features.values)
-    np.testing.assert_allclose(
-        leading.transform(features.features.values),
-        estimators_file.Rotation().fit_transform(features.features.values)[:, -3:],
-    )
+    pieces = [(0, x[:60], x[60:])]
+    leading, every = (estimators_file.on_axes(pieces, False, keep) for keep in (1, None))
+    for few, all_of_them in zip(leading, every, strict=True):
+        np.testing.assert_allclose(few, all_of_them[:, -1:])
 
 
 @pytest.mark.parametrize("effect", [0.0, 1.0])

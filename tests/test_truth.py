@@ -202,7 +202,7 @@ def test_permuted_labels_score_at_chance(features):
     rng = np.random.default_rng(0)
     missed = []
     for _ in range(3):
-        at = permute_within(*[features["one"][0][n].values for n in ("subject", "site")], rng)
+        at = next(permute_within(*[features["one"][0][n].values for n in ("subject", "site")], rng))
         for target in ("age", "trait_function", "sex", "fusion"):
             moved = {target: ("subject", features["one"][0][target].values[at])}
             table = first_score([f.assign_coords(moved) for f in features["one"]], target, 0.95)

@@ -19,9 +19,6 @@ th, td {padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: left}
 td {font-variant-numeric: tabular-nums}
 img {max-width: 100%}
 footer {color: #666; font-size: .8rem}
-.flow {display: flex; gap: .6rem; align-items: center; flex-wrap: wrap; margin: .6rem 0}
-.flow div {border: 1px solid #777; border-radius: 4px; padding: .4rem .8rem}
-.flow div.out {border-style: dashed; color: #555}
 """
 
 

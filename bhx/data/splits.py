@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from bhx.errors import InputError, listed
-from bhx.schema import check, subject_coords
+from bhx.schema import check, is_missing, subject_coords
 
 
 def cut(participants, shares: Mapping[str, float], seed: int, strata=None) -> np.ndarray:
@@ -71,15 +71,15 @@ def split(
     Raises
     ------
     InputError
-        A coordinate is missing, the shares do not sum to 1, or a participant has two values of
-        `leave_out`.
+        A coordinate is missing, the shares do not sum to 1, or a participant has no value of
+        `leave_out`, or two.
     """
     check(cohort, "cohort")
     shares = shares or {"train": 0.6, "validation": 0.2, "test": 0.2}
     stratify = [stratify] if isinstance(stratify, str) else list(stratify)
     people = cohort.participant.values
     if leave_out:
-        parts = _one_out(_labels(cohort, leave_out), people, leave_out)
+        parts = _one_out(cohort, _labels(cohort, leave_out), leave_out)
     else:
         labels = [_labels(cohort, name).astype(str) for name in stratify]
         strata = [" / ".join(names) for names in zip(*labels, strict=True)] or None
@@ -105,9 +105,15 @@ def _labels(cohort, name):
     return cohort[name].values
 
 
-def _one_out(values, participants, name):
+def _one_out(cohort, values, name):
     """For each value, "test" for its participants and "train" for all others."""
-    several = pd.Series(values).groupby(participants).nunique()
+    if (missing := is_missing(values)).any():
+        fact = f"Expected a {name} for each subject, found none for "
+        fact += f"{missing.sum()}: {listed(cohort.subject.values[missing])}"
+        raise InputError(
+            fact, f"Assign the {name}, or leave them out: cohort.drop_sel(subject=...)"
+        )
+    several = pd.Series(values).groupby(cohort.participant.values).nunique()
     if (several > 1).any():
         fact = f"Expected one {name} for each participant, found several for "
         fact += f"{listed(several.index[several > 1])}"
@@ -115,8 +121,9 @@ def _one_out(values, participants, name):
     return {value: np.where(values == value, "test", "train") for value in np.unique(values)}
 
 
-def permute_within(units, strata, rng, families=None) -> np.ndarray:
-    """An order of the rows that exchanges labels which, if they mean nothing, are exchangeable.
+def permute_within(units, strata, rng, families=None) -> Iterator[np.ndarray]:
+    """Orders of the rows without end: each exchanges labels which, if they mean nothing, are
+    exchangeable.
 
     Parameters
     ----------
@@ -126,26 +133,30 @@ def permute_within(units, strata, rng, families=None) -> np.ndarray:
     families : family of each row, or None; whole families of like make-up are exchanged, then
         members within each
     """
-    units, strata, order = np.asarray(units), np.asarray(strata), np.arange(len(units))
+    units, strata = np.asarray(units), np.asarray(strata)
+    plans = []
     if families is not None:
         families = np.asarray(families)
-        order = order[_exchange(families, units, strata, rng)]
+        plans.append(_alike(families, units, strata))
         strata = np.char.add(families.astype(str), np.char.add("|", strata.astype(str)))
-    return order[_exchange(units, units, strata, rng)]
+    plans.append(_alike(units, units, strata))
+    while True:
+        order = np.arange(len(units))
+        for plan in plans:
+            moved = np.arange(len(units))
+            for rows in plan:
+                moved[rows] = rows[rng.permutation(len(rows))]
+            order = order[moved]
+        yield order
 
 
-def _exchange(blocks, units, strata, rng):
-    """Shuffle whole blocks whose rows have the same strata and the same pattern of units."""
+def _alike(blocks, units, strata):
+    """Rows (block, row) of each set of blocks with the same strata and pattern of units."""
     _, of_row, counts = np.unique(units, return_inverse=True, return_counts=True)
     rows, alike = {}, {}
     for row in np.lexsort((units, -counts[of_row])):
         rows.setdefault(blocks[row], []).append(row)
-    for block, members in rows.items():
+    for members in rows.values():
         _, sizes = np.unique(units[members], return_counts=True)
-        key = (tuple(sorted(sizes)), tuple(strata[members]))
-        alike.setdefault(key, []).append(block)
-    out = np.arange(len(units))
-    for group in alike.values():
-        for to, origin in zip(group, rng.permutation(len(group)), strict=True):
-            out[rows[to]] = rows[group[origin]]
-    return out
+        alike.setdefault((tuple(sorted(sizes)), tuple(strata[members])), []).append(members)
+    return [np.array(group) for group in alike.values()]

@@ -51,9 +51,11 @@ class ComBat(TransformerMixin, BaseEstimator):
         self.sites_, at = np.unique(site, return_inverse=True)
         onehot = np.eye(len(self.sites_))[at]
         self._fit_pooled(features, covariates, onehot)
-        z = self._standardized(features, covariates)
-        effects = [self._posterior(z[at == i]) for i in range(len(self.sites_))]
-        self.shift_, self.scale_ = (np.stack(found) for found in zip(*effects, strict=True))
+        z, self.counts_ = self._standardized(features, covariates), onehot.sum(0)
+        self.found_ = onehot.T @ z / self.counts_[:, None]
+        squares = onehot.T @ (z - self.found_[at]) ** 2 / (self.counts_[:, None] - 1).clip(1)
+        self.spread_ = np.where(self.counts_[:, None] > 1, squares.clip(1e-12), 1)
+        share_priors([self])
         return self
 
     def transform(self, x):
@@ -94,30 +96,43 @@ class ComBat(TransformerMixin, BaseEstimator):
         deviation = np.where(self.moves_, self.deviation_, 1)
         return (features - self._mean(covariates)) / deviation
 
-    def _posterior(self, z):
-        """Shift and scale of one site: the fixed point of the conditional posterior means.
 
-        Source: Johnson 2007, equations 3.1 and 3.2.
-        """
-        n, hat, scale = len(z), z.mean(0), _variance(z)
-        mean, variance, (a, b) = hat.mean(), _variance(hat), _inverse_gamma(scale)
-        shift = hat
-        for _ in range(STEPS):
-            new_shift = (n * variance * hat + scale * mean) / (n * variance + scale)
-            squares = ((z - new_shift) ** 2).sum(0)
-            new_scale = (b + squares / 2) / (n / 2 + a - 1) if np.isfinite(a) else scale
-            moved = max(_relative(new_shift, shift), _relative(new_scale, scale))
-            shift, scale = new_shift, new_scale
-            if moved < TOLERANCE:
-                break
-        return shift, scale
+def share_priors(combats: list[ComBat]) -> None:
+    """Shrink the sites' effects towards their distribution over the features of all of these.
+
+    Features may be fitted in pieces of columns: then this makes of them what one fit would.
+    """
+    found = np.hstack([combat.found_ for combat in combats])
+    spread = np.hstack([combat.spread_ for combat in combats])
+    each = zip(combats[0].counts_, found, spread, strict=True)
+    shift, scale = np.stack([_posterior(*site) for site in each], 1)
+    ends = np.cumsum([combat.found_.shape[1] for combat in combats])
+    for combat, end in zip(combats, ends, strict=True):
+        own = slice(end - combat.found_.shape[1], end)
+        combat.shift_, combat.scale_ = shift[:, own], scale[:, own]
+
+
+def _posterior(n, found, spread):
+    """Shift and scale of one site: the fixed point of the conditional posterior means.
+
+    Source: Johnson 2007, equations 3.1 and 3.2.
+    """
+    mean, variance, (a, b) = found.mean(), _variance(found), _inverse_gamma(spread)
+    shift, scale = found, spread
+    for _ in range(STEPS):
+        new_shift = (n * variance * found + scale * mean) / (n * variance + scale)
+        squares = (n - 1) * spread + n * (found - new_shift) ** 2
+        new_scale = (b + squares / 2) / (n / 2 + a - 1) if np.isfinite(a) else scale
+        moved = max(_relative(new_shift, shift), _relative(new_scale, scale))
+        shift, scale = new_shift, new_scale
+        if moved < TOLERANCE:
+            break
+    return shift, scale
 
 
 def _variance(values):
-    """Unbiased variance over rows; one where a single row leaves none to estimate."""
-    if len(values) < 2:
-        return np.ones(values.shape[1:])
-    return np.maximum(values.var(0, ddof=1), 1e-12)
+    """Unbiased variance; one where a single value leaves none to estimate."""
+    return max(values.var(ddof=1), 1e-12) if len(values) > 1 else 1.0
 
 
 def _inverse_gamma(values):

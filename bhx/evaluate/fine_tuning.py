@@ -82,7 +82,7 @@ def fine_tune(
     classes=None,
     protocol: str | None = None,
     split: xr.DataArray | None = None,
-    folds: int = 5,
+    folds: int | None = None,
     repeats: int = 1,
     seed: int = 0,
     cache=None,

@@ -31,14 +31,15 @@ class Design:
     stratify: str | None = None
     protocol: str | None = None
     split: xr.DataArray | None = None
-    folds: int = 5
+    folds: int | None = None  # 5, or one a group
     repeats: int = 1
     seed: int = 0
 
     def __post_init__(self):
         check_name("groups", self.groups)
         check_name("stratify", self.stratify)
-        check_count("folds", self.folds, 1, 5)
+        if self.folds is not None:
+            check_count("folds", self.folds, 1, 5)
         check_count("repeats", self.repeats, 1, 3)
         check_count("seed", self.seed, 0, 0)
         if self.protocol is not None:
@@ -50,7 +51,7 @@ class Design:
             raise InputError(fact, "Make it with bhx.split")
         made = [f"protocol '{self.protocol}'"] if self.protocol else []
         made += ["split"] if self.split is not None else []
-        more = [self.groups, self.stratify, self.folds, self.repeats] != [None, None, 5, 1]
+        more = [self.groups, self.stratify, self.folds, self.repeats] != [None, None, None, 1]
         if len(made) + more > 1 and made:
             beside = "groups, stratify, folds or repeats" if more else made[1]
             fact = f"Expected {made[0]} alone, found {beside} too"
@@ -117,11 +118,12 @@ class Splits:
 def make_folds(rows, truth, names, design: Design) -> Splits:
     """Participants and families never split, groups whole, strata balanced."""
     splits, groups, stratify = Splits(tied_units(rows)), design.groups, design.stratify
-    folds, repeats = design.folds, design.repeats
+    folds, repeats = design.folds or 5, design.repeats
     if groups:
         values = rows.labels[groups].values.astype(str)
-        splits.units, merged = _held_out_groups(values, splits.units, folds, groups)
-        folds = min(folds, len(np.unique(splits.units)))
+        splits.units, merged, each = _held_out_groups(values, splits.units, folds, groups)
+        whole = len(np.unique(splits.units))
+        folds = whole if each and design.folds is None else min(folds, whole)
         splits.notes += [*merged, f"{folds} folds that hold out whole values of {groups}"]
         if folds < 2:
             fact = f"Expected at least two values of '{groups}' to hold out, found "
@@ -137,10 +139,9 @@ def make_folds(rows, truth, names, design: Design) -> Splits:
         splits.notes.append("held out one by one: the same in every repeat, balanced over nothing")
         repeats = 1
     strata = _strata(rows, truth, names, stratify, folds, splits.notes)
+    balanced = not groups or (stratify is not None and not one)
     for repeat in range(repeats):
-        kind = GroupKFold if groups and (one or not stratify) else StratifiedGroupKFold
-        splitter = kind(folds, shuffle=True, random_state=design.seed + repeat)
-        for train, test in splitter.split(units, strata, units):
+        for train, test in _cuts(units, strata, folds, design.seed + repeat, balanced):
             name = units[test][0] if groups and one else len(splits.names)
             splits.add(name, train=train, test=test)
     return splits
@@ -156,8 +157,7 @@ def make_resplits(rows, truth, names, protocol: str, seed: int) -> Splits:
     site = "site" if paper and "site" in rows.labels.coords else None
     strata = _strata(rows, truth, names, site, 5, splits.notes)
     for repeat in range(RESPLITS[protocol]):
-        splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed + repeat)
-        (train, test), (_, hold), *_ = splitter.split(splits.units, strata, splits.units)
+        (train, test), (_, hold), *_ = _cuts(splits.units, strata, 5, seed + repeat)
         splits.add(repeat, train=train, **({"validation": hold} if paper else {}), test=test)
     return splits
 
@@ -172,12 +172,12 @@ def read_split(rows, split: xr.DataArray) -> Splits:
             fact = "Expected one part for all rows of a participant, or of a family, found several "
             fact += f"for {listed(both.index[both > 1])} in repeat {name}"
             raise InputError(fact, "Give them the same part, as bhx.split does for participants")
-        found = {p: np.flatnonzero(part == p) for p in ("train", "validation", "test")}
-        if not (len(found["train"]) and len(found["test"])):
-            counts = f"{len(found['train'])} and {len(found['test'])}"
-            fact = f"Expected subjects to train on and to test in repeat {name}, found {counts}"
-            raise InputError(fact, "Call two of its parts 'train' and 'test'")
-        splits.add(name, **{p: index for p, index in found.items() if len(index)})
+        splits.names.append(str(name))
+        splits.part.append(np.where(np.isin(part, ("train", "validation", "test")), part, ""))
+        trained, tested = ((part == p).sum() for p in ("train", "test"))
+        if not trained * tested:
+            fact = f"Expected subjects to train on and to test in repeat {name}, found {trained} "
+            raise InputError(f"{fact}and {tested}", "Call two of its parts 'train' and 'test'")
     return splits
 
 
@@ -208,13 +208,23 @@ def inner_splits(train, truth, units, names, seed, folds=3) -> list:
     if folds < 2:
         return []
     alike = names is not None and np.bincount(y).max() >= folds
-    kind = StratifiedGroupKFold if alike else GroupKFold
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")
-        cuts = list(kind(folds, shuffle=True, random_state=seed).split(y, y, units))
+    cuts = _cuts(units, y, folds, seed, alike)
     if names is not None:
         cuts = [(a, b) for a, b in cuts if len(np.unique(y[a])) == len(np.unique(y))]
     return [(train[a], train[b]) for a, b in cuts]
+
+
+def _cuts(units, strata, folds, seed, balanced=True) -> list:
+    """(train, test) of whole units, balanced over strata where that leaves no test part empty."""
+    cuts = []
+    if balanced:
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The least populated class")
+            cuts = list(splitter.split(units, strata, units))
+    if not cuts or not all(len(test) for _, test in cuts):
+        cuts = list(GroupKFold(folds, shuffle=True, random_state=seed).split(units, None, units))
+    return cuts
 
 
 # Units and strata ---
@@ -236,21 +246,24 @@ def _tied(values, units):
 
 
 def _held_out_groups(values, units, folds, groups):
-    """One name a row for what is held out together; participants tie their sites together.
+    """One name a row for what is held out together, notes, and whether each can be a fold.
 
-    Small groups are joined unless they are together more than a fold's share of the rows: then
-    folds of several groups are what holds them out.
+    Participants tie their sites together. Small groups are joined unless they are together more
+    than a fold's share of the rows: then folds of several groups are what holds them out.
     """
     names, counts = np.unique(values, return_counts=True)
     small, notes = counts < FEWEST, []
-    if 0 < counts[small].sum() <= len(values) / min(folds, len(names)):
+    each = counts[small].sum() <= len(values) / min(folds, len(names))
+    if each and small.any():
         few = names[small]
         notes.append(f"{groups} {listed(few, 20)}: fewer than {FEWEST} subjects, held out together")
         values = np.where(np.isin(values, few), "+".join(few), values)
     joined = _tied(values, units)
     if len(np.unique(joined)) < len(np.unique(values)):
-        notes.append(f"values of {groups} that share participants held out together")
-    return joined, notes
+        several = pd.Series(values).groupby(units).nunique()
+        people = listed(several.index[several > 1])
+        notes.append(f"values of {groups} that share participants held out together: {people}")
+    return joined, notes, each
 
 
 def _strata(rows, truth, names, stratify, folds, notes):

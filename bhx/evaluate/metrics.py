@@ -11,6 +11,7 @@ import warnings
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 from scipy.stats import rankdata
 from scipy.stats import t as student
 
@@ -68,7 +69,10 @@ def measure_labels(truth, output, decision, weights=None):
     """
     truth, decision, output = np.asarray(truth), np.asarray(decision), np.asarray(output, float)
     w, n_labels = _weights(weights, truth), output.shape[1]
-    cell = np.eye(n_labels**2)[truth * n_labels + decision]
+    cells = len(truth), n_labels**2
+    cell = csr_array(
+        (np.ones(len(truth)), truth * n_labels + decision, np.arange(len(truth) + 1)), cells
+    )
     confusion = (w @ cell).T.reshape(n_labels, n_labels, -1)  # (K truth, K decision, B)
     hit = np.einsum("kkb->kb", confusion)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -156,10 +160,23 @@ def corrected_t(differences, test_share: float) -> tuple[float, float]:
     if len(d) < 2:
         return np.nan, np.nan
     variance = d.var(ddof=1) * (1 / len(d) + test_share)
-    if variance <= 0:
-        return (0.0, 1.0) if d.mean() == 0 else (np.sign(d.mean()) * np.inf, 0.0)
+    if variance <= 0:  # the same in every fold: nothing to test by, or nothing to test
+        return (0.0, 1.0) if d.mean() == 0 else (np.sign(d.mean()) * np.inf, np.nan)
     statistic = d.mean() / np.sqrt(variance)
     return float(statistic), float(2 * student.sf(abs(statistic), len(d) - 1))
+
+
+def paired_p(difference, draws, mutual: float = 0.0) -> float:
+    """Two-sided p of a difference between models from its bootstrap draws, from 2 / (n + 1) on.
+
+    Both models are drawn with the same participants. As `interval` has it: spread about their
+    mean, and widened.
+    """
+    draws = np.asarray(draws, float)
+    draws = draws[np.isfinite(draws)]
+    moved = difference + np.sqrt(1 + mutual) * (draws - draws.mean()) if len(draws) else draws
+    tail = min((moved <= 0).sum(), (moved >= 0).sum())
+    return float(min(1, 2 * (1 + tail) / (1 + len(draws))))
 
 
 def adjust_p(p) -> np.ndarray:

@@ -7,33 +7,30 @@ target. Who enters, who is tested and how it is measured is decided in `task`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import sklearn
 import xarray as xr
 from sklearn.base import clone, is_classifier
-from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
+from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import StratifiedShuffleSplit
-from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from bhx.data.splits import permute_within
 from bhx.errors import InputError, check_choice, listed
-from bhx.evaluate.confounds import ComBat, ConfoundRegression
-from bhx.evaluate.estimators import ESTIMATORS, Rotation
+from bhx.evaluate.confounds import ComBat, ConfoundRegression, share_priors
+from bhx.evaluate.estimators import ESTIMATORS, logistic, on_axes, ridge
 from bhx.evaluate.features import encoded, name_of, parts_of, provenance_of
 from bhx.evaluate.options import check_count, check_name, check_names
 from bhx.evaluate.rows import check_leak
-from bhx.evaluate.task import Task, make_task
+from bhx.evaluate.task import make_task
 from bhx.schema import check
 from bhx.settings import __version__
 
-PENALTIES = np.logspace(-5, 1, 7)  # a row, for rows of unit norm: fits any number of either
+PENALTIES = np.logspace(1, -5, 7)  # a row, for rows of unit norm: fits any number of either
 
 
 def probe(
@@ -50,7 +47,7 @@ def probe(
     estimator=None,
     protocol: str | None = None,
     split: xr.DataArray | None = None,
-    folds: int = 5,
+    folds: int | None = None,
     repeats: int = 1,
     permutations: int = 0,
     seed: int = 0,
@@ -68,8 +65,8 @@ def probe(
         then all are tested on the subjects that every one of them has, in the same folds; labels
         come from all of them, and those in use must agree
     target : name of a coordinate on subject; who has none ("", "n/a", "NA", NaN) is left out
-    groups : None, or the name of a coordinate whose values are held out whole ("site" is
-        leave-site-out; a few sites of fewer than 5 subjects are held out together)
+    groups : None, or the name of a coordinate whose values are held out whole, one a fold ("site"
+        is leave-one-site-out; a few sites of fewer than 5 subjects are held out together)
     stratify : name of a coordinate to balance over the folds, beside the target; numbers of which
         fewer than `folds` are alike by their fifths
     confounds : coordinates whose linear effect is taken out of the features; their columns (one a
@@ -91,7 +88,8 @@ def probe(
         stratified resplits and its logistic grid
     split : of `bhx.split`, instead of folds: a repeat is a fold, "train" and "test" are its parts,
         and the penalty is chosen on "validation" where there is one
-    folds, repeats, seed : number of folds, of repeated splits, and the seed of the first
+    folds, repeats, seed : number of folds (by default 5, or one a group; 5 where most groups are
+        of fewer than 5 subjects), of repeated splits, and the seed of the first
     permutations : how often to repeat all with labels exchanged between participants of one site
         (families, where there is a coordinate `family`, exchanged whole)
 
@@ -124,12 +122,13 @@ def probe(
     task = make_task(many, target, task=task, classes=classes, needed=used, **design)
     check_leak(task.rows.labels, used, target, task.truth, task.names)
     _check_estimator(estimator, task.kind)
-    beside = Beside.of(task.rows.labels, confounds, harmonize, preserve)
     if harmonize and groups == harmonize:
         task.notes.append(f"ComBat has not seen the {harmonize} it tests: features left as are")
     given = [_estimator_of(one, task, estimator) for one in task.rows.features]
-    pairs = zip(task.rows.features, given, strict=True)
-    scores = [_probe_one(one, task, own, beside, permutations) for one, own in pairs]
+    truths, scores = _exchanged(task, permutations), []
+    for one, own in zip(task.rows.features, given, strict=True):
+        preparation = Preparation(one, task.rows.labels, confounds, harmonize, preserve)
+        scores.append(_probe_one(one, task, own, preparation, truths))
     out = xr.concat(scores, "model", data_vars="minimal", coords="minimal", compat="override")
     read_by = [_described(own, task) for own in given]
     return out.assign_coords(estimator=("model", read_by)).assign_attrs(
@@ -160,106 +159,80 @@ def _check_estimator(estimator, kind):
 
 # Before the estimator ---
 
-
-@dataclass
-class Beside:
-    """Columns that stand beside the features: what ComBat keeps, site, confounds."""
-
-    columns: np.ndarray
-    covariates: int = 0
-    combat: bool = False
-    confounds: int = 0
-
-    @classmethod
-    def of(cls, labels, confounds, harmonize, preserve):
-        """The columns of these coordinates."""
-        kept, regressed = encoded(labels, preserve), encoded(labels, confounds)
-        columns = [regressed]
-        if harmonize:
-            site = np.unique(labels[harmonize].values, return_inverse=True)[1]
-            columns = [kept, site[:, None], regressed]
-        return cls(np.hstack(columns), kept.shape[1], bool(harmonize), regressed.shape[1])
+PIECE = 1024  # columns of features that are prepared at a time
 
 
-def preparation(features, beside: Beside | None = None, rotate: bool = True) -> Pipeline:
-    """The steps between features and estimator, unfitted; none of them looks at the target.
+class Preparation:
+    """What stands between features and estimator, fitted to training rows; none of it looks at the
+    target. Features are prepared in pieces of columns, so that no copy of them all is needed."""
 
-    Parameters
-    ----------
-    features : Features Dataset, whose parts, and entries of `features.IN_FOLD`, they are
-    beside : the columns behind the features, or None
-    rotate : whether to end on the training rows' own axes (`Rotation`)
-    """
-    parts = parts_of(features)
-    filled = [
-        (f"part{i}", make_pipeline(SimpleImputer(keep_empty_features=True), *steps), columns)
-        for i, (columns, steps) in enumerate(parts)
-    ]
-    steps = [("fill", ColumnTransformer(filled, remainder="passthrough"))]
-    if beside is not None and beside.combat:
-        last = features.sizes["feature"] + beside.covariates + 1
-        combat = ("combat", ComBat(beside.covariates), slice(0, last))
-        steps.append(("combat", ColumnTransformer([combat], remainder="passthrough")))
-    if beside is not None and beside.confounds:
-        steps.append(("confounds", ConfoundRegression(beside.confounds)))
-    steps.append(("scale", StandardScaler()))
-    if rotate:
-        widths = tuple(c.stop - c.start for c, _ in parts)
-        steps.append(("rotate", Rotation(widths, features.attrs.get("components"))))
-    return Pipeline(steps)
+    def __init__(self, features, labels, confounds=(), harmonize=None, preserve=()):
+        self.values = features.features.transpose("subject", "feature").values
+        self.row = features.indexes["subject"].get_indexer(labels.subject)
+        self.keep = features.attrs.get("components")
+        self.pieces = [
+            (part, slice(start, min(start + width, columns.stop)), steps)
+            for part, (columns, steps) in enumerate(parts_of(features))
+            for width in [columns.stop if steps else PIECE]
+            for start in range(columns.start, columns.stop, width)
+        ]
+        kept, site = encoded(labels, preserve), labels[harmonize].values if harmonize else []
+        site = np.unique(site, return_inverse=True)[1][:, None]
+        self.beside = encoded(labels, confounds), np.hstack([kept, site]) if harmonize else None
+        if self.pieces and not any(self._varies(columns) for _, columns, _ in self.pieces):
+            fact = "Expected features that vary over subjects, found constants in "
+            help = "Were they pooled over subjects by mistake"
+            raise InputError(fact + name_of(features), help)
 
+    def _varies(self, columns):
+        values = self.values[:, columns][self.row]
+        return (np.fmax.reduce(values) > np.fmin.reduce(values)).any()
 
-@dataclass
-class Fold:
-    """Rows of one fold and their prepared features; `inner` are (fit, hold) rows and their
-    features, for choosing a penalty."""
+    def on_axes(self, fit, new):
+        """Rows to fit, and new ones, on the axes of those to fit."""
+        return on_axes(self._prepared(fit, new), self.values.shape[1] > len(fit), self.keep)
 
-    train: np.ndarray
-    test: np.ndarray
-    x: np.ndarray
-    test_x: np.ndarray
-    inner: list = field(default_factory=list)
+    def scaled(self, fit, new):
+        """Rows to fit, and new ones: every column with mean zero and unit variance in the first."""
+        pieces = [*self._prepared(fit, new), (0, np.zeros((len(fit), 0)), np.zeros((len(new), 0)))]
+        return tuple(np.hstack(rows) for rows in list(zip(*pieces, strict=True))[1:])
 
+    def _prepared(self, fit, new):
+        """(part, rows to fit, new rows) of each piece of the features."""
 
-def _prepared(x, steps, task, nested):
-    """Each fold's features, prepared on its training rows; one fold at a time."""
+        def through(step, both, beside):
+            pairs = zip(both, (fit, new), strict=True)
+            return [step.transform(np.hstack([x, beside[rows]])) for x, rows in pairs]
 
-    def prepare(train, test):
-        if steps is None:
-            return x[train], x[test]
-        fitted = clone(steps)
-        return fitted.fit_transform(x[train]), fitted.transform(x[test])
+        confounds, site = self.beside
+        combats = []
+        if site is not None:
+            filled = (self._filled(fit, new, *piece[1:])[0] for piece in self.pieces)
+            combats = [ComBat(site.shape[1] - 1).fit(np.hstack([x, site[fit]])) for x in filled]
+            share_priors(combats)
+        for i, (part, columns, steps) in enumerate(self.pieces):
+            both = self._filled(fit, new, columns, steps)
+            if combats:
+                both = through(combats[i], both, site)
+            if width := confounds.shape[1]:
+                regression = ConfoundRegression(width).fit(np.hstack([both[0], confounds[fit]]))
+                both = through(regression, both, confounds)
+            scaler = StandardScaler().fit(both[0])
+            yield part, *map(scaler.transform, both)
 
-    for train, test, validation in task.folds():
-        inner = []
-        if nested:
-            inner = [(train, validation)] if len(validation) else task.inner_splits(train)
-        inner = [(fit, hold, *prepare(fit, hold)) for fit, hold in inner]
-        yield Fold(train, test, *prepare(train, test), inner)
+    def _filled(self, fit, new, columns, steps):
+        """Rows to fit and new ones of some columns, filled with the mean of the first."""
+        both = [self.values[:, columns][self.row[rows]].astype(float) for rows in (fit, new)]
+        if any(np.isnan(rows).any() for rows in both):
+            steps = [SimpleImputer(keep_empty_features=True), *steps]
+        for step in map(clone, steps):
+            both = [step.fit_transform(both[0]), step.transform(both[1])]
+        return both
 
 
 # One model ---
 
-DEFAULTS = {"number": Ridge, "label": LogisticRegression}
 NAMES = {"number": "ridge regression", "label": "logistic regression"}
-
-
-def _probe_one(features, task, estimator, beside, permutations):
-    x = features.features.sel(subject=task.subject).values.astype(float)
-    if x.shape[1] and not (np.nanstd(x, 0) > 0).any():
-        fact = f"Expected features that vary over subjects, found constants in {name_of(features)}"
-        raise InputError(fact, "Were they pooled over subjects by mistake")
-    width = x.shape[1]
-    steps = preparation(features, beside, estimator is None or "components" in features.attrs)
-    nested = estimator is None and task.design.protocol != "brainmarks"
-    x = np.hstack([x, beside.columns]) if width else x
-    folds = _prepared(x, steps if width else None, task, nested)
-    folds = list(folds) if permutations else folds
-    out = task.scores(name_of(features), *_predict(folds, task, task.truth, estimator))
-    if permutations:
-        null = _null(folds, task, estimator, permutations)
-        out["null"] = (("model", "permutation"), null[None])
-    return out
 
 
 def _estimator_of(features, task, given):
@@ -281,38 +254,71 @@ def _described(estimator, task):
     return " ".join(repr(estimator).split())
 
 
-def _predict(folds, task, truth, estimator):
-    """Outputs (fold, subject, class) and decisions (fold, subject); untested is NaN and -1."""
+def _probe_one(features, task, estimator, preparation, truths):
+    """Scores of one model, and the null of those truths (row, target) that follow the first."""
     output, decision = task.empty()
-    for i, fold in enumerate(folds):
-        model = fit_fold(fold, task, truth, estimator)
-        output[i, fold.test] = found = _outputs(model, fold.test_x, task)
-        decision[i, fold.test] = task.decide(found, truth[fold.train])
-    return output, decision
+    null = np.empty((len(output), truths.shape[1] - 1))
+    for i, (train, test, validation) in enumerate(task.folds()):
+        found = _read(preparation, task, estimator, train, test, validation, truths)
+        decided = [task.decide(*pair) for pair in zip(found, truths[train].T, strict=True)]
+        output[i, test], decision[i, test] = found[0], decided[0]
+        for j, pair in enumerate(zip(found[1:], decided[1:], strict=True)):
+            null[i, j] = next(iter(task.measure(truths[test, j + 1], *pair).values()))[0]
+    out = task.scores(name_of(features), output, decision)
+    if null.size:
+        out["null"] = (("model", "permutation"), np.nanmean(null, 0)[None])
+    return out
 
 
-def fit_fold(fold: Fold, task: Task, truth, estimator=None):
-    """The estimator fitted to a fold's training rows: that given, or one of chosen penalty."""
-    if estimator is not None:
-        return clone(estimator).fit(fold.x, truth[fold.train])
-    if task.design.protocol == "brainmarks":
-        cuts = resplit_people(task.splits.units[fold.train], truth[fold.train], task.design.seed)
-        scoring = {"scoring": "balanced_accuracy", "use_legacy_attributes": False}
-        model = LogisticRegressionCV(Cs=10, l1_ratios=(0,), max_iter=1000, cv=cuts, **scoring)
-        return model.fit(fold.x, truth[fold.train])
-    inner = fold.inner
-    if task.names is not None:  # exchanged labels may be missing where the true ones are not
-        inner = [part for part in inner if set(truth[part[0]]) == set(truth[fold.train])]
-    if not inner:
-        return DEFAULTS[task.kind]().fit(fold.x, truth[fold.train])
+def _read(preparation, task, estimator, train, test, validation, truths):
+    """Outputs (target, test row, class) of an estimator fitted to each column of truths."""
+    if estimator is None and task.design.protocol != "brainmarks":
+        return _penalized(preparation, task, train, test, validation, truths)
+    turned = estimator is None or preparation.keep
+    x, new = (preparation.on_axes if turned else preparation.scaled)(train, test)
+    out = np.zeros((truths.shape[1], len(test), len(task.classes)))
+    for found, y in zip(out, truths[train].T, strict=True):
+        if estimator is None:
+            cuts = resplit_people(task.splits.units[train], y, task.design.seed)
+            scoring = {"scoring": "balanced_accuracy", "use_legacy_attributes": False}
+            model = LogisticRegressionCV(Cs=10, l1_ratios=(0,), max_iter=1000, cv=cuts, **scoring)
+        else:
+            model = clone(estimator)
+        model.fit(x, y)
+        if task.names is None:
+            found[:, 0] = np.ravel(model.predict(new))
+        else:
+            found[:, model.classes_] = model.predict_proba(new)
+    return out
 
-    def loss(penalty):
-        return sum(
-            _loss(_penalized(task, penalty, x, truth[fit]), hold_x, truth[hold], task)
-            for fit, hold, x, hold_x in inner
-        )
 
-    return _penalized(task, min(PENALTIES, key=loss), fold.x, truth[fold.train])
+def _penalized(preparation, task, train, test, validation, truths):
+    """Outputs of ridge or logistic regression, each target's penalty chosen inside the fold."""
+
+    def fitted(both, rows, targets, penalties):
+        y = truths[np.ix_(rows, targets)]
+        if task.names is None:
+            return ridge(both[0], y, both[1], penalties)
+        return logistic(both[0], y, both[1], penalties, len(task.names))
+
+    every = np.arange(truths.shape[1])
+    loss, used = np.zeros((len(PENALTIES), len(every))), np.zeros(len(every), bool)
+    cuts = [(train, validation)] if len(validation) else task.inner_splits(train)
+    for fit, hold in cuts:
+        targets = every  # exchanged labels may be missing where the true ones are not
+        if task.names is not None:
+            targets = [t for t in every if set(truths[fit, t]) == set(truths[train, t])]
+        both = preparation.on_axes(fit, hold)
+        for i, found in enumerate(fitted(both, fit, targets, PENALTIES)):
+            loss[i, targets] += task.loss(truths[np.ix_(hold, targets)], found)
+        used[targets] = True
+    chosen = np.where(used, PENALTIES[loss.argmin(0)], 1 / len(train))
+    both = preparation.on_axes(train, test)
+    out = np.empty((len(every), len(test), len(task.classes)))
+    for penalty in np.unique(chosen):
+        targets = np.flatnonzero(chosen == penalty)
+        out[targets] = next(fitted(both, train, targets, [penalty]))
+    return out
 
 
 def resplit_people(units, truth, seed: int) -> list:
@@ -329,49 +335,25 @@ def resplit_people(units, truth, seed: int) -> list:
     return [tuple(np.flatnonzero(np.isin(person, part)) for part in cut) for cut in cuts]
 
 
-def _penalized(task, penalty, x, y):
-    model = DEFAULTS[task.kind]()
-    if task.kind == "number":
-        return model.set_params(alpha=penalty * len(x)).fit(x, y)
-    solver = "newton-cholesky" if len(np.unique(y)) == 2 else "lbfgs"
-    model.set_params(C=1 / (penalty * len(x)), max_iter=2000, solver=solver)
-    return model.fit(x, y)
-
-
-def _loss(model, x, truth, task):
-    """Squared error, or negative log-likelihood, summed over rows."""
-    output = _outputs(model, x, task)
-    if task.names is None:
-        return ((output[:, 0] - truth) ** 2).sum()
-    return -np.log(np.clip(output[np.arange(len(x)), truth], 1e-12, 1)).sum()
-
-
-def _outputs(model, x, task):
-    """Numbers (n, 1), or probabilities (n, class) also of classes absent from training."""
-    if task.names is None:
-        return np.reshape(model.predict(x), (-1, 1))
-    out = np.zeros((len(x), len(task.names)))
-    out[:, model.classes_] = model.predict_proba(x)
-    return out
-
-
-def _null(folds, task, estimator, permutations):
-    """The first metric's mean over folds, with labels exchanged within site.
+def _exchanged(task, permutations):
+    """The truth, and what it becomes as labels are exchanged within site: (row, target).
 
     An exchange that leaves a training part without some label is drawn again: that of the truth
     has them all, too.
     """
-    rng, rows = np.random.default_rng(task.design.seed), task.rows
-    labels = 0 if task.names is None else len(task.names)
-    out = []
-    for drawn in range(1, 100 * permutations + 1):
-        moved = task.truth[permute_within(rows.people, rows.sites, rng, rows.families)]
-        if not labels or all(len(set(moved[fold.train])) == labels for fold in folds):
-            found = task.score(*_predict(folds, task, moved, estimator), moved)
-            out.append(np.nanmean(next(iter(found.values()))))
-        if len(out) == permutations:
-            if again := drawn - permutations:
-                task.notes.append(f"{again} exchanges without some label drawn again")
-            return np.array(out)
-    fact = f"Expected {permutations} exchanges with every label in each training part, found "
-    raise InputError(fact + f"{len(out)} in {drawn}", "Leave a rare label out")
+    rows, trains = task.rows, task.splits.rows("train")
+    rng = np.random.default_rng(task.design.seed)
+    labels, found = 0 if task.names is None else len(task.names), []
+    orders = permute_within(rows.people, rows.sites, rng, rows.families)
+    drawn = 0
+    while len(found) < permutations and drawn < 100 * permutations:
+        drawn += 1
+        moved = task.truth[next(orders)]
+        if not labels or all(len(np.unique(moved[train])) == labels for train in trains):
+            found.append(moved)
+    if len(found) < permutations:
+        fact = f"Expected {permutations} exchanges with every label in each training part, found "
+        raise InputError(f"{fact}{len(found)} in {drawn}", "Leave a rare label out")
+    if again := drawn - permutations:
+        task.notes.append(f"{again} exchanges without some label drawn again")
+    return np.column_stack([task.truth, *found])

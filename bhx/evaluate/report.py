@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import xarray as xr
+from sklearn.linear_model import LinearRegression
 
 from bhx.data.page import drawn, page, private
 from bhx.data.splits import cohort_hash
@@ -72,7 +73,7 @@ def _page(scores, table):
     notes += [note for s in scores for note in json.loads(s.attrs["notes"])]
     sections = {
         "Methods": "".join(f"<p>{escape(methods(s))}</p>" for s in scores),
-        "Who entered": "".join(map(_flow, scores)),
+        "Who entered": "".join(map(_entered, scores)),
         "Scores": _html(table) + drawn(figures),
         "Within each site": "".join(_html(within(s, "site")) for s in scores if "site" in s.coords),
         "Confounds": "".join(map(_explained, scores)),
@@ -138,9 +139,8 @@ def methods(scores: xr.Dataset) -> str:
     """The methods paragraph of a probe, in full sentences."""
     a = scores.attrs
     confounds, preserve = (json.loads(a.get(k, "[]")) for k in ("confounds", "preserve"))
-    named = "participant" in scores.coords
-    people, site = "participants" if named else "rows", "site" in scores.coords
-    n = scores.sizes["fold"]
+    named, site = "participant" in scores.coords, "site" in scores.coords
+    people, n = "participants" if named else "rows", scores.sizes["fold"]
     splits = f"{n} folds that held out whole values of {a['groups']}"
     if a["protocol"] == "paper":
         splits = f"three splits of 6:2:2 stratified by {a['target']}{' and site' if site else ''}"
@@ -151,33 +151,28 @@ def methods(scores: xr.Dataset) -> str:
     elif a["groups"] == "participant":
         splits = f"{n} folds over {people}"
     apart = "; no participant was on both sides of a split" if named else ""
-    what = f"We predicted the {a['task']} '{a['target']}' {_read_by(scores)}"
-    text = [f"{what} in {splits}{apart}."]
-    if a["stratify"]:
-        text.append(f"Folds were balanced over {a['stratify']}.")
-    if "settings" not in a:  # those of bhx.fine_tune have no features
-        text.append(
-            "Missing features were filled with, and all features scaled by, training means."
-        )
-    if a.get("harmonize"):
-        kept = f", keeping the effect of {listed(preserve)}" if preserve else ""
-        text.append(f"ComBat, fitted in the training part, removed {a['harmonize']}{kept}.")
-    if confounds:
-        text.append(
-            f"Linear effects of {listed(confounds, 20)}, fitted in the training part, were removed."
-        )
-    text.append(
+    harmonize = a.get("harmonize")
+    kept = f", keeping the effect of {listed(preserve)}" if preserve else ""
+    within = " within site" if site else ""
+    within += ", families whole" if "family" in scores.coords else ""
+    exchanges = f"{scores.sizes.get('permutation')} exchanges of labels between {people}{within}"
+    effects = f"Linear effects of {listed(confounds, 20)}, fitted in the training part,"
+    tuned = "settings" in a  # by bhx.fine_tune: there are no features
+    unsure = a["protocol"] == "paper" and a["task"] != "number"
+    sentences = {
+        f"We predicted the {a['task']} '{a['target']}' {_read_by(scores)} in {splits}{apart}.": 1,
+        f"Folds were balanced over {a['stratify']}.": a["stratify"],
+        "Missing features were filled with training means, and all were scaled.": not tuned,
+        f"ComBat, fitted in the training part, removed {harmonize}{kept}.": harmonize,
+        f"{effects} were removed.": confounds,
         f"Scores are means over folds with 95 % intervals of a bootstrap over {people}, models not "
         "refitted, widened for pairs of subjects that predict each other; models were compared by "
-        "the corrected resampled t-test with Holm's adjustment."
-    )
-    if a["protocol"] == "paper" and a["task"] != "number":
-        text.append("Metrics of decisions have no interval: three splits are too few for one.")
-    if "null" in scores:
-        kept = " within site" * site + ", families whole" * ("family" in scores.coords)
-        exchanges = f"{scores.sizes['permutation']} exchanges of labels between {people}{kept}"
-        text.append(f"The null comes from {exchanges}.")
-    return " ".join(text)
+        "the corrected resampled t-test over folds and by a paired bootstrap over "
+        f"{people}, each with Holm's adjustment.": 1,
+        "Metrics of decisions have no interval: three splits are too few for one.": unsure,
+        f"The null comes from {exchanges}.": "null" in scores,
+    }
+    return " ".join(sentence for sentence, holds in sentences.items() if holds)
 
 
 def _read_by(scores):
@@ -201,19 +196,15 @@ def _cell(value):
     return "" if pd.isna(value) else " ".join(str(value).replace("|", "\\|").split())
 
 
-def _flow(scores):
-    """Boxes from all rows to those tested, with what was left out on the way."""
+def _entered(scores):
+    """From all rows to those tested, with what was left out on the way."""
     excluded, kept = json.loads(scores.attrs["excluded"]), tested(scores)
-    untested = np.setdiff1d(scores.subject, kept.subject)
-    if len(untested):
+    if len(untested := np.setdiff1d(scores.subject, kept.subject)):
         excluded["tested in no split"] = untested
-    boxes = [f"<div>{scores.attrs['n_rows']} rows given</div>"]
-    for reason, ids in excluded.items():
-        boxes.append(f'<div class="out" title="{escape(listed(ids, 50))}">')
-        boxes[-1] += f"{len(ids)} out: {escape(reason)}</div>"
+    out = [f"{len(ids)} out: {why} ({listed(ids, 20)})" for why, ids in excluded.items()]
     n, people = kept.sizes["subject"], len(np.unique(participants_of(kept)))
-    boxes.append(f"<div><b>{n} rows of {people} participants tested</b></div>")
-    return '<div class="flow">' + "<span>→</span>".join(boxes) + "</div>"
+    given = f"{scores.attrs['n_rows']} rows given"
+    return _list([given, *out, f"{n} rows of {people} participants tested"])
 
 
 def _html(table):
@@ -279,37 +270,42 @@ def plot_scores(table: pd.DataFrame, metric: str | None = None):
 
 def plot_calibration(*scores: xr.Dataset, bins: int = 10):
     """Predicted probability of the positive label against how often it is true."""
-    figure = _diagonal([0, 1])
-    for s in map(tested, scores):
-        truth = s.truth.values.astype(str) == s.attrs["positive"]
-        for output in pooled_output(s):
-            found = metrics.calibration(truth, output.values, bins)
-            name = f"{output.model.item()} (error {found.attrs['error']:.2f})"
-            figure.add_scatter(x=found.predicted, y=found.observed, mode="lines+markers", name=name)
-    figure.update_xaxes(title=f"predicted probability of {scores[0].attrs['positive']}")
-    figure.update_yaxes(title="observed frequency")
-    return private(figure, template="simple_white", height=420, title="Calibration")
+
+    def curve(one, output):
+        found = metrics.calibration(
+            one.truth.values.astype(str) == one.attrs["positive"], output, bins
+        )
+        line = {"x": found.predicted, "y": found.observed, "mode": "lines+markers"}
+        return line, f" (error {found.attrs['error']:.2f})"
+
+    x = f"predicted probability of {scores[0].attrs['positive']}"
+    return _beside_diagonal(scores, [0, 1], curve, "Calibration", x, "observed frequency")
 
 
 def plot_predictions(*scores: xr.Dataset):
     """Predicted against true numbers, one dot a subject."""
-    truth = tested(scores[0]).truth.values
-    figure = _diagonal([truth.min(), truth.max()])
-    for s in map(tested, scores):
-        for output in pooled_output(s):
-            dots = {"size": 6, "opacity": 0.6}
-            name = str(output.model.item())
-            figure.add_scatter(x=s.truth, y=output, mode="markers", marker=dots, name=name)
-    target = scores[0].attrs["target"]
-    figure.update_xaxes(title=f"true {target}").update_yaxes(title=f"predicted {target}")
-    return private(figure, template="simple_white", height=460, title="Predictions")
+
+    def dots(one, output):
+        marker = {"size": 6, "opacity": 0.6}
+        return {"x": one.truth, "y": output, "mode": "markers", "marker": marker}, ""
+
+    truth, target = tested(scores[0]).truth.values, scores[0].attrs["target"]
+    names = "Predictions", f"true {target}", f"predicted {target}"
+    return _beside_diagonal(scores, [truth.min(), truth.max()], dots, *names)
 
 
-def _diagonal(ends):
+def _beside_diagonal(scores, ends, draw, title, x, y):
+    """What `draw` makes of each model's outputs, beside the line of a perfect model."""
     import plotly.graph_objects as go
 
     line = {"dash": "dot", "color": GRAY}
-    return go.Figure().add_scatter(x=ends, y=ends, mode="lines", line=line, name="perfect")
+    figure = go.Figure().add_scatter(x=ends, y=ends, mode="lines", line=line, name="perfect")
+    for one in map(tested, scores):
+        for output in pooled_output(one):
+            trace, more = draw(one, output.values)
+            figure.add_scatter(name=f"{output.model.item()}{more}", **trace)
+    figure.update_xaxes(title=x).update_yaxes(title=y)
+    return private(figure, template="simple_white", height=440, title=title)
 
 
 # ---------------------------------------------------------------- tables
@@ -371,21 +367,14 @@ def explained_by(scores: xr.Dataset, confounds) -> pd.DataFrame:
     if not known.any():
         fact = f"Expected subjects with all of {listed(confounds, 20)}, found none"
         raise InputError(fact, "Leave out what is rarely known")
-    design = np.column_stack([np.ones(known.sum()), design[known]])
     rows = []
     for output in pooled_output(scores):
         both = np.column_stack([output.values[known], truth[known].astype(float)])
-        rest = both - design @ np.linalg.lstsq(design, both)[0]
+        rest = both - LinearRegression().fit(design[known], both).predict(design[known])
         total = both[:, 0].var()
-        rows.append(
-            {
-                "model": str(output.model.values),
-                "explained": 1 - rest[:, 0].var() / total if total > 0 else np.nan,
-                "r": _r(both),
-                "partial_r": _r(rest),
-                "n": int(known.sum()),
-            }
-        )
+        share = 1 - rest[:, 0].var() / total if total > 0 else np.nan
+        row = {"model": str(output.model.values), "explained": share}
+        rows.append(row | {"r": _r(both), "partial_r": _r(rest), "n": int(known.sum())})
     return pd.DataFrame(rows).set_index("model").round(3)
 
 

@@ -13,6 +13,7 @@ from bhx.settings import PACKAGE
 
 # What others report, in the units of `score` (assets/README.md says who measured it, and how)
 REPORTED = PACKAGE / "assets" / "reported.csv"
+ENOUGH, ENOUGH_OF_A_LABEL = 20, 5  # participants for an interval
 
 
 def compare(
@@ -36,11 +37,15 @@ def compare(
     -------
     pandas DataFrame, a row a (target,) model and metric: `score` (mean over folds), `low` and
     `high` (its interval under a bootstrap of participants, see `metrics.interval`; NaN for metrics
-    of decisions under protocol "paper"), `n` subjects that entered, `diff` to the control and `p`
-    (corrected resampled t-test over shared folds, with Holm's adjustment over all models and
-    targets, metric by metric; NaN where the folds are not the same), `p_null` where `probe` was
-    given permutations. attrs["chance"]: metric -> what guessing scores (balanced accuracy only
-    where all have as many classes).
+    of decisions under protocol "paper"), `n` subjects that entered, `diff` to the control and two
+    tests of it: `p` (corrected resampled t-test over shared folds; NaN where the folds are not the
+    same), which asks whether other training rows would show it, and `p_paired` (paired bootstrap of
+    the participants, models not refitted; NaN where they are not the same), which asks whether
+    other test participants would. Both with Holm's adjustment over all models and targets, metric
+    by metric. `p_null` where `probe` was given permutations. A p of 0.001 may be less. Under 20
+    participants, or 5 of some label, there are no intervals and no tests of a difference, and
+    `note` says so. attrs["chance"]: metric -> what guessing scores (balanced accuracy only where
+    all have as many classes).
     """
     if not scores:
         raise InputError("Expected scores to compare, found none", "Call bhx.probe first")
@@ -55,9 +60,8 @@ def compare(
     parts = [[s for s in scores if s.attrs["target"] == target] for target in targets]
     tables = [_table(part, control, level, draws, seed) for part in parts]
     table = pd.concat(tables, ignore_index=True)
-    for metric in table.metric.unique():
-        at = table.metric == metric
-        table.loc[at, "p"] = metrics.adjust_p(table.loc[at, "p"].values)
+    for test in ("p", "p_paired"):
+        table[test] = table.groupby("metric")[test].transform(lambda p: metrics.adjust_p(p.values))
     if reference is not None:
         table = _with_reference(table, reference)
     index = ["target", "model", "metric"] if len(targets) > 1 else ["model", "metric"]
@@ -66,53 +70,70 @@ def compare(
     shared = {"balanced_accuracy": share.pop()} if len(share) == 1 else {}
     table.attrs["chance"] = {**shared, **metrics.CHANCE}
     table.columns.name = targets[0] if len(targets) == 1 else None
-    return table.round(3)
+    table = table.round(3)
+    tests = table.columns[table.columns.str.match("p($|_)")]
+    return table.assign(**table[tests].clip(lower=0.001))  # no p is 0
 
 
 def _table(scores, control, level, draws, seed):
     """Rows of one target."""
-    found = [(s, i) for s in scores for i in range(s.sizes["model"])]
-    against = found[-1]
-    if control is not None:
-        named = [str(s.model.values[i]) for s, i in found]
-        check_choice("control", control, named)
-        against = found[named.index(control)]
-    rows = []
+    found = []
     for s in scores:
-        low, high = _interval(s, level, draws, seed)
-        for i, model in enumerate(s.model.values.astype(str)):
-            for j, metric in enumerate(s.metric.values.astype(str)):
-                row = {"target": s.attrs["target"], "model": model, "metric": metric}
-                row |= {"score": float(s.score[i, j].mean()), "low": low[i, j], "high": high[i, j]}
-                row |= {"n": s.attrs["n"], **_against(s, i, *against, metric)}
-                if "null" in s and j == 0:
-                    row["p_null"] = metrics.permutation_p(row["score"], s.null[i])
-                rows.append(row)
-    return pd.DataFrame(rows)
+        drawn = resample(s, draws, seed)
+        found += [(s.isel(model=[i]), drawn[i].values) for i in range(s.sizes["model"])]
+    names = [str(s.model.item()) for s, _ in found]
+    if control is not None:
+        check_choice("control", control, names)
+    against = found[-1 if control is None else names.index(control)]
+    return pd.DataFrame([row for one in found for row in _rows(*one, *against, level)])
 
 
-def _interval(scores, level, draws, seed):
-    """(low, high), each (model, metric); none for decisions in the paper's three splits."""
-    estimate, drawn = scores.score.mean("fold").values, resample(scores, draws, seed).values
-    ends = metrics.interval(estimate, drawn, level, scores.attrs.get("mutual", 1.0))
-    names = scores.metric.values
-    ends = np.clip(ends, *np.transpose([metrics.RANGE[name] for name in names]))
-    if scores.attrs["protocol"] == "paper":
-        ends[..., np.isin(names, metrics.DECIDED)] = np.nan
-    return ends
+def _rows(s, drawn, control, base, level):
+    """A row for each metric of one model, from its draws (metric, draw) and its control's."""
+    few, rarest = _people(s)
+    mutual, unsure = s.attrs.get("mutual", 1.0), s.attrs["protocol"] == "paper"
+    for metric, folds, own in zip(
+        s.metric.values.astype(str), s.score.values[0], drawn, strict=True
+    ):
+        score = float(metrics.known_mean(folds))
+        row = {"target": s.attrs["target"], "model": str(s.model.item()), "metric": metric}
+        ends = metrics.interval(score, own, level, mutual)
+        low, high = np.clip(ends, *metrics.RANGE[metric])
+        if low > 1 - 1e-9 and metric in metrics.LABEL:  # as many people of a label, no error
+            low = ((1 - level) / 2) ** (1 / rarest)
+        if few or (unsure and metric in metrics.DECIDED):
+            low = high = np.nan
+        row |= {"score": score, "low": low, "high": high, "n": s.attrs["n"]}
+        row |= {"diff": np.nan, "p": np.nan, "p_paired": np.nan}
+        if s is not control and metric in control.metric.values:
+            at = list(control.metric.values).index(metric)
+            row["diff"] = score - float(metrics.known_mean(control.score.values[0, at]))
+            if not few and _same_folds(s, control):
+                each = folds - control.score.values[0, at]
+                row["p"] = metrics.corrected_t(each, s.attrs["test_share"])[1]
+            if not few and _same_people(s, control):
+                row["p_paired"] = metrics.paired_p(row["diff"], own - base[at], mutual)
+        if "null" in s and metric == s.metric.values[0]:
+            row["p_null"] = metrics.permutation_p(score, s.null[0])
+        yield row | ({"note": few} if few else {})
 
 
-def _against(scores, i, other, control, metric):
-    """Difference to the control in this metric and its p, where both saw the same folds."""
-    if (scores is other and i == control) or metric not in other.metric.values:
-        return {"diff": np.nan, "p": np.nan}
-    one = scores.score[i].sel(metric=metric)
-    base = other.score[control].sel(metric=metric)
-    out = {"diff": float(one.mean() - base.mean()), "p": np.nan}
-    if _same_folds(scores, other):
-        difference = one.values - base.values
-        out["p"] = metrics.corrected_t(difference, scores.attrs["test_share"])[1]
-    return out
+def _people(s):
+    """Why those tested are too few for an interval or a test, or ""; and how many have the rarest
+    label."""
+    seen = tested_of(s).any(0)
+    people, truth = participants_of(s)[seen], codes_of(s)[seen]
+    n = rarest = len(np.unique(people))
+    if s.attrs["task"] == "label":
+        rarest = min(len(np.unique(people[truth == code])) for code in range(s.sizes["class"]))
+    if n < ENOUGH:
+        return f"too few: {n} participants", rarest
+    scarce = rarest < ENOUGH_OF_A_LABEL
+    return f"too few: {rarest} participants of a label" if scarce else "", rarest
+
+
+def _same_people(a, b):
+    return np.array_equal(*(np.unique(participants_of(s)) for s in (a, b)))
 
 
 def _same_folds(a, b):

@@ -38,7 +38,10 @@ class Outcome:
     def measure(self, truth, output, decision, weights=None) -> dict[str, np.ndarray]:
         """Metric -> values (B,) of outputs (n, class) and decisions (n,) under weights (B, n)."""
         if self.names is None:
-            return metrics.measure_numbers(truth, output[:, 0], weights)
+            found = metrics.measure_numbers(truth, output[:, 0], weights)
+            if len(np.unique(truth)) < 3:  # a line through two points
+                found["r"] = np.full_like(found["r"], np.nan)
+            return found
         return metrics.measure_labels(truth, output, decision, weights)
 
 
@@ -99,6 +102,14 @@ class Task(Outcome):
         frequency = np.bincount(learned, minlength=len(self.names)) / len(learned)
         return (output / frequency.clip(1e-300)).argmax(1)
 
+    def loss(self, truth, output) -> np.ndarray:
+        """Squared error, or negative log-likelihood, (target,) of truths (n, target) and outputs
+        (target, n, class), summed over rows."""
+        if self.names is None:
+            return ((output[..., 0] - truth.T) ** 2).sum(1)
+        known = np.take_along_axis(output, truth.T[..., None], 2)[..., 0]
+        return -np.log(known.clip(1e-12)).sum(1)
+
     def empty(self):
         """Arrays to fill: output (fold, row, class) of NaN and decision (fold, row) of -1."""
         shape = (len(self.splits.part), len(self.truth))
@@ -141,8 +152,9 @@ class Task(Outcome):
         }
         coords: dict = {"model": [name], "metric": list(found)}
         coords |= {"fold": self.splits.names, "class": self.classes}
-        labels = subject_coords(self.rows.labels)  # one called "score" gives way
-        coords |= {name: c.variable for name, c in labels.items() if name not in variables}
+        labels = subject_coords(self.rows.labels)  # one called "score" or "fold" gives way
+        taken = {*variables, *coords, "permutation", "epoch", "null", "estimator", "part"}
+        coords |= {name: c.variable for name, c in labels.items() if name not in taken}
         return xr.Dataset(variables, coords, {**self._attributes(), **attrs})
 
     def _attributes(self):

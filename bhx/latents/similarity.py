@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -111,7 +113,7 @@ def contrast(
         raise InputError(fact, "Choose another coordinate, or more subjects")
     rng = np.random.default_rng(seed)
     people = np.arange(len(codes))
-    orders = [permute_within(people, blocks, rng) for _ in range(n_permutations)]
+    orders = islice(permute_within(people, blocks, rng), n_permutations)
     draws = codes[np.stack([people, *orders])]
     f = np.stack([_pseudo_f(hub[:, t], draws) for t in range(hub.shape[1])], axis=1)
     p = (f >= f[0] * (1 - 1e-6)).sum(0) / (n_permutations + 1)
