@@ -21,6 +21,7 @@ ROI_COORDS = ("network", "hemi", "mni_x", "mni_y", "mni_z")
 UNITS = {"tr": "s", "onset": "s", "age": "years"}
 UNITS |= dict.fromkeys(("mean_fd", "mni_x", "mni_y", "mni_z", "x", "y", "z"), "mm")
 ATTENTION = "modality_share"
+MISSING = ("", "nan", "none", "n/a", "<na>", "na", "nat", "null", ".", "-", "?", "unknown")
 
 
 def dims_of(kind: str) -> dict[str, tuple[str, ...]]:
@@ -95,12 +96,27 @@ def who_has(data, variable: str) -> np.ndarray:
 
 
 def is_missing(values) -> np.ndarray:
-    """Which labels are none: NaN, None, and the words that tables have for them ("n/a", "NA")."""
+    """Which labels are none: NaN, None, and the words that tables have for them (`MISSING`)."""
     values = np.asarray(values)
     if np.issubdtype(values.dtype, np.number) or values.dtype == bool:
         return ~np.isfinite(values.astype(float))
-    empty = ("", "nan", "none", "n/a", "<na>", "na", "nat")
-    return np.array([str(v).strip().lower() in empty for v in values], bool)
+    return np.array([str(v).strip().lower() in MISSING for v in values], bool)
+
+
+def taken_names() -> set[str]:
+    """Names that no label of people may have: dims and variables of the Datasets of `dims_of`."""
+    names = {"output", "decision", "truth", "class", "draw"}
+    for kind in REQUIRED:
+        for name, dims in dims_of(kind).items():
+            names |= {name, *dims}
+    return names - {"subject"}
+
+
+def check_names(names) -> None:
+    """Refuse labels of people that have a name which bhx uses itself."""
+    if taken := sorted({*names} & taken_names()):
+        fact = f"Expected labels with names that bhx does not use itself, found {listed(taken, 30)}"
+        raise InputError(fact, f"Rename them; taken are {listed(sorted(taken_names()), 99)}")
 
 
 def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
@@ -121,6 +137,7 @@ def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
             raise InputError(fact, f"Rename or transpose: ds['{name}'].transpose{dims}")
     if kind != "scores":
         _check_subjects(obj, kind)
+        check_names(subject_coords(obj))
     if kind == "cohort":
         _check_cohort(obj)
     return obj

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from bhx.data.derivatives import find_scans, with_participants
 from bhx.data.files import attempt, file_columns
+from bhx.data.labels import as_words, coded, typed
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.table import modality
 from bhx.settings import PACKAGE
@@ -51,6 +52,7 @@ class Phenotype(Strict):
 
     units: str = ""
     coding: dict[str, str] = {}  # what the source writes -> what the cohort says
+    missing: list[str | float] = []  # codes of missing values
     column: str = ""  # its name in the source, when that differs
 
 
@@ -77,6 +79,7 @@ class Entry(Strict):
     layout: Literal["synthetic", "sample", "nilearn", "derivatives", "files"]
     sites: dict[str, float | None] = {}  # site -> TR [s]; None: read it from the files
     phenotypes: dict[str, Phenotype] = {}
+    missing: list[str | float] = []  # codes of missing values in any column
     fetch: Fetch | None = None
     files: dict[FileColumn, PatternPath] = {}  # each in a folder {participant}; * for any name
     path: InsidePath = ""  # of the folder, below the user's data folder
@@ -166,8 +169,10 @@ def read_entry(file: Path) -> Entry:
     return entry
 
 
-def entry_rows(entry: Entry, data_folder: Path) -> pd.DataFrame:
+def entry_rows(entry: Entry, data_folder: Path, **options) -> pd.DataFrame:
     """The scans of a catalog entry as rows for `prepare`: fetched, or found where they belong.
+
+    `options` are those of `find_scans` for a folder of derivatives.
 
     Raises
     ------
@@ -180,8 +185,9 @@ def entry_rows(entry: Entry, data_folder: Path) -> pd.DataFrame:
     if not folder.is_dir():
         steps = " ".join(f"({i}) {step.rstrip('.')}." for i, step in enumerate(entry.steps, 1))
         raise InputError(f"Expected {entry.title} in {folder}, found no such folder", steps)
-    rows = find_scans(folder) if entry.layout == "derivatives" else _by_pattern(entry, folder)
-    return _recoded(rows, entry)
+    if entry.layout == "derivatives":
+        return _recoded(find_scans(folder, **options), entry)
+    return _recoded(_by_pattern(entry, folder, options.get("phenotypes")), entry)
 
 
 def _fetched(entry, data_folder):
@@ -192,9 +198,9 @@ def _fetched(entry, data_folder):
     with attempt(f"to fetch {entry.title}", help):
         found = getattr(datasets, how.function)(data_dir=data_folder, **how.options)
     rows = pd.DataFrame(found["phenotypic"]).reset_index(drop=True)
-    ids = rows[how.id].astype(str)
+    ids = as_words(rows[how.id])
     named = pd.DataFrame({"subject": ids, "participant": ids})
-    named["site"] = rows[how.site].astype(str) if how.site else next(iter(entry.sites), "")
+    named["site"] = as_words(rows[how.site]) if how.site else next(iter(entry.sites), "")
     for column, key in how.files.items():
         named[column] = [*map(str, found[key])]
     columns = {p.column or name for name, p in entry.phenotypes.items()}
@@ -202,24 +208,36 @@ def _fetched(entry, data_folder):
 
 
 def _recoded(rows, entry):
-    """Rows with the entry's names and codes for its phenotypes."""
+    """Rows with the entry's names and codes for its phenotypes, its missing values gone."""
+    notes = [*rows.attrs.get("notes", [])]
     rows = rows.rename(columns={p.column: name for name, p in entry.phenotypes.items() if p.column})
-    for name, phenotype in entry.phenotypes.items():
-        if name in rows and phenotype.coding:
-            rows[name] = rows[name].astype(str).map(phenotype.coding).fillna("")
+    taken = {*file_columns(), "subject", "participant", "session", "run", "site"}
+    for name in [column for column in rows if column not in taken]:
+        how = entry.phenotypes.get(name, Phenotype())
+        missing, to_type = [*entry.missing, *how.missing], coded if how.coding else typed
+        coding = {"coding": how.coding} if how.coding else {}
+        rows[name], says = to_type(rows[name], name, **coding, missing=missing)
+        notes += says
+    rows.attrs["notes"] = notes
     return rows
 
 
-def _by_pattern(entry, folder):
+def _by_pattern(entry, folder, phenotypes):
     """Files below a folder whose paths follow the entry's patterns, a row a participant."""
-    found = {}
+    found, notes = {}, []
     for column, pattern in entry.files.items():
         at = pattern.split("/").index("{participant}")
         for file in sorted(folder.glob(pattern.replace("{participant}", "*"))):
+            if file.name.startswith("._"):  # left by macOS
+                continue
             who = file.relative_to(folder).parts[at]
-            found.setdefault(who, {}).setdefault(column, str(file))
+            first = found.setdefault(who, {}).setdefault(column, str(file))
+            if first != str(file):
+                notes.append(f"of several files of {who}, {first} is taken, {file} left out")
     rows = [{"subject": who, "participant": who, **files} for who, files in sorted(found.items())]
     if not rows:
         fact = f"Expected files such as {next(iter(entry.files.values()))} in {folder}, found none"
         raise InputError(fact, " ".join(entry.steps))
-    return with_participants(pd.DataFrame(rows).fillna(""), folder)
+    table = pd.DataFrame(rows).fillna("")
+    table.attrs["notes"] = notes
+    return with_participants(table, folder, phenotypes)

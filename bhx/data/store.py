@@ -15,11 +15,12 @@ from pathlib import Path
 
 import dask.array as da
 import numpy as np
+import pandas as pd
 import xarray as xr
 import zarr
 
 from bhx.errors import InputError, listed
-from bhx.schema import check, plain_labels
+from bhx.schema import UNITS, check, plain_labels, subject_coords
 
 SHARD_BYTES = 64e6  # of one file of a sharded store; one file a subject chokes file systems
 
@@ -136,15 +137,15 @@ def count_written(path) -> int:
 
 
 def extend_store(new: xr.Dataset, path) -> None:
-    """Make room for new rows behind those that are written, and write their labels.
+    """Make room for new rows behind those that are written; `write_labels` writes their labels.
 
     Only `time` may be longer or shorter than in the store; other dims must have the same labels.
     """
     n = count_written(path)
     group = zarr.open_group(path, mode="r+")
-    if surplus := {*new.variables} - {*group.array_keys()}:
+    if surplus := {*new.variables} - {*subject_coords(new)} - {*group.array_keys()}:
         found = listed(sorted(surplus))
-        fact = f"Expected new subjects with the labels of {path}, found also {found}"
+        fact = f"Expected new subjects with the data of {path}, found also {found}"
         raise InputError(fact, "Prepare all subjects together into a new store")
     for dim in {*new.dims} - {"subject", "time"}:
         if dim in new.coords and group[dim][:].tolist() != new[dim].values.tolist():
@@ -159,8 +160,22 @@ def extend_store(new: xr.Dataset, path) -> None:
         array.resize(tuple(size.get(d, m) for d, m in zip(dims, array.shape, strict=True)))
         if name == "time":
             array[:] = np.arange(longest)
-        elif dims == ("subject",) and name in new.coords:
-            array[n:] = as_text(new[name]).values.astype(array.dtype)
+
+
+def write_labels(path, labels: Mapping) -> None:
+    """Write labels (name -> values of every row) where they differ; a new one, or one of another
+    type, is made anew."""
+    group = zarr.open_group(path, mode="r+")
+    for name, values in labels.items():
+        values = np.asarray(values)
+        kinds, array = "UOT" if values.dtype.kind in "UOT" else values.dtype.kind, group.get(name)
+        if array is None or array.dtype.kind not in kinds or array.shape != values.shape:
+            how = {"shape": values.shape, "dtype": str if "U" in kinds else values.dtype}
+            how["attributes"] = {"units": UNITS[name]} if name in UNITS else {}
+            array = group.create_array(name, dimension_names=["subject"], overwrite=True, **how)
+        values = values.astype(object) if "U" in kinds else values
+        if not pd.Series(array[:].tolist()).equals(pd.Series(values.tolist())):
+            array[:] = values
 
 
 def open_store(path, kind: str = "cohort") -> xr.Dataset:
