@@ -103,20 +103,21 @@ def is_missing(values) -> np.ndarray:
     return np.array([str(v).strip().lower() in MISSING for v in values], bool)
 
 
-def taken_names() -> set[str]:
-    """Names that no label of people may have: dims and variables of the Datasets of `dims_of`."""
+def taken_names(kind: str = "cohort") -> set[str]:
+    """Names that no label of people in this kind may have: variables and dims of what it is, and of
+    what is made of it."""
     names = {"output", "decision", "truth", "class", "draw"}
-    for kind in REQUIRED:
-        for name, dims in dims_of(kind).items():
+    for made in list(REQUIRED)[list(REQUIRED).index(kind) :]:
+        for name, dims in dims_of(made).items():
             names |= {name, *dims}
     return names - {"subject"}
 
 
-def check_names(names) -> None:
+def check_names(names, kind: str = "cohort") -> None:
     """Refuse labels of people that have a name which bhx uses itself."""
-    if taken := sorted({*names} & taken_names()):
+    if taken := sorted({*names} & taken_names(kind)):
         fact = f"Expected labels with names that bhx does not use itself, found {listed(taken, 30)}"
-        raise InputError(fact, f"Rename them; taken are {listed(sorted(taken_names()), 99)}")
+        raise InputError(fact, f"Rename them; taken are {listed(sorted(taken_names(kind)), 99)}")
 
 
 def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
@@ -137,7 +138,7 @@ def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
             raise InputError(fact, f"Rename or transpose: ds['{name}'].transpose{dims}")
     if kind != "scores":
         _check_subjects(obj, kind)
-        check_names(subject_coords(obj))
+        check_names(subject_coords(obj), kind)
     if kind == "cohort":
         _check_cohort(obj)
     return obj

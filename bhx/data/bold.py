@@ -422,13 +422,15 @@ def in_time(bold: xr.DataArray, path, confounds=None) -> xr.DataArray:
             places, total = np.flatnonzero(~cut), len(cut)
     if confounds:
         _check_length(path, total, len(_confounds(confounds)), Path(confounds), "one volume")
-    there = np.isfinite(values).any(0)
+    there = (np.isfinite(values) & (values != 0)).any(0)
     if not there.any() or there.sum() == total:
         return bold
     full = [np.interp(np.arange(total), places[there], v) for v in values[:, there]]
     note = f"{total - there.sum()} of {total} volumes were missing and are filled in linearly"
     out = bold.isel(time=[0] * total).copy(data=np.stack(full))
     out["time"] = ("time", bold.attrs["tr"] * np.arange(total), {"units": "s"})
+    whole = np.isfinite(values[:, there]).all(1) & ~np.isfinite(values).all(1)
+    out["covered"] = out["covered"].where(~whole, 1.0)
     notes = [*bold.attrs["notes"], note]
     return out.assign_attrs(n_scrubbed=int(total - there.sum()), notes=notes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from zipfile import is_zipfile
 
 import nibabel as nib
 import numpy as np
@@ -63,9 +64,12 @@ def find_scans(
     """
     folder, notes = Path(folder), []
     if not folder.is_dir():
-        fact = f"Expected a folder of derivatives, found {'a file' * folder.is_file() or 'none'}"
-        help = "Give the folder that holds dataset_description.json or sub-*; unpack a zip first"
-        raise InputError(f"{fact} at {folder}", help)
+        is_zip = folder.is_file() and is_zipfile(folder)
+        fact = (
+            f"Expected a folder of derivatives, found {'a zip' if is_zip else 'none'} at {folder}"
+        )
+        help = "Give the folder that holds dataset_description.json or sub-*"
+        raise InputError(fact, "Unzip it, and give the folder inside" if is_zip else help)
     fits = _tables_of(atlas)
     described = [_described(file, fits) for file in _files_below(folder, notes)]
     files = sorted(filter(None, described), key=lambda file: file["rank"])

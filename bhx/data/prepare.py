@@ -356,7 +356,7 @@ def _pack(rows, stored, parts, out, about):
     store."""
     facts, shapes, dims = _read_parts(parts.values())
     table = _label_table(rows, stored, facts)
-    labels = {name: _one_type(table[name], name, out) for name in table}
+    labels = {name: _one_type(table[name], name, stored.get(name, ()), out) for name in table}
     fresh = [subject for subject in parts if subject not in stored.index]
     if parts:
         new = _empty_cohort(table.index.get_indexer([*parts]), labels, shapes, dims, about)
@@ -411,13 +411,14 @@ def _label_table(rows, stored, facts):
     return table
 
 
-def _one_type(values, name, out):
+def _one_type(values, name, before, out):
     """A label as one array: numbers with NaN or text with ""; whether somebody has a modality."""
     missing = is_missing(values)
     if name in {m.has for m in MODALITIES.values()}:
         return values.where(~missing, False).to_numpy(bool)
     numbers = [isinstance(v, (int, float)) and not isinstance(v, bool) for v in values[~missing]]
-    if name not in WORDS and all(numbers):
+    still_words = not numbers and any(isinstance(v, str) for v in before)
+    if name not in WORDS and all(numbers) and not still_words:
         return values.where(~missing, np.nan).to_numpy(int if name == "n_volumes" else float)
     if any(numbers) and not all(numbers):
         word = next(v for v, n in zip(values[~missing], numbers, strict=True) if not n)

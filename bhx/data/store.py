@@ -173,6 +173,10 @@ def write_labels(path, labels: Mapping) -> None:
             how = {"shape": values.shape, "dtype": str if "U" in kinds else values.dtype}
             how["attributes"] = {"units": UNITS[name]} if name in UNITS else {}
             array = group.create_array(name, dimension_names=["subject"], overwrite=True, **how)
+            for one in (group, *dict(group.arrays()).values()):  # where xarray lists coordinates
+                listed_there = str(one.attrs.get("coordinates", "")).split()
+                if "participant" in listed_there and name not in listed_there:
+                    one.attrs["coordinates"] = " ".join([*listed_there, name])
         values = values.astype(object) if "U" in kinds else values
         if not pd.Series(array[:].tolist()).equals(pd.Series(values.tolist())):
             array[:] = values
@@ -191,7 +195,8 @@ def open_store(path, kind: str = "cohort") -> xr.Dataset:
         raise InputError(fact, f"Write one with {writers[kind]}")
     data = xr.open_zarr(path, chunks={}, consolidated=False)
     half = [name for name, v in data.data_vars.items() if v.dtype == "float16"]
-    return check(plain_labels(data.assign({n: data[n].astype("float32") for n in half})), kind)
+    data = data.assign({n: data[n].astype("float32") for n in half})
+    return check(plain_labels(data.drop_encoding()), kind)  # xarray writes it anew as it likes
 
 
 @contextmanager
