@@ -25,7 +25,7 @@ ROOMS = {
     "modalities": ("base", "bold", "coupling", "t1", "cubes", "table"),
     "./": ("schema",),  # what the table of modalities allows
     "data": (
-        *("files", "atlas", "geometry", "derivatives", "catalog", "page", "quality"),
+        *("files", "labels", "atlas", "geometry", "derivatives", "catalog", "page", "quality"),
         *(
             "quality_page",
             "bold",

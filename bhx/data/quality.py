@@ -162,7 +162,8 @@ def check_t1_quality(t1: np.ndarray, template: np.ndarray, name: str = "a T1") -
     brain = inside.sum() / 1000
     if brain > BRAIN_ML:
         fact = f"Expected at most {BRAIN_ML:.0f} ml of brain in {name}, found {brain:.0f} ml"
-        raise InputError(fact, "Skull-strip it or give its brain mask")
+        help = "Skull-strip it or give its brain mask; if it is not registered to MNI, run fMRIPrep"
+        raise InputError(fact, f"{help} or sMRIPrep")
 
     def likeness(volume):
         return float(np.corrcoef(*(block_mean(v, 8).ravel() for v in (volume, template)))[0, 1])
