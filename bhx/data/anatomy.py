@@ -60,7 +60,7 @@ def read_t1(path, mask=None, *, voxel_mm: float = 1.0) -> tuple[xr.DataArray, li
             raise InputError(fact, "Set those voxels to 0 or run the pipeline that made it again")
         images.append(nib.Nifti1Image(np.where(there, values, 0), image.affine))
     check_space(path)
-    check_contrast(images[0].dataobj, Path(path).name)
+    check_contrast(np.asarray(images[0].dataobj), Path(path).name)
     t1 = t1_to_grid(*images)
     warnings = check_t1_quality(t1, read_template_t1(), Path(path).name)
     return xr.DataArray(block_mean(t1, int(voxel_mm)), grid, ANATOMY.dims, ANATOMY.name), warnings

@@ -48,7 +48,7 @@ def read_run(row: dict, options: dict) -> tuple[xr.DataArray, dict, list[str]]:
     if confounds:
         found = read_motion(confounds)
         mean_fd = mean_fd if np.isnan(found) else found
-    bold = in_time(bold, Path(file), confounds)
+    bold = in_time(bold, Path(str(file)), confounds)
     if options["denoising"] and needs_denoising(file):
         bold = denoise(bold, file, confounds, **options["denoising"])
     series, facts, warnings = check_bold_quality(bold, mean_fd)
@@ -349,7 +349,7 @@ def read_tr(path, header_tr: float | None = None, given: float | None = None) ->
     header, others = known.get("the header"), [v for k, v in known.items() if k != "the header"]
     if header == 1 or (others and header == 0):  # what writers put where they know none
         known.pop("the header")
-    elif others and abs(header_tr or 0) > 20:  # milliseconds
+    elif others and header is not None and header > 20:  # milliseconds
         known["the header"] = header / 1000
     if not known:
         found = "1 s in the header alone" if header == 1 else "none in a sidecar or header"

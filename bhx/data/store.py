@@ -170,8 +170,8 @@ def write_labels(path, labels: Mapping) -> None:
         values = np.asarray(values)
         kinds, array = "UOT" if values.dtype.kind in "UOT" else values.dtype.kind, group.get(name)
         if array is None or array.dtype.kind not in kinds or array.shape != values.shape:
-            how = {"shape": values.shape, "dtype": str if "U" in kinds else values.dtype}
-            how["attributes"] = {"units": UNITS[name]} if name in UNITS else {}
+            how: dict = {"shape": values.shape, "dtype": str if "U" in kinds else values.dtype}
+            how |= {"attributes": {"units": UNITS[name]} if name in UNITS else {}}
             array = group.create_array(name, dimension_names=["subject"], overwrite=True, **how)
             for one in (group, *dict(group.arrays()).values()):  # where xarray lists coordinates
                 listed_there = str(one.attrs.get("coordinates", "")).split()
