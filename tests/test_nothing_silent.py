@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+import zarr
 from small_cohorts import make_cohort
 from small_files import (
     ATLAS,
@@ -287,6 +288,16 @@ def test_a_shorter_scan_leaves_nothing_of_the_longer_one(tmp_path):
     redone = prepare(rows, tmp_path / "c.zarr", atlas=ATLAS, redo=True)
     assert np.isnan(redone.bold.values[0, :, 40:]).all()
     assert np.isfinite(redone.bold.values[1]).all()
+
+
+def test_what_a_killed_run_left_is_cut_off_when_nobody_else_is_usable(tmp_path):
+    rows = rows_of(tmp_path, "ab", age=[30, 40])
+    prepare(rows, tmp_path / "c.zarr", atlas=ATLAS)
+    zarr.open_group(tmp_path / "c.zarr").attrs.update(complete=False, rows_written=1)
+    left = prepare(rows[:1], tmp_path / "c.zarr", atlas=ATLAS)
+    assert left.subject.values.tolist() == ["a"]
+    assert left.age.values.tolist() == [30]
+    assert left.bold.shape == (1, 100, 60)
 
 
 def test_a_part_of_a_cohort_is_saved_by_xarray_alone(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -387,7 +388,10 @@ def beside(path) -> list[Path]:
     if not path or not os.path.isfile(path):
         return []
     path = Path(path)
-    both = _hemispheres(path) if _reader_of(path.name) is _read_surface else ()
+    both: tuple = ()
+    if _reader_of(path.name) is _read_surface:
+        with suppress(InputError):
+            both = _hemispheres(path)
     return [*_sidecars(path), *(f for f in both if f != path and f.is_file()), *_outliers(path)]
 
 

@@ -186,6 +186,7 @@ def entry_rows(entry: Entry, data_folder: Path, **options) -> pd.DataFrame:
         steps = " ".join(f"({i}) {step.rstrip('.')}." for i, step in enumerate(entry.steps, 1))
         raise InputError(f"Expected {entry.title} in {folder}, found no such folder", steps)
     if entry.layout == "derivatives":
+        options = {"atlas": entry.prepare.get("atlas", "schaefer400"), **options}
         return _recoded(find_scans(folder, **options), entry)
     return _recoded(_by_pattern(entry, folder, options.get("phenotypes")), entry)
 

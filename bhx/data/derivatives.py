@@ -171,8 +171,7 @@ def _tables_of(atlas):
 
 def reserved() -> set[str]:
     """Names of a cohort that no column of phenotypes may have."""
-    names = {"subject", "participant"} | FACTS | taken_names()
-    return names | {name for m in MODALITIES.values() for name in (m.variable, m.has, *m.dims)}
+    return {"subject", "participant", *FACTS, *taken_names(), *(m.has for m in MODALITIES.values())}
 
 
 def with_participants(scans: pd.DataFrame, folder: Path, phenotypes=None) -> pd.DataFrame:

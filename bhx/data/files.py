@@ -107,14 +107,16 @@ def space_of(name: str) -> str:
 
 def check_space(path, labels=None) -> None:
     """Refuse a file whose name says a space other than MNI152 or that of its label image."""
-    space, of_labels = (space_of(Path(file).name) if file else "" for file in (path, labels))
-    for one in (space, of_labels):
-        fits = not one or re.match(r"(?i)mni(152|$)", one)
-        if not fits and not (space == of_labels and one):
-            fact = f"Expected an image in MNI152 space, found space-{one.replace(':', '_cohort-')}"
-            fact += f" in {Path(path if one == space else labels).name}"
-            help = "Take that of fMRIPrep's --output-spaces MNI152NLin6Asym"
-            raise InputError(fact, f"{help}, or give labels in the space of the image")
+    spaces = [(space_of(Path(file).name), file) for file in (path, labels) if file]
+    odd = [one for one in spaces if one[0] and not re.match(r"(?i)mni(152|$)", one[0])]
+    same = len(odd) == 2 and odd[0][0] == odd[1][0]
+    if odd and not same:
+        space, file = odd[0]
+        fact = (
+            f"Expected an image in MNI152 space, found space-{space.replace(':', '_cohort-')} in "
+        )
+        help = "Take that of fMRIPrep's --output-spaces MNI152NLin6Asym, or labels in its space"
+        raise InputError(fact + Path(file).name, help)
 
 
 @contextmanager

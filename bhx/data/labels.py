@@ -94,7 +94,7 @@ def _ask(numbers, name):
     if found.empty:
         return []
     codes = f"{listed(as_words(found.unique()))} in {len(found)} rows of '{name}'"
-    help = "If they stand for missing values, name them: missing=(-9999,); if not, missing=()"
+    help = "Name them in bhx.prepare(missing=(-9999,)), or missing=() if they are no codes"
     if found.abs().max() >= 99:
         fact = f"Expected numbers of people, found {codes}, which look like codes"
         raise InputError(fact, help)

@@ -258,7 +258,11 @@ def _inputs(row, options):
 
 
 def _checksums(files):
-    return [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
+    sums = []
+    for path in files:
+        with open(path, "rb") as file:
+            sums.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+    return sums
 
 
 def _is_changed(row, stored, options):
@@ -267,7 +271,7 @@ def _is_changed(row, stored, options):
         return False
     if not all(os.path.isfile(row[k]) for k in file_columns() if row.get(k)):
         return False  # files that are gone cannot be read again
-    before = json.loads(stored["inputs"][row["subject"]])
+    before = {"files": [], "sums": []} | json.loads(stored["inputs"][row["subject"]])
     files, now = _inputs(row, options)
     if before["files"] == now:
         return False
@@ -360,10 +364,12 @@ def _pack(rows, stored, parts, out, about):
     fresh = [subject for subject in parts if subject not in stored.index]
     if parts:
         new = _empty_cohort(table.index.get_indexer([*parts]), labels, shapes, dims, about)
-        if out.exists():
-            extend_store(new.sel(subject=fresh), out)
-        else:
-            create_store(new, out, half=HALF)
+    else:
+        new = xr.open_zarr(out, chunks=None, consolidated=False).isel(subject=slice(0))
+    if not out.exists():
+        create_store(new, out, half=HALF)
+    elif parts or not new.attrs.get("complete", True):
+        extend_store(new.sel(subject=fresh) if fresh else new.isel(subject=slice(0)), out)
     if again := [subject for subject in parts if subject in stored.index]:
         broken = np.where(table.index.isin(again), "{}", labels["inputs"])
         write_labels(out, {**labels, "inputs": broken})
@@ -372,9 +378,8 @@ def _pack(rows, stored, parts, out, about):
                 at = table.index.get_loc(subject)
                 write_rows(out, slice(at, at + 1), _load_parts([parts[subject]], whole))
     write_labels(out, labels)
-    if parts:
-        ids = labels["subject"]
-        fill(out, lambda rows: _load_parts([parts[i] for i in ids[rows]], new))
+    ids = labels["subject"]
+    fill(out, lambda rows: _load_parts([parts[i] for i in ids[rows]], new))
 
 
 def _read_parts(parts):
@@ -401,9 +406,10 @@ def _label_table(rows, stored, facts):
     ids = pd.Index([*stored.index, *found.index.difference(stored.index, sort=False)])
     asked = pd.DataFrame(rows).drop(columns=file_columns(), errors="ignore").astype(object)
     asked = asked.set_index("subject")
+    read = FACTS | ({"mean_fd"} if any(row.get(BOLD.files[1]) for row in rows) else set())
     table = stored.reindex(ids).astype(object)
     for labels in (asked[asked.index.isin(ids)], found):
-        names = [n for n in labels if labels is found or n not in FACTS or n not in stored]
+        names = [n for n in labels if labels is found or n not in read or n not in stored]
         for name in names:
             column = table[name] if name in table else pd.Series(np.nan, ids, dtype=object)
             table[name] = labels[name].reindex(ids).where(ids.isin(labels.index), column)
