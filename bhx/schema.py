@@ -105,12 +105,12 @@ def is_missing(values) -> np.ndarray:
 
 def taken_names(kind: str = "cohort") -> set[str]:
     """Names that no label of people in this kind may have: variables and dims of what it is, and of
-    what is made of it."""
-    names = {"output", "decision", "truth", "class", "draw"}
+    what is made of it. In scores, variables are kept apart from labels of their names."""
+    variables, dims = {"output", "decision", "truth"}, {"class", "draw"}
     for made in list(REQUIRED)[list(REQUIRED).index(kind) :]:
-        for name, dims in dims_of(made).items():
-            names |= {name, *dims}
-    return names - {"subject"}
+        variables |= {*dims_of(made)}
+        dims |= {dim for of_one in dims_of(made).values() for dim in of_one}
+    return (dims | ({"null"} if kind == "features" else variables)) - {"subject"}
 
 
 def check_names(names, kind: str = "cohort") -> None:
