@@ -103,21 +103,20 @@ def is_missing(values) -> np.ndarray:
     return np.array([str(v).strip().lower() in MISSING for v in values], bool)
 
 
-def taken_names(kind: str = "cohort") -> set[str]:
-    """Names that no label of people in this kind may have: variables and dims of what it is, and of
-    what is made of it. In scores, variables are kept apart from labels of their names."""
-    variables, dims = {"output", "decision", "truth"}, {"class", "draw"}
-    for made in list(REQUIRED)[list(REQUIRED).index(kind) :]:
-        variables |= {*dims_of(made)}
-        dims |= {dim for of_one in dims_of(made).values() for dim in of_one}
-    return (dims | ({"null"} if kind == "features" else variables)) - {"subject"}
+def taken_names() -> set[str]:
+    """Names that no label of people may have: variables and dims of cohorts and what they become."""
+    names = {"output", "decision", "truth", "class", "draw"}
+    for kind in REQUIRED:
+        for name, dims in dims_of(kind).items():
+            names |= {name, *dims}
+    return names - {"subject"}
 
 
-def check_names(names, kind: str = "cohort") -> None:
+def check_names(names) -> None:
     """Refuse labels of people that have a name which bhx uses itself."""
-    if taken := sorted({*names} & taken_names(kind)):
+    if taken := sorted({*names} & taken_names()):
         fact = f"Expected labels with names that bhx does not use itself, found {listed(taken, 30)}"
-        raise InputError(fact, f"Rename them; taken are {listed(sorted(taken_names(kind)), 99)}")
+        raise InputError(fact, f"Rename them; taken are {listed(sorted(taken_names()), 99)}")
 
 
 def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
@@ -138,7 +137,6 @@ def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
             raise InputError(fact, f"Rename or transpose: ds['{name}'].transpose{dims}")
     if kind != "scores":
         _check_subjects(obj, kind)
-        check_names(subject_coords(obj), kind)
     if kind == "cohort":
         _check_cohort(obj)
     return obj
@@ -162,6 +160,7 @@ def _check_subjects(obj, kind):
 
 
 def _check_cohort(obj):
+    check_names(subject_coords(obj))
     there = by_variable(obj.data_vars)
     if not there:
         names = " or ".join(

@@ -197,7 +197,9 @@ def prepare(
             **attrs,
         }
         _pack(rows, stored, parts, out, about)
-        zarr.open_group(out, mode="r+").attrs.update(refused=refused, notes=notes)
+        zarr.open_group(out, mode="r+", use_consolidated=False).attrs.update(
+            refused=refused, notes=notes
+        )
         shutil.rmtree(folder, ignore_errors=True)
     return open_store(out)
 
@@ -234,7 +236,7 @@ def _stored_labels(out, made_by):
     """Labels of the rows that a store has, by subject; it must have the same options."""
     if not out.exists():
         return pd.DataFrame(index=pd.Index([], dtype=object))
-    group, n = zarr.open_group(out, mode="r"), count_written(out)
+    group, n = zarr.open_group(out, mode="r", use_consolidated=False), count_written(out)
     before = json.loads(group.attrs.get("preprocessing", "{}"))
     differ = sorted(k for k in made_by if before.get(k) != made_by[k])
     if "task" in differ and None in (before.get("task"), made_by["task"]):

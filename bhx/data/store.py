@@ -105,7 +105,7 @@ def write_rows(path, rows: slice, arrays: Mapping) -> None:
 
     Variables that are not given stay empty (NaN), and so does what lies behind a shorter array.
     """
-    group = zarr.open_group(path, mode="r+")
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)
     for name, values in arrays.items():
         values = np.asarray(values)
         group[name][(rows, *map(slice, values.shape[1:]))] = values
@@ -125,7 +125,7 @@ def fill(path, arrays_of: Callable) -> None:
 
 def finish(path) -> None:
     """Declare a store complete; from then on it opens."""
-    group = zarr.open_group(path, mode="r+")
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)
     group.attrs.update(complete=True, rows_written=group["subject"].shape[0])
     shutil.rmtree(_markers(path), ignore_errors=True)
 
@@ -142,7 +142,7 @@ def extend_store(new: xr.Dataset, path) -> None:
     Only `time` may be longer or shorter than in the store; other dims must have the same labels.
     """
     n = count_written(path)
-    group = zarr.open_group(path, mode="r+")
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)
     if surplus := {*new.variables} - {*subject_coords(new)} - {*group.array_keys()}:
         found = listed(sorted(surplus))
         fact = f"Expected new subjects with the data of {path}, found also {found}"
@@ -165,7 +165,7 @@ def extend_store(new: xr.Dataset, path) -> None:
 def write_labels(path, labels: Mapping) -> None:
     """Write labels (name -> values of every row) where they differ; a new one, or one of another
     type, is made anew."""
-    group = zarr.open_group(path, mode="r+")
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)
     for name, values in labels.items():
         values = np.asarray(values)
         kinds, array = "UOT" if values.dtype.kind in "UOT" else values.dtype.kind, group.get(name)
