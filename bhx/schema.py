@@ -104,7 +104,7 @@ def is_missing(values) -> np.ndarray:
 
 
 def taken_names() -> set[str]:
-    """Names that no label of people may have: variables and dims of cohorts and what they become."""
+    """Names that no label of people may have: variables and dims of cohorts and of what follows."""
     names = {"output", "decision", "truth", "class", "draw"}
     for kind in REQUIRED:
         for name, dims in dims_of(kind).items():
