@@ -353,7 +353,7 @@ def test_a_page_of_figures_loads_and_uploads_nothing(browser, tmp_path):
         bhx.plot_latents(bhx.project(latents), color="age"),
     ]
     file = tmp_path / "page.html"
-    file.write_text(html("Figures", drawn(figures)), encoding="utf-8")
+    file.write_text(html("Figures", "".join(drawn(figures))), encoding="utf-8")
     page = new_page(browser)
     page.goto(file.as_uri())
     page.wait_for_function(f"() => ({FIGURES})().length === {len(figures)}")
