@@ -12,7 +12,6 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 from anywidget import AnyWidget
-from IPython.display import display
 
 from bhx.errors import InputError
 from bhx.latents.maps import SHARE
@@ -53,9 +52,8 @@ class Panels:
             _keep_state(figure)
         self.card, self.heading, self.message, self.legend = (widgets.HTML() for _ in range(4))
         self.controls = self._controls()
-        self.written = widgets.Textarea(layout={"width": "60%", "height": "120px"})
-        self.picture = widgets.Output(layout={"width": "40%"})
-        self.shown = widgets.HBox([self.written, self.picture], layout={"display": "none"})
+        hidden = {"width": "100%", "height": "120px", "display": "none"}  # until it is asked for
+        self.written = widgets.Textarea(layout=hidden)
         self.box = self._arranged()
         explorer.followers.append(self.update)
         self.color_people()
@@ -320,10 +318,7 @@ class Panels:
             self.message.value = f"Group {which}: {groups[which].sum()} subjects. Now set {other}."
 
     def _show_code(self, _):
-        self.written.value, self.shown.layout.display = self.explorer.code(), ""
-        self.picture.clear_output(wait=True)
-        with self.picture:
-            display(self.explorer.figure())
+        self.written.value, self.written.layout.display = self.explorer.code(), ""
 
     def _arranged(self):
         row, columns = {"flex_flow": "row wrap"}, "repeat(2, minmax(0, 1fr))"
@@ -333,7 +328,7 @@ class Panels:
         cells += [widgets.HTML(), sliders]
         grid = {"grid_template_columns": columns, "grid_gap": "0 12px", "width": "100%"}
         figures = widgets.GridBox(cells, layout=grid)
-        return widgets.VBox([controls, self.card, figures, self.shown, Fit()])
+        return widgets.VBox([controls, self.card, figures, self.written, Fit()])
 
 
 def _widget(data, name, height, hint):
