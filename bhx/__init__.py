@@ -15,6 +15,7 @@ PUBLIC = {
     "modalities.table": ("register",),
     "data.atlas": ("load_atlas", "reparcellate", "load_mesh"),
     "data.geometry": ("harmonics",),
+    "data.parcellation": ("build_atlas",),
     "data.catalog": ("catalog_table", "load_entry"),
     "data.derivatives": ("find_scans", "write_derivatives"),
     "data.quality_page": ("quality_page",),

@@ -11,6 +11,7 @@ from bhx.data.atlas import load_atlas as load_atlas
 from bhx.data.atlas import reparcellate as reparcellate
 from bhx.data.atlas import load_mesh as load_mesh
 from bhx.data.geometry import harmonics as harmonics
+from bhx.data.parcellation import build_atlas as build_atlas
 from bhx.data.catalog import catalog_table as catalog_table
 from bhx.data.catalog import load_entry as load_entry
 from bhx.data.derivatives import find_scans as find_scans

@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 from lapy import Solver, TriaMesh
 from scipy.spatial import ConvexHull
 
-from bhx.assets.make_assets import (
-    adjacency,
-    gradients,
-    harmonics_of_both,
-    normalized_angle,
-    parcel_means,
-)
+from bhx.assets.make_assets import adjacency, harmonics_of_both, parcel_means
 from bhx.data import atlas as atlas_file
-from bhx.data.geometry import MIRROR, harmonics, random_rotations, spins
+from bhx.data.geometry import (
+    MIRROR,
+    gradients,
+    harmonics,
+    normalized_angle,
+    random_rotations,
+    spins,
+)
 from bhx.errors import InputError
 
 DATA = Path(__file__).parent / "data"

@@ -25,7 +25,16 @@ ROOMS = {
     "modalities": ("base", "bold", "coupling", "t1", "cubes", "table"),
     "./": ("schema",),  # what the table of modalities allows
     "data": (
-        *("files", "atlas", "geometry", "derivatives", "catalog", "page", "quality"),
+        *(
+            "files",
+            "atlas",
+            "geometry",
+            "parcellation",
+            "derivatives",
+            "catalog",
+            "page",
+            "quality",
+        ),
         *(
             "quality_page",
             "bold",

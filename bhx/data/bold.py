@@ -16,8 +16,9 @@ import xarray as xr
 from scipy import ndimage
 from scipy.sparse import csr_array
 
-from bhx.data.atlas import aliases, centroids, load_atlas, match_names
+from bhx.data.atlas import ATLASES, aliases, centroids, load_atlas, match_names, places_of
 from bhx.data.files import attempt, check_affine, check_file, check_space, reader_of, reading
+from bhx.data.parcellation import both_sides, fslr_vertices, whole_numbers
 from bhx.data.quality import check_bold_quality
 from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD, check_tr
@@ -39,9 +40,7 @@ def read_run(row: dict, options: dict) -> tuple[xr.DataArray, dict, list[str]]:
     return series, {"mean_fd": mean_fd, **facts}, warnings
 
 
-def read_bold(
-    path, atlas: str | None = "schaefer400", *, order=None, labels=None, tr=None
-) -> xr.DataArray:
+def read_bold(path, atlas="schaefer400", *, order=None, labels=None, tr=None) -> xr.DataArray:
     """BOLD of one run on the parcels of an atlas, whatever kind of file it is in.
 
     Parameters
@@ -49,7 +48,7 @@ def read_bold(
     path : volume in MNI152 space (.nii, .nii.gz), CIFTI (.dtseries.nii, .ptseries.nii), surface of
         one hemisphere with its partner beside it (.func.gii, .mgz; fsaverage5 or fsLR-32k), or a
         table of parcels (.csv, .tsv, .txt, .1D, also .gz; .npy as time x parcel)
-    atlas : name of a bhx atlas, whose parcels come out in its own order; None keeps a table's
+    atlas : see `bhx.load_atlas`; its parcels come out in its own order; None keeps a table's
         columns, or the numbers of the image `labels`, as they are
     order : "7networks" or "17networks": the order of a table without parcel names
     labels : label image for volumes; Schaefer's through nilearn by default
@@ -94,30 +93,24 @@ def _read_volume(path, atlas, order, labels):
         raise InputError(fact, "Give the preprocessed BOLD run, not its reference or mask")
     check_affine(image, path)
     check_space(path)
-    numbers, names = _labels_on(image, atlas, labels)
+    places, names = _labels_on(image, atlas, labels)
     unit = image.header.get_xyzt_units()[1]
     tr = float(image.header.get_zooms()[3]) * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1)
     moments = range(image.shape[3])
     volumes = (np.asarray(image.dataobj[..., t], "float32").reshape(-1, 1) for t in moments)
-    return names, *_parcel_means(volumes, numbers.ravel(), len(names)), tr
+    return names, *_parcel_means(volumes, places.ravel(), len(names)), tr
 
 
 def _read_dtseries(path, atlas, order, labels):
     """CIFTI grayordinates: the cortex's vertices by the shipped fsLR-32k labels."""
     image = nib.load(path)
     series, brain = (image.header.get_axis(i) for i in range(2))
-    whole = np.zeros(image.shape[1], int)
-    at = {"CIFTI_STRUCTURE_CORTEX_LEFT": 0, "CIFTI_STRUCTURE_CORTEX_RIGHT": 32492}
-    for structure, where, model in brain.iter_structures():
-        if structure in at:
-            if (n := brain.nvertices[structure]) != 32492:
-                fact = f"Expected fsLR-32k in {path.name}, found a cortex of {n} vertices"
-                raise InputError(fact, "Resample to fsLR-32k (91k grayordinates)")
-            whole[where] = atlas.labels_fslr32k.values[at[structure] + model.vertex]
+    at = fslr_vertices(brain, path.name)
+    places = np.where(at < 0, -1, places_of(atlas, "labels_fslr32k")[at])
     starts = range(0, image.shape[0], 64)
     blocks = (np.asarray(image.dataobj[t : t + 64], "float32").T for t in starts)
     tr = series.step * {"SECOND": 1, "MILLISECOND": 1e-3}.get(str(series.unit).upper(), 1)
-    return atlas.roi.values, *_parcel_means(blocks, whole, atlas.sizes["roi"]), tr
+    return atlas.roi.values, *_parcel_means(blocks, places, atlas.sizes["roi"]), tr
 
 
 def _read_ptseries(path, atlas, order, labels):
@@ -129,7 +122,7 @@ def _read_ptseries(path, atlas, order, labels):
 
 def _read_surface(path, atlas, order, labels):
     """Both hemispheres of fsaverage5 or fsLR-32k, of which one file is named."""
-    left, right = _hemispheres(path)
+    left, right = both_sides(path)
     values, tr = [], None
     for file in (left, right):
         image = nib.load(check_file(file))
@@ -146,8 +139,8 @@ def _read_surface(path, atlas, order, labels):
         fact = "Expected two hemispheres of 10242 (fsaverage5) or 32492 (fsLR) vertices in "
         fact += f"{left.name} and its partner, found {sizes[0]} and {sizes[1]}"
         raise InputError(fact, "Resample to fsaverage5 or fsLR-32k")
-    numbers = atlas[kinds[sizes[0][0]]].values
-    means = _parcel_means([np.concatenate(values)], numbers, atlas.sizes["roi"])
+    places = places_of(atlas, kinds[sizes[0][0]])
+    means = _parcel_means([np.concatenate(values)], places, atlas.sizes["roi"])
     return atlas.roi.values, *means, tr
 
 
@@ -190,13 +183,13 @@ _READERS |= dict.fromkeys((".gii", ".mgz", ".mgh"), _read_surface)
 _READERS |= dict.fromkeys((".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".1d"), _read_table)
 
 
-def _parcel_means(blocks, numbers, n):
-    """Mean of the points with signal in each parcel 1..n, and the share of points that have any.
+def _parcel_means(blocks, places, n):
+    """Mean of the points with signal in each of n parcels, and the share of points that have any.
 
-    `blocks` are arrays (point, time); `numbers` is the parcel of each point, 0 for none.
+    `blocks` are arrays (point, time); `places` is the parcel of each point, -1 for none.
     """
-    inside = np.flatnonzero(numbers > 0)
-    rows = (numbers[inside] - 1, np.arange(len(inside)))
+    inside = np.flatnonzero(places >= 0)
+    rows = (places[inside], np.arange(len(inside)))
     member = csr_array((np.ones(len(inside)), rows), shape=(n, len(inside)))
     sums, seen = [], np.zeros(len(inside), bool)
     for block in blocks:
@@ -233,67 +226,60 @@ def _is_number(cells):
     return pd.to_numeric(cells, errors="coerce").notna() | cells.isna()
 
 
-def _hemispheres(path):
-    """Left and right file of a surface, given one of them."""
-    for left, right in (("hemi-L", "hemi-R"), ("lh.", "rh."), (".L.", ".R."), ("_lh", "_rh")):
-        if left in path.name:
-            return path, path.with_name(path.name.replace(left, right))
-        if right in path.name:
-            return path.with_name(path.name.replace(right, left)), path
-    fact = f"Expected a hemisphere in the name of {path.name} (hemi-L, lh.), found none"
-    raise InputError(fact, "Name the two files alike but for the hemisphere")
-
-
 # --- label images -------------------------------------------------------------------------------
 
 
-def fetch_labels(atlas: str) -> Path:
-    """Schaefer's label image (2 mm MNI152, 7-network numbers) through nilearn and bhx's cache."""
+def fetch_labels(atlas) -> Path:
+    """The label image of an atlas: the one it was built from, or Schaefer's (2 mm MNI152, 7-network
+    numbers) through nilearn and bhx's cache."""
     from nilearn.datasets import fetch_atlas_schaefer_2018
 
-    n = int(re.sub(r"\D", "", atlas))
+    atlas = load_atlas(atlas)
     help = "Give an image with labels=, or use CIFTI, surfaces or tables, which need none"
+    if atlas.attrs["atlas"] not in ATLASES:
+        if not (made_from := atlas.attrs.get("labels", "")).endswith((".nii", ".nii.gz")):
+            fact = f"Expected the label image of '{atlas.attrs['atlas']}' for volumes, found none"
+            raise InputError(fact, help)
+        return check_file(made_from)
+    n = atlas.sizes["roi"]
     with attempt("to fetch Schaefer's label image", help):
         fetched = fetch_atlas_schaefer_2018(n, 7, 2, data_dir=folders()["cache"], verbose=0)
     return Path(fetched.maps)
 
 
 def _labels_on(image, atlas, labels):
-    """The label of each voxel of an image (nearest neighbor), and the parcels' names."""
+    """The place of each voxel's parcel (nearest neighbor), -1 for none, and the parcels' names."""
     from nilearn.image import resample_to_img
 
-    file = check_file(labels or fetch_labels(atlas.attrs["atlas"]))
+    file = check_file(labels or fetch_labels(atlas))
     with reading(file, "labels"):
         source = nib.load(file)
-        numbers = np.asarray(source.dataobj)
-    if numbers.ndim != 3 or (numbers != np.round(numbers)).any():
-        fact = f"Expected whole numbers in 3D in {file.name}, found others"
-        raise InputError(fact, "Give an image in which each voxel has the number of its parcel")
-    found = np.unique(numbers[numbers > 0]).astype(int)
+        numbers = whole_numbers(source, file.name)
+    found = np.unique(numbers[numbers > 0])
     if atlas is not None:
-        _check_label_image(numbers, source.affine, atlas, file)
-        names = atlas.roi.values
-    else:
-        names = found.astype(str)
-        numbers = np.searchsorted(found, numbers) * (numbers > 0) + (numbers > 0)
-    source = nib.Nifti1Image(numbers.astype("int32"), source.affine)
+        _check_label_image(numbers, found, source.affine, atlas, file)
+    source = nib.Nifti1Image(numbers, source.affine)
     grid = nib.Nifti1Image(np.zeros(image.shape[:3], "int8"), image.affine)
-    return np.asarray(resample_to_img(source, grid, interpolation="nearest").dataobj, int), names
+    numbers = np.asarray(resample_to_img(source, grid, interpolation="nearest").dataobj, int)
+    if atlas is not None:
+        return places_of(atlas, numbers), atlas.roi.values
+    return pd.Index(found).get_indexer(numbers.ravel()), found.astype(str)
 
 
-def _check_label_image(numbers, affine, parcels, file):
+def _check_label_image(numbers, present, affine, parcels, file):
     """The numbers must be the atlas's: each parcel's center lies near its published one."""
-    n = parcels.sizes["roi"]
-    if numbers.max() > n:
-        fact = f"Expected labels 1 to {n} in {file.name}, found {numbers.max():.0f}"
-        raise InputError(fact, "Give the label image of the atlas you name")
-    present = np.unique(numbers[numbers > 0]).astype(int)
+    at = places_of(parcels, present)
+    if (at < 0).any():
+        known = parcels.label.values
+        fact = f"Expected labels {known.min()} to {known.max()} in {file.name}, found "
+        raise InputError(
+            f"{fact}{present[at < 0].max()}", "Give the label image of the atlas you name"
+        )
     middle = np.array(ndimage.center_of_mass(numbers > 0, numbers, present))  # voxels
-    published = centroids(parcels)[present - 1]
-    distance = np.linalg.norm(nib.affines.apply_affine(affine, middle) - published, axis=1)
-    if (far := np.median(distance)) > 10:
+    distance = nib.affines.apply_affine(affine, middle) - centroids(parcels)[at]
+    if (far := np.median(np.linalg.norm(distance, axis=1))) > 10:
         fact = f"Expected labels of {file.name} where {parcels.attrs['atlas']} has them, found "
-        help = "Give labels in MNI152 space numbered in the 7-network order"
+        help = "Give labels in MNI152 space, numbered as the atlas is (Schaefer: 7-network order)"
         raise InputError(f"{fact}them {far:.0f} mm away (median)", help)
 
 
@@ -404,7 +390,7 @@ def denoise(
         if confounds is None:
             fact = f"Expected fMRIPrep confounds beside {path.name}, found none"
             raise InputError(fact, "Add them, or prepare with denoising=None")
-        image = list(map(str, _hemispheres(path))) if path.name.endswith("gii") else str(path)
+        image = list(map(str, both_sides(path))) if path.name.endswith("gii") else str(path)
         with reading(Path(confounds), "confounds"):
             table, kept = load_confounds_strategy(image, strategy, **options)
     n = bold.sizes["time"]
