@@ -54,6 +54,13 @@ class HarmonixConfig:
         """Places of a modality's tokens."""
         return dict(zip(self.harmonizer.modalities, self.harmonizer.places, strict=True))[name]
 
+    def on_atlas(self, atlas: str, parcels: int) -> HarmonixConfig:
+        """The same model for the parcels of another atlas."""
+        dynamics, h = replace(self.dynamics, parcels=parcels), self.harmonizer
+        places = (parcels * dynamics.max_patches, *h.places[1:])
+        wider = replace(h, places=places)
+        return replace(self, atlas=atlas, order="7networks", dynamics=dynamics, harmonizer=wider)
+
     def with_modality(self, name: str, places: int, numbers: int) -> HarmonixConfig:
         """The same model with a further modality: so many tokens, each of so many numbers."""
         h = self.harmonizer
