@@ -23,7 +23,7 @@ PUBLIC = {
     "data.store": ("save_cohort",),
     "data.splits": ("split",),
     "data.synthetic": ("synthetic_cohort", "Site"),
-    "data.cohort": ("open_cohort", "scan"),
+    "data.cohort": ("open_cohort", "as_cohort", "scan"),
     "model.config": ("PRESETS", "STAND_IN", "build"),
     "model.released": ("write_release",),
     "encode.model": ("load_model", "random_model", "weights_table"),

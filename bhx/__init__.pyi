@@ -24,6 +24,7 @@ from bhx.data.splits import split as split
 from bhx.data.synthetic import synthetic_cohort as synthetic_cohort
 from bhx.data.synthetic import Site as Site
 from bhx.data.cohort import open_cohort as open_cohort
+from bhx.data.cohort import as_cohort as as_cohort
 from bhx.data.cohort import scan as scan
 from bhx.model.config import PRESETS as PRESETS
 from bhx.model.config import STAND_IN as STAND_IN
