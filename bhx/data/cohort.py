@@ -16,7 +16,7 @@ import xarray as xr
 
 from bhx.data.anatomy import read_t1, read_template_t1
 from bhx.data.atlas import load_atlas, load_sample, parcel_labels, with_atlas
-from bhx.data.catalog import catalog_files, entry_rows, load_entry
+from bhx.data.catalog import catalog_files, entry_of, entry_rows, load_entry
 from bhx.data.derivatives import reserved
 from bhx.data.prepare import check_rows, prepare
 from bhx.data.quality import check_bold_quality
@@ -29,14 +29,17 @@ from bhx.schema import build_cohort, check
 from bhx.settings import folders
 
 
-def open_cohort(name_or_path, *, catalog=None) -> xr.Dataset:
+def open_cohort(name_or_path, *, path=None, catalog=None, **options) -> xr.Dataset:
     """Open a cohort lazily.
 
     Parameters
     ----------
     name_or_path : name of a catalog entry ("synthetic", "abide1", ...), path of a zarr store, or
-        a folder of derivatives, which is prepared into bhx's cache folder first (see `prepare`)
+        a folder of derivatives, or of files named as an entry says, which is prepared into bhx's
+        cache folder first (see `prepare`)
+    path : the folder of an entry's files, where it is not in bhx's data folder
     catalog : folder with catalog entries of your own
+    options : of `prepare`, such as atlas=, instead of the entry's
 
     Returns
     -------
@@ -49,11 +52,14 @@ def open_cohort(name_or_path, *, catalog=None) -> xr.Dataset:
     InputError
         The name is unknown, or the store is unfinished or not a cohort.
     """
-    path = Path(name_or_path)
-    is_store = path.suffix == ".zarr" or (path / "zarr.json").exists()
-    if str(name_or_path) in catalog_files(catalog) or not (is_store or path.exists()):
-        return _open_entry(load_entry(str(name_or_path), catalog))
-    return open_store(path) if is_store else _prepared(path.name, path)
+    given = Path(name_or_path)
+    is_store = given.suffix == ".zarr" or (given / "zarr.json").exists()
+    if str(name_or_path) in catalog_files(catalog) or not (is_store or given.exists()):
+        return _open_entry(load_entry(str(name_or_path), catalog), path, options)
+    if is_store:
+        return open_store(given)
+    entry = entry_of(given, catalog)
+    return _open_entry(entry, given, options) if entry else _prepared(given.name, given, **options)
 
 
 def scan(cohort: xr.Dataset, subject) -> xr.DataArray:
@@ -82,7 +88,7 @@ def scan(cohort: xr.Dataset, subject) -> xr.DataArray:
     return bold.assign_coords(time=seconds)
 
 
-def _open_entry(entry):
+def _open_entry(entry, folder, options):
     """A cohort of the catalog: made, or fetched or found and then prepared."""
     from bhx.data.synthetic import synthetic_cohort
 
@@ -90,14 +96,19 @@ def _open_entry(entry):
         return synthetic_cohort(**entry.options)
     if entry.layout == "sample":
         return _open_sample(entry)
-    rows = entry_rows(entry, folders()["data"])
+    folder = None if folder is None else Path(folder)
+    rows = entry_rows(entry, folders()["data"], folder)
     attrs = {"source": entry.name, "licence": entry.licence}
-    return _prepared(entry.name, rows, attrs=attrs, **entry.prepare)
+    place = "catalog" if folder is None else folder
+    return _prepared(entry.name, rows, place, attrs=attrs, **{**entry.prepare, **options})
 
 
-def _prepared(name, source, **options):
+def _prepared(name, source, place=None, **options):
     """A folder or table, prepared into the cache folder."""
-    place = str(Path(source).resolve()) if isinstance(source, Path) else "catalog"
+    place = str(Path(source if place is None else place).resolve()) if place != "catalog" else place
+    if "atlas" in options:  # the same scans on other parcels are another store
+        atlas = options["atlas"]
+        place += str(atlas.attrs["atlas"] if isinstance(atlas, xr.Dataset) else atlas)
     key = hashlib.sha256(place.encode()).hexdigest()[:8]
     return prepare(source, folders()["cache"] / f"{name}-{key}.zarr", **options)
 

@@ -42,6 +42,7 @@ FILL_MM = 3.0  # label images leave thin gaps along the cortex; they go to the n
 VERTEX_MM3 = 26.0  # cortex that one fsaverage5 vertex stands for: 8.8 mm2 x 3 mm
 ON_CORTEX = 0.15  # share of a region's volume that must be cortex; caudate 0.01, insula 0.3
 SPHERE_MM = 10.0  # a coordinate takes the vertices nearest to it, as far as this
+AROUND = 25  # vertices within that reach of a place on the cortex: Schaefer 28, accumbens 21
 CARRY_MM = 5.0  # Schaefer-400's connectome carried so far resembles Schaefer-100's and -200's most
 OFF_CORTEX_MM = 20.0  # reach of the kernel between regions off the cortex
 NO_REGION = r"(?i)(unknown|background|medial.?wall|corpus.?callosum|\?+|)"
@@ -272,14 +273,20 @@ def fslr_vertices(brain, where: str) -> np.ndarray:
 
 
 def _nearest_vertices(table):
-    """Each vertex goes to the nearest coordinate of its hemisphere within SPHERE_MM."""
+    """Each vertex goes to the nearest coordinate of its hemisphere within SPHERE_MM, of those that
+    lie on the cortex."""
     places = table[MNI].to_numpy(float)
     _check_mm(places)
-    middle = _cortex()[0]
-    distance, nearest = cKDTree(places).query(middle)
-    same = (places[nearest, 0] < 0) == (np.arange(len(middle)) < N_FSAVERAGE5)
-    inside = load_atlas().labels_fsaverage5.values > 0
-    return np.where((distance <= SPHERE_MM) & same & inside, table.label.to_numpy()[nearest], 0)
+    inside = np.flatnonzero(load_atlas().labels_fsaverage5.values > 0)
+    middle = _cortex()[0][inside]
+    around = cKDTree(middle).query_ball_point(places, SPHERE_MM, return_length=True)
+    near, label = places[around >= AROUND], table.label.to_numpy()[around >= AROUND]
+    out = np.zeros(2 * N_FSAVERAGE5, int)
+    if len(near):
+        distance, nearest = cKDTree(near).query(middle)
+        same = (near[nearest, 0] < 0) == (inside < N_FSAVERAGE5)
+        out[inside] = np.where((distance <= SPHERE_MM) & same, label[nearest], 0)
+    return out
 
 
 def _named(numbers, names, name):

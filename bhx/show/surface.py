@@ -299,6 +299,8 @@ def _static_surface(brain, hemi, scale, outlines, dots):
         along = -here.y if side == "left" else here.y  # the nose points as in the lateral view
         color = scale.mappable().to_rgba(here.value)
         axis.scatter(along, here.z, s=60, c=color, edgecolors="gray", linewidths=0.5)
+        for at in zip(here.name, along, here.z, strict=True) if len(here) <= 20 else ():
+            axis.annotate(at[0], at[1:], (0, 6), textcoords="offset points", ha="center", size=6)
         axis.set_title(f"{side}, off the cortex", fontsize=9)
         axis.set(aspect="equal")
         axis.set_axis_off()
