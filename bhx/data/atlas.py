@@ -131,7 +131,7 @@ def with_atlas(data: xr.Dataset, atlas: xr.Dataset) -> xr.Dataset:
     if atlas.attrs["atlas"] in ATLASES:
         return data
     own = atlas.sel(roi=data.roi.values)
-    there = {*own.variables, *own.dims} - {"roi", *ROI_COORDS}
+    there = {str(n) for n in (*own.variables, *own.dims)} - {"roi", *ROI_COORDS}
     own = own.rename({name: TRAVELS + name for name in there})
     own[f"{TRAVELS}label"].attrs |= atlas.attrs
     return data.assign_coords(own.set_coords([*own.data_vars]).coords)
@@ -142,10 +142,11 @@ def atlas_of(data: xr.Dataset) -> xr.Dataset | None:
     if f"{TRAVELS}label" not in data.coords:
         name = data.attrs.get("atlas")
         return load_atlas(name) if name in {*ATLASES, *_OWN} else None
-    inside = [n for n in data.coords if n.startswith(TRAVELS) or n in ("roi", *ROI_COORDS)]
+    names = [*map(str, data.coords)]
+    inside = [n for n in names if n.startswith(TRAVELS) or n in ("roi", *ROI_COORDS)]
     own = xr.Dataset(coords={name: data[name].variable for name in inside})
-    names = {n: n.removeprefix(TRAVELS) for n in {*own.variables, *own.dims}}
-    own = own.rename({n: name for n, name in names.items() if n != name})
+    travels = [n for n in map(str, {*own.variables, *own.dims}) if n.startswith(TRAVELS)]
+    own = own.rename({n: n.removeprefix(TRAVELS) for n in travels})
     return _known(own.reset_coords(ARRAYS & {*own.coords}).assign_attrs(own.label.attrs))
 
 
@@ -227,7 +228,7 @@ def reparcellate(cohort: xr.Dataset, atlas) -> xr.Dataset:
         out[name] = mean.rename(roi_new="roi").transpose(*v.dims).astype("float32")
     coords = {name: ("roi", values) for name, values in parcel_labels(new).items()}
     cohort = cohort.assign_attrs(parcellated_from=cohort.attrs["atlas"])
-    cohort = cohort.drop_vars([name for name in cohort.coords if name.startswith(TRAVELS)])
+    cohort = cohort.drop_vars([n for n in cohort.coords if str(n).startswith(TRAVELS)])
     return with_atlas(cohort.drop_dims("roi").assign(out).assign_coords(coords), new)
 
 

@@ -369,10 +369,11 @@ def _check_in_brain(places, where):
     voxel = np.rint(nib.affines.apply_affine(to_voxel, places)).astype(int)
     known = ((voxel >= 0) & (voxel < mask.shape)).all(1)
     share = mask[tuple(voxel[known].T)].sum() / len(places)
-    if share < IN_BRAIN:
+    if share < IN_BRAIN or (places >= 0).all():  # as where no affine was set
         fact = (
             f"Expected regions in MNI152 space in {where}, found {share:.0%} of them in its brain"
         )
+        fact += f", the first at {places[0].round(1)} mm"
         raise InputError(fact, "Give labels in MNI152 space [mm], with their affine")
 
 
@@ -461,8 +462,8 @@ def _networks(on, table):
         return "none"
     shipped = load_atlas()
     network = np.append(shipped.network.values, "")[places_of(shipped, "labels_fsaverage5")]
-    shared = pd.crosstab(on, network).drop(columns="")
-    return shared[shared.sum(1) > 0].idxmax(axis=1).reindex(table.label).fillna("none").to_numpy()
+    shared = pd.crosstab(on, network).drop(columns="").reindex(table.label, fill_value=0)
+    return np.where(shared.sum(1) > 0, shared.idxmax(axis=1), "none")
 
 
 def _hemispheres(table):

@@ -46,7 +46,8 @@ def read_text(path: Path) -> Table:
     separator = next((s for s in "\t;," if s in lines[-1].strip()), None)
     above, first = (_cells(line, separator) for line in lines[-2:])
     named = not _is_number(first[0].replace(",", "."))
-    header = not all(map(_is_number, above[named:])) or _counts_up(above)
+    header = lines[-2].startswith("#") or not all(map(_is_number, above[named:]))
+    header = header or _counts_up(sorted(above, key=float))
     frame = pd.read_csv(
         path,
         sep=separator or r"\s+",

@@ -56,9 +56,14 @@ class HarmonixConfig:
 
     def on_atlas(self, atlas: str, parcels: int) -> HarmonixConfig:
         """The same model for the parcels of another atlas."""
-        dynamics, h = replace(self.dynamics, parcels=parcels), self.harmonizer
-        places = (parcels * dynamics.max_patches, *h.places[1:])
-        wider = replace(h, places=places)
+        h, old = self.harmonizer, self.dynamics.parcels
+        there = ["roi" in m.dims for m in self.modalities.values()]
+        places = [n * parcels // old if on else n for n, on in zip(h.places, there, strict=True)]
+        numbers = [
+            parcels if on and n == old else n for n, on in zip(h.numbers, there, strict=True)
+        ]
+        wider = replace(h, places=tuple(places), numbers=tuple(numbers))
+        dynamics = replace(self.dynamics, parcels=parcels)
         return replace(self, atlas=atlas, order="7networks", dynamics=dynamics, harmonizer=wider)
 
     def with_modality(self, name: str, places: int, numbers: int) -> HarmonixConfig:
