@@ -96,18 +96,36 @@ def test_images_of_t1_come_beside(tmp_path):
 
 
 BAD = {
-    "another atlas": (lambda: cohort_of(atlas="schaefer200"), r"time x 200 parcels .*\(60, 100\) of d"),
-    "one of another": (lambda: cohort_of([*arrays()[:3], np.ones((60, 300))]), r"found \(60, 300\) of a"),
+    "another atlas": (
+        lambda: cohort_of(atlas="schaefer200"),
+        r"time x 200 parcels .*\(60, 100\) of d",
+    ),
+    "one of another": (
+        lambda: cohort_of([*arrays()[:3], np.ones((60, 300))]),
+        r"found \(60, 300\) of a",
+    ),
     "turned": (lambda: cohort_of([one.T for one in arrays()]), r"one\.T for one in bold"),
     "fewer labels": (lambda: cohort_of(people=labels()[:3]), "each of 3 lines of labels, found 4"),
-    "other ids": (lambda: cohort_of(dict(zip("xcba", arrays(), strict=True))), "no pair for [dx], [dx]"),
+    "other ids": (
+        lambda: cohort_of(dict(zip("xcba", arrays(), strict=True))),
+        "no pair for [dx], [dx]",
+    ),
     "no TR": (lambda: cohort_of(tr=None), "repetition time in seconds"),
     "milliseconds": (lambda: cohort_of(tr=2000), "looks like milliseconds"),
-    "an id twice": (lambda: cohort_of(people=labels().set_index(pd.Index([*"aabc"]))), "a more than once"),
-    "a taken name": (lambda: cohort_of(people=labels(bold=1)), "names that bhx does not use itself, found bold"),
+    "an id twice": (
+        lambda: cohort_of(people=labels().set_index(pd.Index([*"aabc"]))),
+        "a more than once",
+    ),
+    "a taken name": (
+        lambda: cohort_of(people=labels(bold=1)),
+        "names that bhx does not use itself, found bold",
+    ),
     "no table": (lambda: cohort_of(people={"age": 1}), "labels as a DataFrame, found dict"),
-    "nobody": (lambda: cohort_of([one[:10] for one in arrays()]), "a usable scan, found none among 4"),
-}  # fmt: skip
+    "nobody": (
+        lambda: cohort_of([one[:10] for one in arrays()]),
+        "a usable scan, found none among 4",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", BAD)

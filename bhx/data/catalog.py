@@ -12,7 +12,15 @@ from typing import Annotated, Literal
 
 import pandas as pd
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from bhx.data.derivatives import find_scans, with_participants
 from bhx.data.files import attempt, file_columns
@@ -37,6 +45,9 @@ def _column(name: str) -> str:
 
 InsidePath = Annotated[str, AfterValidator(_inside)]
 PatternPath = Annotated[InsidePath, Field(pattern=r"\{participant\}")]
+Patterns = Annotated[
+    list[PatternPath], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+]
 FileColumn = Annotated[str, AfterValidator(_column)]  # of a table of scans
 ModalityName = Annotated[str, AfterValidator(lambda name: modality(name).name)]
 
@@ -90,8 +101,8 @@ class Entry(Strict):
     sites: dict[str, float | None] = {}  # site -> TR [s]; None: read it from the files
     phenotypes: dict[str, Phenotype] = {}
     fetch: Fetch | None = None
-    files: dict[FileColumn, list[PatternPath] | PatternPath] = {}  # with {participant}, {session},
-    table: People | None = None  # {site}; * for any name, **/ for any folders; the first fits best
+    files: dict[FileColumn, Patterns] = {}  # with {participant}, {session}, {site}; * for any name,
+    table: People | None = None  # **/ for any folders; of several patterns the first fits best
     missing: list[float] = []  # codes of missing values in any column
     path: InsidePath = ""  # of the folder, below the user's data folder
     steps: list[str] = []  # what to download by hand, and where to put it
@@ -242,8 +253,7 @@ def _by_pattern(entry, folder):
     """Files below a folder whose paths follow the entry's patterns, a row a scan."""
     found = _files(entry, folder)
     if not len(found):
-        first = next(iter(entry.files.values()))
-        first = first if isinstance(first, str) else first[0]
+        first = next(iter(entry.files.values()))[0]
         fact = f"Expected files such as {first} in {folder}, found none"
         raise InputError(fact, " ".join(entry.steps) or f"See {entry.homepage}")
     rows = found.fillna("").sort_values(["participant", "session"], ignore_index=True)
@@ -261,7 +271,7 @@ def _files(entry, folder):
     """A line a scan with the files that follow the patterns of an entry, and whose they are."""
     found: dict[tuple, dict] = {}
     for column, patterns in entry.files.items():
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for pattern in patterns:
             taken: dict[tuple, Path] = {}
             for file in sorted(folder.glob(re.sub(r"\{\w+\}", "*", pattern))):
                 whose = re.fullmatch(_form(pattern), file.relative_to(folder).as_posix())
@@ -270,9 +280,7 @@ def _files(entry, folder):
                 named = {"site": "", "session": "", **whose.groupdict()}
                 key = (named["participant"], named["session"])
                 if key in taken:
-                    fact = (
-                        f"Expected one file {pattern} of {'/'.join(key)}, found {taken[key]} and "
-                    )
+                    fact = f"Expected one file {pattern} of {key[0]}, found {taken[key]} and "
                     raise InputError(f"{fact}{file}", "Give the folder of one pipeline")
                 taken[key] = file
                 found.setdefault(key, named).setdefault(column, str(file))
@@ -330,7 +338,7 @@ def _with_tr(rows, entry):
     own = rows[next(iter(entry.files))].str.contains(r"\.(?:1D|txt|csv|tsv|npy|mat)(?:\.gz)?$")
     if entry.sites and "tr" not in rows:
         rows["tr"] = rows.site.map(entry.sites).astype(float).where(own)
-        if unknown := sorted({*rows.site[own & ~rows.site.isin([*entry.sites])]}):
+        if unknown := sorted({*rows.site[own & ~rows.site.isin(["", *entry.sites])]}):
             fact = f"Expected the repetition time of each site of {entry.name}, found none of "
             help = f"Write it [s] beside the site under `sites` of {entry.name}.yaml"
             raise InputError(fact + listed([f"'{site}'" for site in unknown]), help)
