@@ -56,14 +56,11 @@ def test_it_is_what_prepare_makes_of_files(tmp_path):
         )
 
 
-def test_dicts_go_by_id_and_columns_by_name():
+def test_columns_of_tables_go_by_their_names():
     cohort = cohort_of()
-    by_id = dict(zip("dcba", arrays(), strict=True))
-    mixed = {
-        k: pd.DataFrame(by_id[k], columns=NAMES).sample(frac=1, axis=1, random_state=0)
-        for k in "abcd"
-    }
-    xr.testing.assert_identical(cohort_of(by_id), cohort)
+    mixed = [
+        pd.DataFrame(one, columns=NAMES).sample(frac=1, axis=1, random_state=0) for one in arrays()
+    ]
     xr.testing.assert_identical(cohort_of(mixed), cohort)
 
 
@@ -106,10 +103,6 @@ BAD = {
     ),
     "turned": (lambda: cohort_of([one.T for one in arrays()]), r"one\.T for one in bold"),
     "fewer labels": (lambda: cohort_of(people=labels()[:3]), "each of 3 lines of labels, found 4"),
-    "other ids": (
-        lambda: cohort_of(dict(zip("xcba", arrays(), strict=True))),
-        "no pair for [dx], [dx]",
-    ),
     "no TR": (lambda: cohort_of(tr=None), "repetition time in seconds"),
     "milliseconds": (lambda: cohort_of(tr=2000), "looks like milliseconds"),
     "an id twice": (

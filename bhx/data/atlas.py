@@ -120,8 +120,8 @@ def _known(atlas):
 
 
 def known_atlases() -> list[xr.Dataset]:
-    """The atlases of this session, the newest first, and then the shipped ones."""
-    return [*reversed(_OWN.values()), *map(load_atlas, ATLASES)]
+    """The shipped atlases, and then those of this session, the newest first."""
+    return [*map(load_atlas, ATLASES), *reversed(_OWN.values())]
 
 
 def with_atlas(data: xr.Dataset, atlas: xr.Dataset) -> xr.Dataset:

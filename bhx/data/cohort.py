@@ -141,8 +141,8 @@ def as_cohort(bold, labels, *, atlas, tr=None, t1=None, attrs=None) -> xr.Datase
 
     Parameters
     ----------
-    bold : one array (time, parcels) a scan in a list, as nilearn's maskers return, or {id: array};
-        columns of DataFrames go by their names
+    bold : a list with one array (time, parcels) a scan, as nilearn's maskers return; columns of
+        DataFrames go by their names
     labels : DataFrame with a line a scan, in the same order, and what is known of it (age, site,
         sex, ...); its column `subject` or `participant`, else its index, holds the ids, and its
         columns `session` and `run` tell scans of one participant apart
@@ -162,14 +162,6 @@ def as_cohort(bold, labels, *, atlas, tr=None, t1=None, attrs=None) -> xr.Datase
         The arrays fit neither the atlas nor the labels, or no scan can be used.
     """
     atlas, people = load_atlas(atlas), _people(labels)
-    if isinstance(bold, dict):
-        unknown = {*map(str, bold)} ^ {*people.subject}
-        if unknown:
-            fact = (
-                f"Expected one array for each line of labels, found no pair for {listed(unknown)}"
-            )
-            raise InputError(fact, "Name the arrays as the ids of labels")
-        bold = [{str(k): v for k, v in bold.items()}[subject] for subject in people.subject]
     _check_arrays(bold, people.subject, atlas)
     people["tr"] = people.get("tr", np.nan) if tr is None else tr
     check_tr(people.tr, people.subject)
@@ -178,7 +170,7 @@ def as_cohort(bold, labels, *, atlas, tr=None, t1=None, attrs=None) -> xr.Datase
         image = None if t1 is None else t1[i]
         one = _run(bold[i], row, atlas)
         try:
-            one, facts, warnings = check_bold_quality(one)
+            one, facts, warnings = check_bold_quality(one, row.get("mean_fd", np.nan))
             if image is not None:
                 image, odd = read_t1(image)
                 warnings += odd
@@ -210,11 +202,8 @@ def _people(labels):
     if taken := sorted(taken & {*people}):
         fact = f"Expected labels with names that bhx does not use itself, found {listed(taken)}"
         raise InputError(fact, "Rename these columns")
-    return (
-        pd.DataFrame(check_rows(people.assign(_at=range(len(people)))))
-        .sort_values("_at")
-        .drop(columns="_at")
-    )
+    rows = pd.DataFrame(check_rows(people)).set_index("subject", drop=False)
+    return rows.loc[people["subject"].astype(str)].reset_index(drop=True)
 
 
 def _check_arrays(bold, subjects, atlas):

@@ -59,7 +59,7 @@ def gradients(connectome, n_components: int, *, keep: float = 0.1) -> np.ndarray
 
     Source: Margulies et al., PNAS 2016; Coifman and Lafon, 2006; Vos de Wael et al., 2020.
     """
-    connectome = _checked_connectome(connectome, n_components, keep)
+    connectome = _checked_connectome(connectome, n_components)
     affinity = normalized_angle(_strongest(connectome, keep))
     return _diffusion_map(affinity, n_components)
 
@@ -134,7 +134,7 @@ def _surface(coords, faces, mask):
     return mesh, inside
 
 
-def _checked_connectome(connectome, n_components, keep):
+def _checked_connectome(connectome, n_components):
     connectome = np.asarray(connectome, float)
     n = len(connectome)
     if connectome.shape != (n, n) or not np.isfinite(connectome).all():
@@ -148,9 +148,6 @@ def _checked_connectome(connectome, n_components, keep):
     if not 1 <= n_components < n:
         fact = f"Expected 1 to {n - 1} components of {n} parcels, found {n_components}"
         raise InputError(fact, "Ask for fewer components, at least 1")
-    if not 0 < keep <= 1:
-        fact = f"Expected keep as a share above 0 and at most 1, found {keep}"
-        raise InputError(fact, "Give for instance keep=0.1, a tenth of the connections")
     return connectome
 
 

@@ -206,11 +206,14 @@ def _stage(rows, parts, options, workers, client):
 
     todo = [row for row in rows if not parts[row["subject"]].exists()]
     read_by = {key: value for key, value in options.items() if key != "atlas_sha256"}
-    options = {**read_by, "atlas": options["atlas"] and load_atlas(options["atlas"])}
     for row in todo[:1]:  # what is wrong with the names of one table is wrong with all
         check_table(row.get(BOLD.files[0]), options["atlas"])
+    own = options["atlas"] not in (None, *ATLASES)  # other processes do not know it by its name
+    options = {**read_by, "atlas": load_atlas(options["atlas"])} if own else read_by
     if options["labels"] is None and any(is_volume(row.get(BOLD.files[0])) for row in todo):
         options = {**options, "labels": fetch_labels(options["atlas"])}
+    if own:
+        options = {**options, "atlas": dask.delayed(options["atlas"])}  # sent once
     tasks = [dask.delayed(_stage_one)(row, parts[row["subject"]], options) for row in todo]
     with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="prepare", unit="scan") as bar:
         reasons = _compute(tasks, workers, client, bar.update)

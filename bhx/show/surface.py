@@ -126,6 +126,7 @@ def _in_order(values, atlas=None):
     """The atlas whose parcels these are, by name and place, and their values in its order."""
     names = {str(n) for n in values.roi.values} if "roi" in values.coords else {"unnamed parcels"}
     candidates = known_atlases() if atlas is None else [load_atlas(atlas)]
+    candidates.sort(key=lambda one: one.sizes["roi"] != len(names))  # all of one before some
     for one in candidates:
         known = aliases(one)
         if names <= known.keys() and len(names) <= one.sizes["roi"]:
