@@ -101,7 +101,7 @@ BAD = {
         lambda: cohort_of([*arrays()[:3], np.ones((60, 300))]),
         r"found \(60, 300\) of a",
     ),
-    "turned": (lambda: cohort_of([one.T for one in arrays()]), r"one\.T for one in bold"),
+    "turned": (lambda: cohort_of([one.T for one in arrays()]), r"one\.T for one in arrays"),
     "fewer labels": (lambda: cohort_of(people=labels()[:3]), "each of 3 lines of labels, found 4"),
     "no TR": (lambda: cohort_of(tr=None), "repetition time in seconds"),
     "milliseconds": (lambda: cohort_of(tr=2000), "looks like milliseconds"),

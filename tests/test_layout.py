@@ -34,6 +34,7 @@ ROOMS = {
             "catalog",
             "page",
             "quality",
+            "tables",
         ),
         *(
             "quality_page",
