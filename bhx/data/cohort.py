@@ -220,7 +220,9 @@ def _check_arrays(bold, subjects, atlas):
         turned = all(len(s) == 2 and s[0] == n for s in shapes)
         fact = f"Expected arrays of time x {n} parcels of {atlas.attrs['atlas']}, "
         help = (
-            "Transpose them: [one.T for one in arrays]" if turned else "Give the atlas they come from"
+            "Transpose them: [one.T for one in arrays]"
+            if turned
+            else "Give the atlas they come from"
         )
         raise InputError(f"{fact}found {listed(found)}", help)
 
