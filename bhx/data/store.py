@@ -18,6 +18,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from bhx.data.atlas import TRAVELS, atlas_of
 from bhx.errors import InputError, listed
 from bhx.schema import check, plain_labels
 
@@ -176,7 +177,10 @@ def open_store(path, kind: str = "cohort") -> xr.Dataset:
         raise InputError(fact, f"Write one with {writers[kind]}")
     data = xr.open_zarr(path, chunks={}, consolidated=False)
     half = [name for name, v in data.data_vars.items() if v.dtype == "float16"]
-    return check(plain_labels(data.assign({n: data[n].astype("float32") for n in half})), kind)
+    out = check(plain_labels(data.assign({n: data[n].astype("float32") for n in half})), kind)
+    if f"{TRAVELS}label" in out.coords:
+        atlas_of(out)  # is known by its name from now on
+    return out
 
 
 @contextmanager

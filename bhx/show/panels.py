@@ -171,13 +171,15 @@ class Panels:
         figure.update_layout(margin={"l": 0, "b": 45}, updatemenus=[{"font": {"size": 9}}])
         colored = [trace for trace in figure.data if trace.name.endswith("values")]
         self.parcels = {trace.name: trace.intensity.astype(int) for trace in colored}
-        for trace in colored:
+        dots = [trace for trace in figure.data if trace.name.endswith("off the cortex")]
+        self.dots = {trace.name: trace.marker.color.astype(int) for trace in dots}
+        for trace in [*colored, *dots]:
             trace.on_click(self._brain_clicked)
         return figure
 
     def _brain_clicked(self, trace, picked, _):
         if picked.point_inds:
-            parcel = self.parcels[trace.name][picked.point_inds[0]]
+            parcel = (self.parcels | self.dots)[trace.name][picked.point_inds[0]]
             self.explorer.select_parcel(str(self.explorer.roi[parcel]))
 
     def _update_brain(self):
@@ -186,6 +188,8 @@ class Panels:
             for trace in self.brain.data:
                 if trace.name in self.parcels:
                     trace.intensity = values[self.parcels[trace.name]]
+                elif trace.name in self.dots:
+                    trace.marker.color = values[self.dots[trace.name]]
             self._recolor(self.brain, values)
 
     def _recolor(self, figure, values, **how):
