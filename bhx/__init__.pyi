@@ -11,6 +11,7 @@ from bhx.data.atlas import load_atlas as load_atlas
 from bhx.data.atlas import reparcellate as reparcellate
 from bhx.data.atlas import load_mesh as load_mesh
 from bhx.data.geometry import harmonics as harmonics
+from bhx.data.parcellation import build_atlas as build_atlas
 from bhx.data.catalog import catalog_table as catalog_table
 from bhx.data.catalog import load_entry as load_entry
 from bhx.data.derivatives import find_scans as find_scans
@@ -23,6 +24,7 @@ from bhx.data.splits import split as split
 from bhx.data.synthetic import synthetic_cohort as synthetic_cohort
 from bhx.data.synthetic import Site as Site
 from bhx.data.cohort import open_cohort as open_cohort
+from bhx.data.cohort import as_cohort as as_cohort
 from bhx.data.cohort import scan as scan
 from bhx.model.config import PRESETS as PRESETS
 from bhx.model.config import STAND_IN as STAND_IN

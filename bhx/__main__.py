@@ -278,6 +278,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"bhx: {message.rstrip('.')}. See {self.prog} --help.\n")
 
 
+def _atlas(text):
+    """A shipped atlas, or a path of one."""
+    if text in ATLASES or text.endswith((".nc", ".zarr")):
+        return text
+    known = listed([*ATLASES, "or the path of a saved one"])
+    raise argparse.ArgumentTypeError(f"invalid choice: '{text}' (choose from {known})")
+
+
 def _parser():
     about = {"description": bhx.__doc__.splitlines()[0], "epilog": "examples:"}
     parser = _Parser(prog="python -m bhx", **about)
@@ -306,8 +314,10 @@ def _parser():
     add("out", type=_output, help="store to write, or to continue")
     add("--workers", type=COUNT, default=2, help="subjects read at a time")
     add("--scheduler", dest="client", help="address of a Dask cluster, instead of threads here")
-    add("--atlas", choices=ATLASES, default="schaefer400", help="parcels to average over")
+    text = f"{listed(ATLASES)}, or the path of an atlas that was saved (.nc, .zarr)"
+    add("--atlas", type=_atlas, default="schaefer400", help=text)
     add("--order", choices=ORDERS, help="order of tables whose columns have no names")
+    add("--parcels-in", choices=("rows", "columns"), help="of tables, where it does not show")
     add("--labels", type=FILE, help="label image or file, instead of the atlas's own")
     add("--voxel-mm", type=ABOVE_0, default=1.0, help="voxel of stored volumes [mm]")
     add("--task", default="rest", help="task in the names of the files")

@@ -15,14 +15,20 @@ import bhx
 from bhx.data.page import drawn, page
 from bhx.modalities.t1 import ANATOMY
 
-TARGETS = ("age", "sex", "diagnosis", "fusion")
+TARGETS = {  # label -> what it is called on the page
+    "age": "age (r)",
+    "sex": "sex",
+    "diagnosis": "diagnosis",
+    "fusion": "structure against function: which of two planted traits is the larger, that of the "
+    "head's shape or that of how parcels go together",
+}
 
 
 def run_demo(out="demo", *, subjects: int | None = None, model: str = "workshop") -> Path:
     """Embed the real sample scan and the synthetic cohort, score them, and write `out`.
 
-    `out` gets `sample.zarr` and `latents.zarr` (latents), `cohort.zarr`, `scores.csv` with the
-    connectome beside every score, and `index.html`, which needs no network. A folder an earlier
+    `out` gets `sample.zarr` and `latents.zarr` (latents), `cohort.zarr`, `scores.csv` with plain
+    features beside every score, and `index.html`, which needs no network. A folder an earlier
     demo made is made anew; any other is refused.
 
     Returns
@@ -55,15 +61,21 @@ def run_demo(out="demo", *, subjects: int | None = None, model: str = "workshop"
 
 
 def score_table(latents, cohort):
-    """Scores of the pooled hub tokens and of the plain connectome, on the same folds."""
-    ours, control = bhx.pool(latents), bhx.connectome(cohort).compute()
-    scores = [bhx.probe([ours, control], target, stratify="site") for target in TARGETS]
-    return bhx.compare(*scores, control=control.attrs["name"])
+    """Scores of the mean hub token and of plain features, on the same folds."""
+    connectome, cubes = bhx.connectome(cohort).compute(), bhx.cube_means(cohort).compute()
+    features = [bhx.pool(latents), connectome, cubes, bhx.fuse(connectome, cubes)]
+    scores = [bhx.probe(features, target, stratify="site") for target in TARGETS]
+    return bhx.compare(*scores, control=connectome.attrs["name"])
 
 
 def main_scores(table):
-    """The rows to read first; `scores.csv` has every metric."""
-    return table[table.index.get_level_values("metric").isin(("r", "mae", "balanced_accuracy"))]
+    """The scores to read first, with their intervals: a row a label, a column what it was predicted
+    from; `scores.csv` has every metric."""
+    rows = table[table.index.get_level_values("metric").isin(("r", "balanced_accuracy"))]
+    text = [f"{s:.2f} [{a:.2f}, {b:.2f}]" for s, a, b in rows[["score", "low", "high"]].to_numpy()]
+    rows = rows.assign(text=text).reset_index()
+    columns = dict.fromkeys(rows["model"])
+    return rows.pivot(index="target", columns="model", values="text").loc[list(TARGETS), [*columns]]
 
 
 def _figures(sample, latents, cohort):
@@ -71,8 +83,8 @@ def _figures(sample, latents, cohort):
     first = cohort[ANATOMY.variable].sel(subject=str(latents.subject.values[0]))
     people, cubes = bhx.project(bhx.pool(latents)), bhx.region_map(latents, of=ANATOMY.name)
     return [
-        bhx.plot_surface(bhx.region_map(sample), title="The real scan: parcels its tokens read"),
         bhx.plot_latents(people, color="age", title="The synthetic cohort, colored by age"),
+        bhx.plot_surface(bhx.region_map(sample), title="The real scan: parcels its tokens read"),
         bhx.plot_tokens(latents, title="Its hub tokens: which network, which modality"),
         bhx.plot_volume(first, overlay=cubes, title="T1 cubes that they read, on one subject"),
     ]
@@ -84,12 +96,20 @@ def _body(table, figures, latents):
         f"{k}: {html.escape(str(latents.attrs[k])[:80])}"
         for k in ("model", "weights", "weights_sha256", "versions", "scaling")
     )
+    first, *others = drawn(figures)
+    scores = main_scores(table).rename(index=TARGETS).rename_axis(index=None, columns=None)
     return (
-        "<p>Every score of the hub tokens stands beside the same estimator on the plain "
-        "connectome. <b>The cohort is synthetic: it shows mechanics, not findings.</b></p>"
-        + main_scores(table).to_html(border=0, na_rep="")
-        + drawn(figures)
-        + f"<footer>{made_by}</footer>"
+        "<p>Each person's T1 and fMRI became 32 hub tokens; their mean, 96 numbers, knows what is "
+        "in either. Below, a dot is a person: nobody told the model how old they are.</p>"
+        + first
+        + "<p>What can be predicted from those 96 numbers, from the thousands of a connectome, "
+        "from the T1 in blocks, and from both together: correlation r or balanced accuracy (0.5 is "
+        "guessing), with 95 % intervals over people, in the same folds. No column wins every row. "
+        "<b>The cohort is synthetic: it shows mechanics, not findings.</b></p>"
+        + scores.to_html(border=0, na_rep="")
+        + "".join(others)
+        + "<p>Next: the lessons in notebooks/, or <code>python -m bhx explore</code> with the "
+        "latents of this folder.</p>" + f"<footer>{made_by}</footer>"
     )
 
 

@@ -61,8 +61,8 @@ def bold_volume(folder, name="bold.nii.gz", **options):
 bad("nothing there", "Expected a file at .*, found .*No such file")(lambda d: refused(d / "a.tsv"))
 bad("a folder", "found a folder")(lambda d: ((d / "a.tsv").mkdir(), refused(d / "a.tsv")))
 bad("0 bytes", "found 0 bytes")(lambda d: ((d / "a.tsv").touch(), refused(d / "a.tsv")))
-bad("unknown ending", "Expected BOLD in a file ending in .* found a.mat")(
-    lambda d: ((d / "a.mat").write_text("x"), refused(d / "a.mat"))
+bad("unknown ending", "Expected BOLD in a file ending in .* found a.sav")(
+    lambda d: ((d / "a.sav").write_text("x"), refused(d / "a.sav"))
 )
 bad("name too long", "Expected a file at")(lambda d: refused(d / ("x" * 300 + ".tsv")))
 bad("NUL in a path", "Expected a file at")(lambda d: refused("a\0.tsv"))
@@ -291,7 +291,7 @@ bad("array of 3 dims", "time x parcel in a.npy, found")(
 bad("one parcel missing", "100 parcels of .*, found 99 names; missing: 7Networks_LH_Vis_1")(
     lambda d: refused(table(d / "a.tsv", SERIES[1:], NAMES[1:]))
 )
-bad("one parcel twice", "found 101 names; repeated: 7Networks_LH_Vis_1")(
+bad("one parcel twice", "in a.tsv, and parcels alone, found 7Networks_LH_Vis_1 again")(
     lambda d: refused(table(d / "a.tsv", SERIES[[0, *range(100)]], NAMES[[0, *range(100)]]))
 )
 bad("parcels of another scale", "the 100 parcels of schaefer100, found")(
@@ -302,7 +302,7 @@ bad("parcels of another scale", "the 100 parcels of schaefer100, found")(
 bad("numbers for names", "parcel names in a.tsv, found none")(
     lambda d: refused(table(d / "a.tsv", SERIES, [f"ROI_{i}" for i in range(100)]))
 )
-bad("wrong count with an order", "the 100 parcels of schaefer100 in a.tsv, found 90")(
+bad("wrong count with an order", "the 100 parcels of schaefer100 in a.tsv, found 60 x 90")(
     lambda d: refused(table(d / "a.tsv", SERIES[:90]), order="7networks")
 )
 bad("unknown atlas", "schaefer123")(

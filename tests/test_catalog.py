@@ -1,5 +1,6 @@
 """The catalog: every entry valid, every hostile one refused, every cohort found or explained."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from bhx.errors import InputError
 README = Path(__file__).parents[1] / "data_catalog" / "README.md"
 WANTED = {"synthetic", "sample", "development-fmri", "abide1", "abide2", "adhd200", "hcp-aging"}
 WANTED |= {"hcp-ya", "uk-biobank", "abcd", "ppmi", "adni", "local-cohort", "derivatives"}
+WANTED |= {"stages", "local-tables"}
 
 
 @pytest.fixture
@@ -78,8 +80,11 @@ BAD_ENTRIES = {
     "path outside": ({"path": "../../etc"}, "path: .*'../../etc' leads out of the data folder"),
     "absolute path": ({"path": "/etc"}, "'/etc' leads out"),
     "backslashes": ({"path": "..\\x"}, "leads out"),
-    "pattern outside": ({"files": {"bold": "../{participant}/a.tsv"}}, "files.bold: .* leads out"),
-    "pattern without participant": ({"files": {"bold": "a.tsv"}}, "files.bold: .*participant"),
+    "pattern outside": (
+        {"files": {"bold": "../{participant}/a.tsv"}},
+        "files.bold.0: .* leads out",
+    ),
+    "pattern without participant": ({"files": {"bold": "a.tsv"}}, "files.bold.0: .*participant"),
     "file of no modality": (
         {"files": {"eeg": "{participant}/a.edf"}},
         "a column of files to be bold.*'eeg'",
@@ -171,23 +176,111 @@ def small(entry_name, tmp_path, **prepare):
     return folder
 
 
-def test_abide_is_fetched_prepared_and_decoded(home, monkeypatch):
+ABIDE = {
+    "SUB_ID": [51, 52],
+    "SITE_ID": ["PITT", "NYU"],
+    "DX_GROUP": [1, 2],
+    "AGE_AT_SCAN": [12.5, -9999],
+    "SEX": [1, 2],
+    "func_mean_fd": [0.1, 0.7],
+}
+
+
+def abide_folder(folder, series, people=ABIDE):
+    """Parcel series as ABIDE publishes them, and its table of people."""
+    (folder / "cpac").mkdir(parents=True)
+    for one, site, values in zip(people["SUB_ID"], ("Pitt", "NYU"), series, strict=True):
+        path = folder / "cpac" / f"{site}_{one:07d}_rois_cc200.1D"
+        header = "\t".join(f"#{i + 1}" for i in range(len(values)))
+        np.savetxt(path, values.T, delimiter="\t", header=header, comments="")
+    pd.DataFrame(people).to_csv(folder / "Phenotypic_V1.csv", index=False)
+    return folder
+
+
+def test_abide_is_read_from_the_published_series(home):
+    """By its name or a path alone; TR and labels of each site come from entry and table."""
     series = [parcel_series(60, seed) for seed in range(2)]
-    labels, fetch = fake_fetch(
-        home / "abide",
-        series,
-        {
-            "SUB_ID": [51, 52],
-            "SITE_ID": ["PITT", "NYU"],
-            "DX_GROUP": [1, 2],
-            "AGE_AT_SCAN": [12.5, 30.0],
-            "SEX": [1, 2],
-            "func_mean_fd": [0.1, 0.7],
-        },
-    )
+    folder = abide_folder(home / "files", series)
+    named = cohort_file.open_cohort("abide1", path=folder)
+    cohort = cohort_file.open_cohort(folder)
+    assert named.equals(cohort)
+    assert cohort.attrs["source"] == "abide1"
+    assert cohort.subject.values.tolist() == ["0000051", "0000052"]
+    assert cohort.site.values.tolist() == ["PITT", "NYU"]
+    assert cohort.tr.values.tolist() == [1.5, 2.0]
+    assert cohort.diagnosis.values.tolist() == ["autism", "control"]
+    np.testing.assert_array_equal(cohort.age, [12.5, np.nan])
+    np.testing.assert_allclose(cohort.bold, series, rtol=1e-6)
+    placed = cohort_file.open_cohort(folder, atlas=ATLAS, order="7networks")
+    assert placed.roi.values.tolist() == load_atlas(ATLAS).roi.values.tolist()
+    np.testing.assert_array_equal(placed.bold, cohort.bold)
+
+
+def test_a_site_without_a_tr_is_named(home):
+    people = {**ABIDE, "SITE_ID": ["MARS", "NYU"]}
+    folder = abide_folder(home / "files", [parcel_series(60)] * 2, people)
+    with pytest.raises(
+        InputError, match="repetition time of each site of abide1, found none of 'MARS'"
+    ):
+        cohort_file.open_cohort("abide1", path=folder)
+
+
+def test_files_of_two_pipelines_are_told_apart(home):
+    folder = abide_folder(home / "files", [parcel_series(60)] * 2)
+    shutil.copytree(folder / "cpac", folder / "niak")
+    with pytest.raises(InputError, match="Expected one file .* of 000005., found .*cpac.*niak"):
+        cohort_file.open_cohort("abide1", path=folder)
+
+
+def test_stages_is_read_in_sessions(home):
+    """Parcels in rows, subcortical ones behind them; outcomes a line a session."""
+    folder = home / "files"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    smooth = [parcel_series(89, i, "schaefer400") for i in range(2)]
+    smooth = [np.stack([s[:, i : i + 80] for i in range(9)]).mean(0) for s in smooth]
+    for i, values in enumerate(smooth):
+        deep = rng.standard_normal((19, 80))
+        np.savetxt(folder / f"ts_sub-001_ses-{i + 1}.txt", np.concatenate([values, deep]))
+    lines = {"participant_id": ["001", "001"], "session": [2, 1], "score": [20.0, 10.0]}
+    pd.DataFrame(lines).to_csv(folder / "outcomes.csv", index=False)
+    cohort = cohort_file.open_cohort(folder)
+    assert cohort.attrs["source"] == "stages"
+    assert cohort.subject.values.tolist() == ["sub-001/ses-1", "sub-001/ses-2"]
+    assert cohort.participant.values.tolist() == ["sub-001"] * 2
+    assert cohort.score.values.tolist() == [10.0, 20.0]
+    assert cohort.tr.values.tolist() == [2.0, 2.0]
+    assert all("left out the last 19 of 419 parcels" in w for w in cohort.warnings.values)
+    np.testing.assert_allclose(cohort.bold, smooth, rtol=1e-5)
+    pd.DataFrame({**lines, "session": [1, 1]}).to_csv(folder / "outcomes.csv", index=False)
+    with pytest.raises(InputError, match="one line a scan in outcomes.csv, found several of 001"):
+        cohort_file.open_cohort("stages", path=folder)
+    pd.DataFrame(lines).drop(columns="session").to_csv(folder / "outcomes.csv", index=False)
+    with pytest.raises(InputError, match="the columns session in outcomes.csv"):
+        cohort_file.open_cohort("stages", path=folder)
+
+
+def test_abide_is_fetched_as_published(home, monkeypatch):
+    series = [parcel_series(60, seed) for seed in range(2)]
+
+    def fetch(data_dir, derivatives, **_):
+        assert derivatives == ["rois_cc200"]
+        abide_folder(data_dir / "ABIDE_pcp", series)
+
     monkeypatch.setattr("nilearn.datasets.fetch_abide_pcp", fetch)
+    np.testing.assert_allclose(cohort_file.open_cohort("abide1").bold, series, rtol=1e-6)
+
+
+def test_volumes_of_abide_are_read_prepared_and_decoded(home, monkeypatch):
+    series = [parcel_series(60, seed) for seed in range(2)]
+    folder = home / "abide"
+    folder.mkdir()
+    labels = label_image(home / "labels.nii.gz")
+    for name, one, tr in zip(("Pitt_0000051", "NYU_0000052"), series, (1.5, 2.0), strict=True):
+        volume(folder / f"{name}_func_preproc.nii.gz", one, labels, tr=tr)
+    pd.DataFrame(ABIDE).to_csv(folder / "Phenotypic.csv", index=False)
     monkeypatch.setattr("bhx.data.prepare.fetch_labels", lambda atlas: labels)
-    cohort = cohort_file.open_cohort("abide1", catalog=small("abide1", home))
+    cohort = cohort_file.open_cohort("abide1", path=folder, catalog=small("abide1", home))
     assert cohort.diagnosis.values.tolist() == ["autism", "control"]
     assert cohort.sex.values.tolist() == ["M", "F"]
     assert cohort.site.values.tolist() == ["PITT", "NYU"]

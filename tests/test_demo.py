@@ -34,7 +34,7 @@ def test_every_score_has_its_control(made):
     scores = pd.read_csv(made / "scores.csv")
     for target in TARGETS:
         models = set(scores.model[scores.target == target])
-        assert len(models) == 2
+        assert len(models) == 4
         assert "connectome" in " ".join(models)
 
 

@@ -319,7 +319,9 @@ def test_a_page_escapes_names(tmp_path):
 
 def test_button_writes_the_code(explorer, panels):
     explorer.select_token(1)
+    assert panels.written.layout.display == "none"  # until it is asked for
     panels.controls["code"].click()
+    assert not panels.written.layout.display
     assert panels.written.value == explorer.code()
     assert "token=1" in panels.written.value
 

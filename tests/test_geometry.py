@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 from lapy import Solver, TriaMesh
 from scipy.spatial import ConvexHull
 
-from bhx.assets.make_assets import (
-    adjacency,
-    gradients,
-    harmonics_of_both,
-    normalized_angle,
-    parcel_means,
-)
+from bhx.assets.make_assets import adjacency, harmonics_of_both, parcel_means
 from bhx.data import atlas as atlas_file
-from bhx.data.geometry import MIRROR, harmonics, random_rotations, spins
+from bhx.data.geometry import (
+    MIRROR,
+    gradients,
+    harmonics,
+    normalized_angle,
+    random_rotations,
+    spins,
+)
 from bhx.errors import InputError
 
 DATA = Path(__file__).parent / "data"
@@ -249,7 +250,6 @@ def test_gradients_agree_with_brainspace(connectome):
         (lambda c: changed(c, (3, 4), 9.0), {}, "symmetric connectome"),
         (lambda c: changed(changed(c, 7, -1), (slice(None), 7), -1), {}, "none of parcel 7"),
         (lambda c: c, {"n_components": 80}, "1 to 79 components of 80 parcels, found 80"),
-        (lambda c: c, {"keep": 10}, "share above 0 and at most 1, found 10"),
     ],
 )
 def test_a_faulty_connectome_is_named(connectome, change, options, sentence):

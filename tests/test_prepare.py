@@ -312,7 +312,7 @@ def test_scans_of_other_parcels_do_not_mix(tmp_path):
     rows = pd.DataFrame({"subject": ["a", "b"], "tr": 2.0})
     rows["bold"] = [str(tmp_path / f"{name}.tsv") for name in "ab"]
     with pytest.raises(
-        InputError, match="the same labels on 'roi' in every scan, found others in b"
+        InputError, match="the same labels on 'roi' in every scan, found 8 of b and 7 bef"
     ):
         prepare_file.prepare(rows, tmp_path / "both.zarr", atlas=None)
     prepare_file.prepare(rows[:1], tmp_path / "c.zarr", atlas=None)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-from scipy import linalg, sparse
+from scipy import sparse
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from bhx.data import atlas
-from bhx.data.geometry import fix_signs, harmonics
+from bhx.data.geometry import fix_signs, gradients, harmonics
 from bhx.errors import InputError, listed
 
 HERE = Path(__file__).parent
@@ -28,14 +28,6 @@ SCALES = (100, 200, 400)
 N_HARMONICS, N_GRADIENTS = 200, 30
 SCAN = "sub-010188_ses-02_task-rest_acq-AP_run-01"
 SCAN_TR = 1.4  # s
-# FreeSurfer's fsaverage to MNI152 (surfer.nmr.mgh.harvard.edu/fswiki/CoordinateSystems)
-MNI305_TO_MNI152 = np.array(
-    [
-        [0.9975, -0.0073, 0.0176, -0.0429],
-        [0.0146, 1.0009, -0.0024, 1.5496],
-        [-0.0130, -0.0093, 0.9971, 1.1840],
-    ]
-)
 
 
 def main():
@@ -48,6 +40,7 @@ def main():
     for n in SCALES:
         arrays = atlas_arrays(n, labels[n].astype(np.int16), twin, modes[:, 1:], sphere)
         save(f"schaefer{n}.npz", **arrays, **shared)
+    save("meshes.npz", fslr32k=twin.astype("u2"), fsaverage5=twins_back(twin, sphere).astype("u2"))
     save("sample.npz", **sample_arrays(labels[400][twin].astype(int)))
 
 
@@ -102,7 +95,8 @@ def conte69_twins(coords, sphere) -> np.ndarray:
     for hemi, start in (("left", 0), ("right", half)):
         here = slice(start, start + half)
         unit = sphere[here] / np.linalg.norm(sphere[here], axis=1, keepdims=True)
-        goal = unit[cKDTree(coords[here]).query(middle_surface(hemi))[1]]
+        middle = sum(atlas.load_mni_mesh(surface, hemi)[0] for surface in ("white", "pial")) / 2
+        goal = unit[cKDTree(coords[here]).query(middle)[1]]
         ball, faces = atlas.load_mesh("sphere", hemi)
         ball = ball / np.linalg.norm(ball, axis=1, keepdims=True)
         turned = Rotation.align_vectors(goal, ball)[0].apply(ball)
@@ -111,10 +105,13 @@ def conte69_twins(coords, sphere) -> np.ndarray:
     return np.concatenate(twins)
 
 
-def middle_surface(hemi) -> np.ndarray:
-    """Halfway between white and pial surface of fsaverage5 [mm, MNI152]."""
-    white, pial = (atlas.load_mesh(surface, hemi)[0] for surface in ("white", "pial"))
-    return (white + pial) / 2 @ MNI305_TO_MNI152[:, :3].T + MNI305_TO_MNI152[:, 3]
+def twins_back(twin, sphere) -> np.ndarray:
+    """For each conte69 vertex, the fsaverage5 vertex whose twin lies nearest on the sphere."""
+    out = []
+    for here, there in zip(np.split(np.arange(len(sphere)), 2), np.split(twin, 2), strict=True):
+        nearest = cKDTree(sphere[there]).query(sphere[here])[1]
+        out.append(nearest + (len(twin) // 2 if here[0] else 0))
+    return np.concatenate(out)
 
 
 def smoothed(values, faces) -> np.ndarray:
@@ -203,28 +200,6 @@ def parcel_means(values, labels, n_parcels: int) -> np.ndarray:
     return means.reshape(n_parcels, *values.shape[1:])
 
 
-def gradients(connectome, n_components: int, *, keep: float = 0.1) -> np.ndarray:
-    """Diffusion-map gradients of a connectome: array (roi, component), strongest first.
-
-    Each row keeps its strongest `keep` share of connections; rows are compared by the normalized
-    angle, 1 - arccos(cosine) / pi; the anisotropic diffusion map (alpha = 0.5) of that affinity
-    is scaled by eigenvalue / (1 - eigenvalue), all diffusion times together.
-
-    Source: Margulies et al., PNAS 2016; Coifman and Lafon, 2006; Vos de Wael et al., 2020.
-    """
-    connectome = _checked_connectome(connectome, n_components, keep)
-    affinity = normalized_angle(_strongest(connectome, keep))
-    return _diffusion_map(affinity, n_components)
-
-
-def normalized_angle(rows) -> np.ndarray:
-    """Similarity of rows by their angle: 1 for parallel, 0 for opposite; array (row, row)."""
-    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    similarity = 1 - np.arccos(np.clip(unit @ unit.T, -1, 1)) / np.pi
-    np.fill_diagonal(similarity, 1)
-    return similarity
-
-
 def edges(faces) -> np.ndarray:
     """The edges of each triangle, smaller vertex first: array (3 x triangle, 2)."""
     return np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1)
@@ -236,52 +211,6 @@ def adjacency(faces, n_vertices: int) -> sparse.csr_array:
     ones = np.ones(len(a))
     half = sparse.coo_array((ones, (a, b)), shape=(n_vertices, n_vertices))
     return (half + half.T).tocsr()
-
-
-def _checked_connectome(connectome, n_components, keep):
-    connectome = np.asarray(connectome, float)
-    n = len(connectome)
-    if connectome.shape != (n, n) or not np.isfinite(connectome).all():
-        fact = f"Expected a finite connectome (roi, roi), found shape {connectome.shape} with "
-        fact += f"{(~np.isfinite(connectome)).sum()} values missing"
-        raise InputError(fact, "Drop the parcels without signal first")
-    if not np.allclose(connectome, connectome.T, atol=1e-6):
-        fact = "Expected a symmetric connectome, found "
-        fact += f"{np.abs(connectome - connectome.T).max():.3g} between the two halves"
-        raise InputError(fact, "Average it with its transpose")
-    if not 1 <= n_components < n:
-        fact = f"Expected 1 to {n - 1} components of {n} parcels, found {n_components}"
-        raise InputError(fact, "Ask for fewer components, at least 1")
-    if not 0 < keep <= 1:
-        fact = f"Expected keep as a share above 0 and at most 1, found {keep}"
-        raise InputError(fact, "Give for instance keep=0.1, a tenth of the connections")
-    return connectome
-
-
-def _strongest(connectome, keep):
-    """Each row's largest entries, the rest 0; nothing negative is kept."""
-    n_kept = max(1, round(keep * len(connectome)))
-    threshold = np.sort(connectome, axis=1)[:, [-n_kept]]
-    rows = np.where((connectome >= threshold) & (connectome > 0), connectome, 0)
-    if len(empty := np.flatnonzero(~rows.any(axis=1))):
-        raise InputError(
-            f"Expected a positive connection of every parcel, found none of parcel {listed(empty)}",
-            "Drop the parcels without signal first",
-        )
-    return rows
-
-
-def _diffusion_map(affinity, n_components):
-    degree = affinity.sum(axis=1)
-    affinity = affinity / np.sqrt(np.outer(degree, degree))  # alpha = 0.5
-    root = np.sqrt(affinity.sum(axis=1))
-    n = len(root)
-    values, vectors = linalg.eigh(
-        affinity / np.outer(root, root), subset_by_index=(n - n_components - 1, n - 1)
-    )
-    values, vectors = values[::-1], vectors[:, ::-1]
-    maps = vectors[:, 1:] / vectors[:, :1]  # eigenvectors of the random walk
-    return fix_signs(maps) * (values[1:] / (1 - values[1:]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A parcellation as a Dataset: names, networks, centroids, vertex labels, harmonics, gradients.
 
-Everything is read from files shipped with bhx (`bhx/assets`) or with nilearn (fsaverage5), offline.
-Nothing about subjects is known here and no atlas array is computed; `assets/make_assets.py` does.
+Shipped ones are read from `bhx/assets` and from nilearn's fsaverage5, offline; `parcellation.py`
+builds others, which are known by their name here and travel inside cohorts, latents and weights.
 """
 
 from __future__ import annotations
@@ -9,29 +9,44 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 from scipy.spatial.distance import squareform
 
+from bhx.data.files import attempt
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD
-from bhx.schema import ROI_COORDS, UNITS
+from bhx.schema import ROI_COORDS, UNITS, plain_labels
 
 ATLASES = {"schaefer100": 100, "schaefer200": 200, "schaefer400": 400}
-N_FSAVERAGE5 = 10_242  # vertices of one hemisphere
+N_FSAVERAGE5, N_FSLR32K = 10_242, 32_492  # vertices of one hemisphere
+ARRAYS = {"harmonics", "gradients", "connectome", "sphere", "labels_fsaverage5", "labels_fslr32k"}
 TEXT = ("name7", "name17", "network", "hemi")  # labels of parcels
 SURFACES = ("inflated", "pial", "white", "flat", "sphere")
 HEMISPHERES = {"left": "left", "right": "right", "L": "left", "R": "right"}
+# FreeSurfer's fsaverage to MNI152 (surfer.nmr.mgh.harvard.edu/fswiki/CoordinateSystems)
+MNI305_TO_MNI152 = np.array(
+    [
+        [0.9975, -0.0073, 0.0176, -0.0429],
+        [0.0146, 1.0009, -0.0024, 1.5496],
+        [-0.0130, -0.0093, 0.9971, 1.1840],
+    ]
+)
+TRAVELS = "atlas_"  # before the names of an atlas's variables and dims inside a cohort
+_OWN: dict[str, xr.Dataset] = {}  # atlases built or opened in this session, the newest last
 
 
-def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Dataset:
-    """A Schaefer parcellation with everything bhx knows of it.
+def load_atlas(name="schaefer400", order: str = "7networks") -> xr.Dataset:
+    """A parcellation with everything bhx knows of it.
 
     Parameters
     ----------
-    name : "schaefer100", "schaefer200" or "schaefer400"
+    name : "schaefer100", "schaefer200" or "schaefer400"; the name of an atlas of your own that
+        `bhx.build_atlas` made, or that came with a cohort or weights, in this session; the path
+        where one was saved (.nc, .zarr); or an atlas, which is then known by its name
     order : "7networks", or "17networks" (Schaefer-400 only): the names on `roi` and their order
 
     Returns
@@ -43,6 +58,15 @@ def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Datase
         sphere (roi, axis), labels_fsaverage5 (vertex_fsaverage5),
         labels_fslr32k (vertex_fslr32k); left hemisphere first, 0 = no parcel.
     """
+    if isinstance(name, xr.Dataset):
+        return _known(name)
+    if Path(name).suffix in (".nc", ".zarr"):
+        with attempt(f"an atlas at {name}", "Give the path where atlas.to_netcdf saved it"):
+            opener = xr.open_zarr if Path(name).suffix == ".zarr" else xr.open_dataset
+            with opener(name) as saved:
+                return _known(plain_labels(saved.load()))
+    if name in _OWN:
+        return _OWN[name]
     check_choice("the atlas", name, ATLASES)
     check_choice("order", order, ("7networks", "17networks"))
     if order == "17networks" and name != "schaefer400":
@@ -83,13 +107,66 @@ def load_atlas(name: str = "schaefer400", order: str = "7networks") -> xr.Datase
     return out.assign_coords(roi=out.name17.values, roi_other=out.name17.values)
 
 
-def match_names(names, atlas: xr.Dataset | str) -> list[str]:
+def _known(atlas):
+    """The atlas itself, from now on known by its name."""
+    name, missing = atlas.attrs.get("atlas"), {"roi", *ROI_COORDS} - {*atlas.variables}
+    if not name or missing or "harmonics" not in atlas:
+        fact = f"Expected an atlas, found a Dataset of {listed(atlas.variables) or 'nothing'}"
+        raise InputError(fact, "Make one with bhx.build_atlas")
+    if name not in ATLASES:
+        _OWN.pop(name, None)
+        _OWN[name] = atlas
+    return atlas
+
+
+def known_atlases() -> list[xr.Dataset]:
+    """The shipped atlases, and then those of this session, the newest first."""
+    return [*map(load_atlas, ATLASES), *reversed(_OWN.values())]
+
+
+def with_atlas(data: xr.Dataset, atlas: xr.Dataset) -> xr.Dataset:
+    """A cohort or latents with an atlas of one's own inside, as coordinates; a shipped one is
+    found by its name."""
+    data = data.assign_attrs(atlas=atlas.attrs["atlas"])
+    if atlas.attrs["atlas"] in ATLASES:
+        return data
+    own = atlas.sel(roi=data.roi.values)
+    there = {str(n) for n in (*own.variables, *own.dims)} - {"roi", *ROI_COORDS}
+    own = own.rename({name: TRAVELS + name for name in there})
+    own[f"{TRAVELS}label"].attrs |= atlas.attrs
+    return data.assign_coords(own.set_coords([*own.data_vars]).coords)
+
+
+def atlas_of(data: xr.Dataset) -> xr.Dataset | None:
+    """The atlas that travels in a cohort or latents, else the one of its name, if known."""
+    if f"{TRAVELS}label" not in data.coords:
+        name = data.attrs.get("atlas")
+        return load_atlas(name) if name in {*ATLASES, *_OWN} else None
+    names = [*map(str, data.coords)]
+    inside = [n for n in names if n.startswith(TRAVELS) or n in ("roi", *ROI_COORDS)]
+    own = xr.Dataset(coords={name: data[name].variable for name in inside})
+    travels = [n for n in map(str, {*own.variables, *own.dims}) if n.startswith(TRAVELS)]
+    own = own.rename({n: n.removeprefix(TRAVELS) for n in travels})
+    return _known(own.reset_coords(ARRAYS & {*own.coords}).assign_attrs(own.label.attrs))
+
+
+def check_same_places(data: xr.Dataset, atlas: xr.Dataset) -> None:
+    """Refuse parcels of the atlas's name that do not lie where the atlas has them."""
+    if data.attrs.get("atlas") in ATLASES or data.attrs.get("atlas") != atlas.attrs["atlas"]:
+        return
+    known = atlas.sel(roi=match_names(data.roi.values, atlas))
+    if np.nanmax(np.abs(centroids(data) - centroids(known)), initial=0) > 1:  # mm
+        fact = f"Expected parcels where the model's atlas '{atlas.attrs['atlas']}' has them, found "
+        raise InputError(f"{fact}them elsewhere", "Give two atlases two names")
+
+
+def match_names(names, atlas) -> list[str]:
     """The atlas's own name of each parcel in `names`, in the order given.
 
     Names may be in any order, of the 7- or the 17-network kind, with or without the prefix
     "7Networks_" or "17Networks_". Raises InputError unless they are the atlas's parcels, each once.
     """
-    atlas = load_atlas(atlas) if isinstance(atlas, str) else atlas
+    atlas = load_atlas(atlas)
     known = aliases(atlas)
     given = [n.decode() if isinstance(n, bytes) else str(n) for n in np.asarray(names).tolist()]
     found = [known[n] for n in given if n in known]
@@ -107,7 +184,8 @@ def match_names(names, atlas: xr.Dataset | str) -> list[str]:
 
 def aliases(atlas: xr.Dataset) -> dict[str, str]:
     """The atlas's own name of a parcel by each name it has: 7- or 17-network, prefixed or not."""
-    own, known = atlas.roi.values.tolist(), {}
+    own = atlas.roi.values.tolist()
+    known = dict(zip(own, own, strict=True))
     for kind in {"name7", "name17"} & {*atlas.coords}:
         names = atlas[kind].values.tolist()
         known |= dict(zip(names, own, strict=True))
@@ -125,19 +203,20 @@ def parcel_labels(atlas) -> dict[str, np.ndarray]:
     return {name: atlas[name].values for name in ("roi", *ROI_COORDS)}
 
 
-def reparcellate(cohort: xr.Dataset, atlas: str) -> xr.Dataset:
-    """The cohort's values per parcel as those of another Schaefer atlas, lazily.
+def reparcellate(cohort: xr.Dataset, atlas) -> xr.Dataset:
+    """The cohort's values per parcel as those of another atlas on the cortex, lazily.
 
     Each new parcel is the mean of the old ones weighted by the vertices they share on fsLR-32k;
     values of which fewer than half of those vertices were measured are NaN. Schaefer's scales
     are not nested, so this approximates parcellating the scans again.
     """
-    old, new = load_atlas(cohort.attrs["atlas"]), load_atlas(atlas)
+    old, new = atlas_of(cohort), load_atlas(atlas)
+    old = load_atlas(cohort.attrs["atlas"]) if old is None else old  # or a refusal by name
     names = match_names(cohort.roi.values, old)
     share = np.zeros((new.sizes["roi"] + 1, old.sizes["roi"] + 1), np.float32)
-    np.add.at(share, (new.labels_fslr32k.values, old.labels_fslr32k.values), 1)
+    np.add.at(share, (places_of(new, "labels_fslr32k"), places_of(old, "labels_fslr32k")), 1)
     order = old.indexes["roi"].get_indexer(names)
-    share = share[1:, 1:][:, order] / share[1:].sum(1, keepdims=True)
+    share = share[:-1, :-1][:, order] / np.maximum(share[:-1].sum(1, keepdims=True), 1)
     share = xr.DataArray(share, dims=("roi_new", "roi"))
     out = {}
     for name, v in cohort.data_vars.items():
@@ -148,8 +227,20 @@ def reparcellate(cohort: xr.Dataset, atlas: str) -> xr.Dataset:
         mean = xr.dot(bare.fillna(0), share, dim="roi") / measured.where(measured >= 0.5)
         out[name] = mean.rename(roi_new="roi").transpose(*v.dims).astype("float32")
     coords = {name: ("roi", values) for name, values in parcel_labels(new).items()}
-    attrs = {"atlas": atlas, "parcellated_from": cohort.attrs["atlas"]}
-    return cohort.drop_dims("roi").assign(out).assign_coords(coords).assign_attrs(attrs)
+    cohort = cohort.assign_attrs(parcellated_from=cohort.attrs["atlas"])
+    cohort = cohort.drop_vars([n for n in cohort.coords if str(n).startswith(TRAVELS)])
+    return with_atlas(cohort.drop_dims("roi").assign(out).assign_coords(coords), new)
+
+
+def places_of(atlas: xr.Dataset, labels) -> np.ndarray:
+    """Vertex or voxel labels as places among the atlas's parcels, -1 where there is none; `labels`
+    is an array, or the atlas's variable of that name."""
+    if isinstance(labels, str):
+        if labels not in atlas:
+            fact = f"Expected {labels} of the atlas {atlas.attrs['atlas']}, found none"
+            raise InputError(fact, "Build it from a label image, a surface or coordinates")
+        labels = atlas[labels].values
+    return pd.Index(atlas.label.values).get_indexer(labels.ravel()).reshape(labels.shape)
 
 
 def load_sample() -> xr.Dataset:
@@ -172,6 +263,21 @@ def load_mesh(surface: str = "inflated", hemi: str = "left") -> tuple[np.ndarray
     check_choice("the surface", surface, SURFACES)
     coords, faces = _gifti("infl" if surface == "inflated" else surface, hemi)
     return coords.astype(np.float32), faces.astype(np.int32)
+
+
+def load_mni_mesh(surface: str, hemi: str) -> tuple[np.ndarray, np.ndarray]:
+    """The white or pial surface of fsaverage5 in MNI152 space [mm]."""
+    coords, faces = load_mesh(surface, hemi)
+    return coords @ MNI305_TO_MNI152[:, :3].T + MNI305_TO_MNI152[:, 3], faces
+
+
+def to_other_mesh(labels) -> dict[str, np.ndarray]:
+    """Labels of fsaverage5 or fsLR-32k vertices (left first) on both meshes, by variable name."""
+    kinds = {"fsaverage5": 2 * N_FSAVERAGE5, "fslr32k": 2 * N_FSLR32K}
+    twins = _arrays("meshes")  # name of a mesh -> the vertex of the other in the place of each
+    here = next(name for name, n in kinds.items() if n == len(labels))
+    (other,) = kinds.keys() - {here}
+    return {f"labels_{here}": labels, f"labels_{other}": labels[twins[here]]}
 
 
 def load_sulc(hemi: str = "left") -> np.ndarray:

@@ -18,7 +18,7 @@ import xarray as xr
 from scipy import ndimage
 from scipy.sparse import csr_array
 
-from bhx.data.atlas import aliases, centroids, load_atlas, match_names
+from bhx.data.atlas import ATLASES, centroids, load_atlas, places_of
 from bhx.data.files import (
     FORM,
     attempt,
@@ -29,7 +29,9 @@ from bhx.data.files import (
     reader_of,
     reading,
 )
+from bhx.data.parcellation import both_sides, fslr_vertices, whole_numbers
 from bhx.data.quality import check_bold_quality
+from bhx.data.tables import Table, check_names, read_array, read_mat, read_text, take_parcels
 from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD, check_tr
 from bhx.schema import ROI_COORDS
@@ -43,7 +45,7 @@ MIN_DOF = 10
 def read_run(row: dict, options: dict) -> tuple[xr.DataArray, dict, list[str]]:
     """The BOLD of one row of a table of scans, denoised where it is not yet; see `reader_of`."""
     file, confounds = (row.get(column) for column in BOLD.files)
-    source = {name: options[name] for name in ("order", "labels")}
+    source = {name: options[name] for name in ("order", "labels", "parcels_in")}
     bold = read_bold(file, options["atlas"], **source, tr=row.get("tr"))
     mean_fd = row.get("mean_fd", np.nan)
     if confounds:
@@ -54,14 +56,14 @@ def read_run(row: dict, options: dict) -> tuple[xr.DataArray, dict, list[str]]:
         bold = denoise(bold, file, confounds, **options["denoising"])
     series, facts, warnings = check_bold_quality(bold, mean_fd)
     facts |= {name: bold.attrs.get(name, default) for name, default in COUNTED.items()}
-    warnings += bold.attrs.get("notes", [])
+    warnings = bold.attrs["notes"] + warnings
     if confounds and np.isnan(mean_fd):
         warnings.append(f"no framewise displacement in {Path(confounds).name}")
     return series, {"mean_fd": mean_fd, **facts}, warnings
 
 
 def read_bold(
-    path, atlas: str | None = "schaefer400", *, order=None, labels=None, tr=None
+    path, atlas="schaefer400", *, order=None, labels=None, tr=None, parcels_in=None
 ) -> xr.DataArray:
     """BOLD of one run on the parcels of an atlas, whatever kind of file it is in.
 
@@ -69,18 +71,21 @@ def read_bold(
     ----------
     path : volume in MNI152 space (.nii, .nii.gz), CIFTI (.dtseries.nii, .ptseries.nii), surface of
         one hemisphere with its partner beside it (.func.gii, .mgz; fsaverage5 or fsLR-32k), or a
-        table of parcels (.csv, .tsv, .txt, .1D, also .gz; .npy as time x parcel)
-    atlas : name of a bhx atlas, whose parcels come out in its own order; None keeps a table's
+        table of parcels (.csv, .tsv, .txt, .1D, also .gz; .npy; .mat)
+    atlas : see `bhx.load_atlas`; its parcels come out in its own order; None keeps a table's
         columns, or the numbers of the image `labels`, as they are
     order : "7networks" or "17networks": the order of a table without parcel names
     labels : label image for volumes; Schaefer's through nilearn by default
     tr : repetition time [s] for files that do not state it
+    parcels_in : "rows" or "columns" of a table, where it does not show by itself
 
     Returns
     -------
     DataArray (roi, time), float64, `time` in seconds; on roi the atlas's labels and `covered`, the
-    share of each parcel's voxels or vertices with signal; `tr` [s] in the attributes.
+    share of each parcel's voxels or vertices with signal; `tr` [s], and `notes` on what was decided
+    or left out, in the attributes.
     """
+    options = {"order": order, "labels": labels, "parcels_in": parcels_in}
     path = check_file(path)
     reader = _reader_of(path.name)
     if reader is None:
@@ -92,24 +97,24 @@ def read_bold(
         raise InputError(fact, "Name one, such as atlas='schaefer400'")
     atlas = None if atlas is None else load_atlas(atlas)
     with reading(path, "BOLD"):
-        names, series, covered, header_tr = reader(path, atlas, order, labels)
+        names, series, covered, header_tr, notes = reader(path, atlas, options)
     tr = read_tr(path, header_tr, tr)
-    notes = [f"TR of {header_tr:g} in the header taken as ms"] if (header_tr or 0) > 20 else []
+    if header_tr and header_tr > 20:
+        notes = [*notes, f"TR of {header_tr:g} in the header taken as ms"]
     if series.ndim != 2 or 0 in series.shape:
         fact = f"Expected BOLD as parcels x time in {path.name}, found shape {series.shape}"
         raise InputError(fact, "Give one run of several volumes")
     time = ("time", tr * np.arange(series.shape[1]), {"units": "s"})
     coords = {"roi": names, "time": time, "covered": ("roi", covered)}
-    bold = xr.DataArray(
-        series, coords, BOLD.dims, BOLD.name, {"tr": tr, "file": path.name, "notes": notes}
-    )
+    attrs = {"tr": tr, "file": path.name, "notes": notes}
+    bold = xr.DataArray(series, coords, BOLD.dims, BOLD.name, attrs)
     if atlas is None:
         return bold
     known = {*ROI_COORDS, "label17"} & {*atlas.coords}
     return bold.sel(roi=atlas.roi.values).assign_coords({name: atlas[name] for name in known})
 
 
-def _read_volume(path, atlas, order, labels):
+def _read_volume(path, atlas, options):
     """A 4D image, volume by volume, so that memory holds one of them."""
     # gzip is read forward only while the file stays open
     image = nib.load(path, keep_file_open=True)
@@ -118,8 +123,8 @@ def _read_volume(path, atlas, order, labels):
         fact = f"Expected a 4D image of several volumes in {path.name}, found {image.shape}"
         raise InputError(fact, "Give the preprocessed BOLD run, not its reference or mask")
     check_affine(image, path)
-    check_space(path, labels)
-    numbers, names = _labels_on(image, atlas, labels)
+    check_space(path, options["labels"])
+    places, names = _labels_on(image, atlas, options["labels"])
     unit = image.header.get_xyzt_units()[1]
     tr = float(image.header.get_zooms()[3]) * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1)
     ones = [0] * (image.ndim - 3)
@@ -127,28 +132,19 @@ def _read_volume(path, atlas, order, labels):
         (..., *ones[: long[0] - 3], t, *ones[long[0] - 2 :]) for t in range(image.shape[long[0]])
     ]
     volumes = (np.asarray(image.dataobj[at], "float32").reshape(-1, 1) for at in moments)
-    return names, *_parcel_means(volumes, numbers.ravel(), len(names)), tr
+    return names, *_parcel_means(volumes, places.ravel(), len(names)), tr, []
 
 
-def _read_dtseries(path, atlas, order, labels):
+def _read_dtseries(path, atlas, options):
     """CIFTI grayordinates: the cortex's vertices by the shipped fsLR-32k labels."""
     image = nib.load(path)
     series, brain = (image.header.get_axis(i) for i in range(2))
-    whole = np.zeros(image.shape[1], int)
-    at = {"CIFTI_STRUCTURE_CORTEX_LEFT": 0, "CIFTI_STRUCTURE_CORTEX_RIGHT": 32492}
-    for structure, where, model in brain.iter_structures():
-        if structure in at:
-            if (n := brain.nvertices[structure]) != 32492:
-                fact = f"Expected fsLR-32k in {path.name}, found a cortex of {n} vertices"
-                raise InputError(fact, "Resample to fsLR-32k (91k grayordinates)")
-            whole[where] = atlas.labels_fslr32k.values[at[structure] + model.vertex]
+    at = fslr_vertices(brain, path.name)
+    places = np.where(at < 0, -1, places_of(atlas, "labels_fslr32k")[at])
     starts = range(0, image.shape[0], 64)
     blocks = (np.asarray(image.dataobj[t : t + 64], "float32").T for t in starts)
-    return (
-        atlas.roi.values,
-        *_parcel_means(blocks, whole, atlas.sizes["roi"]),
-        _step_of(series, path),
-    )
+    tr = _step_of(series, path)
+    return atlas.roi.values, *_parcel_means(blocks, places, atlas.sizes["roi"]), tr, []
 
 
 def _step_of(series, path):
@@ -159,17 +155,18 @@ def _step_of(series, path):
     return series.step * {"SECOND": 1, "MILLISECOND": 1e-3}.get(str(series.unit).upper(), 1)
 
 
-def _read_ptseries(path, atlas, order, labels):
+def _read_ptseries(path, atlas, options):
     """CIFTI parcels: their names are in the file."""
     image = nib.load(path)
     series, parcels = (image.header.get_axis(i) for i in range(2))
-    tr = _step_of(series, path)
-    return *_take_parcels(parcels.name, image.get_fdata().T, atlas, order, path), tr
+    table = Table(image.get_fdata().T, rows=[*parcels.name])
+    names, values, covered, _, notes = _take(table, atlas, {**options, "parcels_in": "rows"}, path)
+    return names, values, covered, _step_of(series, path), notes
 
 
-def _read_surface(path, atlas, order, labels):
+def _read_surface(path, atlas, options):
     """Both hemispheres of fsaverage5 or fsLR-32k, of which one file is named."""
-    left, right = _hemispheres(path)
+    left, right = both_sides(path)
     values, tr = [], None
     for file in (left, right):
         image = nib.load(check_file(file))
@@ -187,57 +184,41 @@ def _read_surface(path, atlas, order, labels):
         fact = "Expected two hemispheres of 10242 (fsaverage5) or 32492 (fsLR) vertices in "
         fact += f"{left.name} and its partner, found {sizes[0]} and {sizes[1]}"
         raise InputError(fact, "Resample to fsaverage5 or fsLR-32k")
-    numbers = atlas[kinds[sizes[0][0]]].values
-    means = _parcel_means([np.concatenate(values)], numbers, atlas.sizes["roi"])
-    return atlas.roi.values, *means, tr
+    places = places_of(atlas, kinds[sizes[0][0]])
+    means = _parcel_means([np.concatenate(values)], places, atlas.sizes["roi"])
+    return atlas.roi.values, *means, tr, []
 
 
-def _read_table(path, atlas, order, labels):
-    """Parcels in columns, or in rows that begin with their name (UK Biobank)."""
-    separator = {".csv": ",", ".tsv": "\t"}.get(Path(path.name.lower().replace(".gz", "")).suffix)
-    options = {"header": None, "dtype": str, "engine": "c", "keep_default_na": False}
-    options["na_values"] = ["", "n/a", "NA", "NaN", "nan"]
-    cells = pd.read_csv(path, sep=separator or r"\s+", encoding="utf-8-sig", **options)
-    if len(cells) < 2:
-        fact = f"Expected lines of numbers in {path.name}, found 1 line"
-        raise InputError(fact, "Write one line of parcel names, then one line for each volume")
-    names, values = None, cells.T
-    if not _is_number(cells.iloc[1:, 0]).any():  # parcels in rows
-        names, values = cells.iloc[1:, 0].tolist(), cells.iloc[1:, 1:]
-    elif not _is_number(cells.iloc[0]).all():
-        names, values = [name.lstrip("#").strip() for name in cells.iloc[0]], cells.iloc[1:].T
-    numbers = values.apply(pd.to_numeric, errors="coerce").to_numpy(float)
-    odd = np.isnan(numbers) & values.notna().to_numpy()
-    if odd.any():
-        fact = f"Expected numbers in {path.name}, found '{values.to_numpy()[odd][0]}'"
-        raise InputError(fact, "Write parcels as columns under one line of names, and nothing else")
-    if order is None and (found := re.search(r"Schaefer(7|17)n(\d+)p", path.name)):
-        order = f"{found[1]}networks"
-    return *_take_parcels(names, numbers, atlas, order, path), None
+def _read_table(path, atlas, options):
+    """Parcels in a table, read by the kind of its file."""
+    table = _TABLES[_ending(path.name, _TABLES)](path)
+    if options["order"] is None and (found := re.search(r"Schaefer(7|17)n(\d+)p", path.name)):
+        options = {**options, "order": f"{found[1]}networks"}
+    return _take(table, atlas, options, path)
 
 
-def _read_array(path, atlas, order, labels):
-    """A numpy array, time x parcel."""
-    values = np.load(path, allow_pickle=False)
-    if values.ndim != 2:
-        fact = f"Expected time x parcel in {path.name}, found {values.shape}"
-        raise InputError(fact, "Save an array with one row for each volume of one run")
-    return *_take_parcels(None, values.T.astype(float), atlas, order, path), None
+def _take(table, atlas, options, path):
+    """Names, series, whether each is complete, and what was left out, of a table."""
+    how = {name: options[name] for name in ("order", "parcels_in")}
+    names, series, notes = take_parcels(table, atlas, **how, where=path.name)
+    return names, series, np.isfinite(series).all(1).astype(float), None, notes
 
 
-_READERS = {".dtseries.nii": _read_dtseries, ".ptseries.nii": _read_ptseries, ".npy": _read_array}
+_TABLES = dict.fromkeys((".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".1d"), read_text)
+_TABLES |= {".npy": read_array, ".mat": read_mat}
+_READERS = {".dtseries.nii": _read_dtseries, ".ptseries.nii": _read_ptseries}
 _READERS |= dict.fromkeys((".nii.gz", ".nii"), _read_volume)
 _READERS |= dict.fromkeys((".gii", ".mgz", ".mgh"), _read_surface)
-_READERS |= dict.fromkeys((".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".1d"), _read_table)
+_READERS |= dict.fromkeys(_TABLES, _read_table)
 
 
-def _parcel_means(blocks, numbers, n):
-    """Mean of the points with signal in each parcel 1..n, and the share of points that have any.
+def _parcel_means(blocks, places, n):
+    """Mean of the points with signal in each of n parcels, and the share of points that have any.
 
-    `blocks` are arrays (point, time); `numbers` is the parcel of each point, 0 for none.
+    `blocks` are arrays (point, time); `places` is the parcel of each point, -1 for none.
     """
-    inside = np.flatnonzero(numbers > 0)
-    rows = (numbers[inside] - 1, np.arange(len(inside)))
+    inside = np.flatnonzero(places >= 0)
+    rows = (places[inside], np.arange(len(inside)))
     member = csr_array((np.ones(len(inside)), rows), shape=(n, len(inside)))
     sums, seen = [], np.zeros(len(inside), bool)
     for block in blocks:
@@ -249,93 +230,61 @@ def _parcel_means(blocks, numbers, n):
     return means, counts / np.maximum(member.sum(1), 1)
 
 
-def _take_parcels(names, values, atlas, order, path):
-    """Rows of a parcel table in the atlas's own names, and whether each is complete; others, such
-    as subcortex, are left out."""
-    numbered = r"(?i)(roi|label|parcel|region)?[ _-]?\d+"
-    whole = np.isfinite(values).all(1).astype(float)
-    if atlas is None:
-        names = [str(i + 1) for i in range(len(values))] if names is None else names
-        return names, values, whole
-    if names is None or all(re.fullmatch(numbered, name) for name in names):
-        if order is None:
-            fact = f"Expected parcel names in {path.name}, found none"
-            raise InputError(fact, "Give the order of its columns, such as order='7networks'")
-        names = load_atlas(atlas.attrs["atlas"], order).roi.values
-        if len(names) != len(values):
-            fact = f"Expected the {len(names)} parcels of {atlas.attrs['atlas']} in {path.name}, "
-            raise InputError(f"{fact}found {len(values)}", "Choose the atlas it was made with")
-    known = np.isin(names, [*aliases(atlas)])
-    known = known if known.any() else slice(None)
-    return match_names(np.asarray(names)[known], atlas), values[known], whole[known]
-
-
-def _is_number(cells):
-    return pd.to_numeric(cells, errors="coerce").notna() | cells.isna()
-
-
-def _hemispheres(path):
-    """Left and right file of a surface, given one of them."""
-    for left, right in (("hemi-L", "hemi-R"), ("lh.", "rh."), (".L.", ".R."), ("_lh", "_rh")):
-        if left in path.name:
-            return path, path.with_name(path.name.replace(left, right))
-        if right in path.name:
-            return path.with_name(path.name.replace(right, left)), path
-    fact = f"Expected a hemisphere in the name of {path.name} (hemi-L, lh.), found none"
-    raise InputError(fact, "Name the two files alike but for the hemisphere")
-
-
 # --- label images -------------------------------------------------------------------------------
 
 
-def fetch_labels(atlas: str) -> Path:
-    """Schaefer's label image (2 mm MNI152, 7-network numbers) through nilearn and bhx's cache."""
+def fetch_labels(atlas) -> Path:
+    """The label image of an atlas: the one it was built from, or Schaefer's (2 mm MNI152, 7-network
+    numbers) through nilearn and bhx's cache."""
     from nilearn.datasets import fetch_atlas_schaefer_2018
 
-    n = int(re.sub(r"\D", "", atlas))
+    atlas = load_atlas(atlas)
     help = "Give an image with labels=, or use CIFTI, surfaces or tables, which need none"
+    if atlas.attrs["atlas"] not in ATLASES:
+        if not (made_from := atlas.attrs.get("labels", "")).endswith((".nii", ".nii.gz")):
+            fact = f"Expected the label image of '{atlas.attrs['atlas']}' for volumes, found none"
+            raise InputError(fact, help)
+        return check_file(made_from)
+    n = atlas.sizes["roi"]
     with attempt("to fetch Schaefer's label image", help):
         fetched = fetch_atlas_schaefer_2018(n, 7, 2, data_dir=folders()["cache"], verbose=0)
     return Path(fetched.maps)
 
 
 def _labels_on(image, atlas, labels):
-    """The label of each voxel of an image (nearest neighbor), and the parcels' names."""
+    """The place of each voxel's parcel (nearest neighbor), -1 for none, and the parcels' names."""
     from nilearn.image import resample_to_img
 
-    file = check_file(labels or fetch_labels(atlas.attrs["atlas"]))
+    file = check_file(labels or fetch_labels(atlas))
     with reading(file, "labels"):
         source = nib.load(file)
         check_affine(source, file)
-        numbers = np.asarray(source.dataobj)
-    if numbers.ndim != 3 or (numbers != np.round(numbers)).any():
-        fact = f"Expected whole numbers in 3D in {file.name}, found others"
-        raise InputError(fact, "Give an image in which each voxel has the number of its parcel")
-    found = np.unique(numbers[numbers > 0]).astype(int)
+        numbers = whole_numbers(source, file.name)
+    found = np.unique(numbers[numbers > 0])
     if atlas is not None:
-        _check_label_image(numbers, source.affine, atlas, file)
-        names = atlas.roi.values
-    else:
-        names = found.astype(str)
-        numbers = np.searchsorted(found, numbers) * (numbers > 0) + (numbers > 0)
-    source = nib.Nifti1Image(numbers.astype("int32"), source.affine)
+        _check_label_image(numbers, found, source.affine, atlas, file)
+    source = nib.Nifti1Image(numbers, source.affine)
     grid = nib.Nifti1Image(np.zeros(image.shape[:3], "int8"), image.affine)
-    return np.asarray(resample_to_img(source, grid, interpolation="nearest").dataobj, int), names
+    numbers = np.asarray(resample_to_img(source, grid, interpolation="nearest").dataobj, int)
+    if atlas is not None:
+        return places_of(atlas, numbers), atlas.roi.values
+    return pd.Index(found).get_indexer(numbers.ravel()), found.astype(str)
 
 
-def _check_label_image(numbers, affine, parcels, file):
+def _check_label_image(numbers, present, affine, parcels, file):
     """The numbers must be the atlas's: each parcel's center lies near its published one."""
-    n = parcels.sizes["roi"]
-    if numbers.max() > n:
-        fact = f"Expected labels 1 to {n} in {file.name}, found {numbers.max():.0f}"
-        raise InputError(fact, "Give the label image of the atlas you name")
-    present = np.unique(numbers[numbers > 0]).astype(int)
+    at = places_of(parcels, present)
+    if (at < 0).any():
+        known = parcels.label.values
+        fact = f"Expected labels {known.min()} to {known.max()} in {file.name}, found "
+        raise InputError(
+            f"{fact}{present[at < 0].max()}", "Give the label image of the atlas you name"
+        )
     middle = np.array(ndimage.center_of_mass(numbers > 0, numbers, present))  # voxels
-    published = centroids(parcels)[present - 1]
-    distance = np.linalg.norm(nib.affines.apply_affine(affine, middle) - published, axis=1)
-    if (far := np.median(distance)) > 10:
+    distance = nib.affines.apply_affine(affine, middle) - centroids(parcels)[at]
+    if (far := np.median(np.linalg.norm(distance, axis=1))) > 10:
         fact = f"Expected labels of {file.name} where {parcels.attrs['atlas']} has them, found "
-        help = "Give labels in MNI152 space numbered in the 7-network order"
+        help = "Give labels in MNI152 space, numbered as the atlas is (Schaefer: 7-network order)"
         raise InputError(f"{fact}them {far:.0f} mm away (median)", help)
 
 
@@ -391,7 +340,7 @@ def beside(path) -> list[Path]:
     both: tuple = ()
     if _reader_of(path.name) is _read_surface:
         with suppress(InputError):
-            both = _hemispheres(path)
+            both = both_sides(path)
     return [*_sidecars(path), *(f for f in both if f != path and f.is_file()), *_outliers(path)]
 
 
@@ -465,8 +414,20 @@ def is_volume(path) -> bool:
     return _reader_of(str(path or "")) is _read_volume
 
 
+def check_table(path, atlas) -> None:
+    """Refuse a table whose names cannot be right in any other table like it."""
+    if _reader_of(str(path or "")) is _read_table and Path(path).is_file():
+        with reading(path, "BOLD"):
+            table = _TABLES[_ending(Path(path).name, _TABLES)](Path(path))
+        check_names(table, atlas, Path(path).name)
+
+
 def _reader_of(name):
-    return _READERS.get(next((k for k in _READERS if name.lower().endswith(k)), ""))
+    return _READERS.get(_ending(name, _READERS))
+
+
+def _ending(name, known):
+    return next((k for k in known if name.lower().endswith(k)), "")
 
 
 def denoise(
@@ -508,7 +469,7 @@ def denoise(
         if confounds is None:
             fact = f"Expected fMRIPrep confounds beside {path.name}, found none"
             raise InputError(fact, "Add them, or prepare with denoising=None")
-        image = list(map(str, _hemispheres(path))) if path.name.endswith("gii") else str(path)
+        image = list(map(str, both_sides(path))) if path.name.endswith("gii") else str(path)
         with reading(Path(confounds), "confounds"):
             table, kept = load_confounds_strategy(image, strategy, **options)
     n = bold.sizes["time"]

@@ -1,4 +1,5 @@
-"""Numbers from a mesh: its harmonics, and random rotations of parcels on the sphere.
+"""Numbers from a mesh or a connectome: harmonics, gradients, and random rotations of parcels on the
+sphere.
 
 Plain NumPy arrays in and out, no labels and no files: a mesh is `coords` (vertex, 3) with `faces`
 (triangle, 3). Labels live in `atlas`; what only builds the shipped atlases is in
@@ -8,10 +9,10 @@ Plain NumPy arrays in and out, no labels and no files: a mesh is `coords` (verte
 from __future__ import annotations
 
 import numpy as np
-from scipy import optimize, spatial
+from scipy import linalg, optimize, spatial
 
 from bhx.data.files import attempt
-from bhx.errors import InputError
+from bhx.errors import InputError, listed
 
 
 def harmonics(coords, faces, n_modes: int, mask=None) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +48,28 @@ def harmonics(coords, faces, n_modes: int, mask=None) -> tuple[np.ndarray, np.nd
     modes = np.full((len(coords), n_modes), np.nan)
     modes[inside] = fix_signs(vectors) / np.sqrt(area)
     return values / area, modes
+
+
+def gradients(connectome, n_components: int, *, keep: float = 0.1) -> np.ndarray:
+    """Diffusion-map gradients of a connectome: array (roi, component), strongest first.
+
+    Each row keeps its strongest `keep` share of connections; rows are compared by the normalized
+    angle, 1 - arccos(cosine) / pi; the anisotropic diffusion map (alpha = 0.5) of that affinity
+    is scaled by eigenvalue / (1 - eigenvalue), all diffusion times together.
+
+    Source: Margulies et al., PNAS 2016; Coifman and Lafon, 2006; Vos de Wael et al., 2020.
+    """
+    connectome = _checked_connectome(connectome, n_components)
+    affinity = normalized_angle(_strongest(connectome, keep))
+    return _diffusion_map(affinity, n_components)
+
+
+def normalized_angle(rows) -> np.ndarray:
+    """Similarity of rows by their angle: 1 for parallel, 0 for opposite; array (row, row)."""
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    similarity = 1 - np.arccos(np.clip(unit @ unit.T, -1, 1)) / np.pi
+    np.fill_diagonal(similarity, 1)
+    return similarity
 
 
 def spins(sphere, hemi, n: int, seed: int) -> np.ndarray:
@@ -109,3 +132,46 @@ def _surface(coords, faces, mask):
         fact = f"Expected at most 2 triangles at an edge, found {int(mesh.adj_sym.max())}"
         raise InputError(fact, "Remove repeated triangles, or split the mesh at that edge")
     return mesh, inside
+
+
+def _checked_connectome(connectome, n_components):
+    connectome = np.asarray(connectome, float)
+    n = len(connectome)
+    if connectome.shape != (n, n) or not np.isfinite(connectome).all():
+        fact = f"Expected a finite connectome (roi, roi), found shape {connectome.shape} with "
+        fact += f"{(~np.isfinite(connectome)).sum()} values missing"
+        raise InputError(fact, "Drop the parcels without signal first")
+    if not np.allclose(connectome, connectome.T, atol=1e-6):
+        fact = "Expected a symmetric connectome, found "
+        fact += f"{np.abs(connectome - connectome.T).max():.3g} between the two halves"
+        raise InputError(fact, "Average it with its transpose")
+    if not 1 <= n_components < n:
+        fact = f"Expected 1 to {n - 1} components of {n} parcels, found {n_components}"
+        raise InputError(fact, "Ask for fewer components, at least 1")
+    return connectome
+
+
+def _strongest(connectome, keep):
+    """Each row's largest entries, the rest 0; nothing negative is kept."""
+    n_kept = max(1, round(keep * len(connectome)))
+    threshold = np.sort(connectome, axis=1)[:, [-n_kept]]
+    rows = np.where((connectome >= threshold) & (connectome > 0), connectome, 0)
+    if len(empty := np.flatnonzero(~rows.any(axis=1))):
+        raise InputError(
+            f"Expected a positive connection of every parcel, found none of parcel {listed(empty)}",
+            "Drop the parcels without signal first",
+        )
+    return rows
+
+
+def _diffusion_map(affinity, n_components):
+    degree = affinity.sum(axis=1)
+    affinity = affinity / np.sqrt(np.outer(degree, degree))  # alpha = 0.5
+    root = np.sqrt(affinity.sum(axis=1))
+    n = len(root)
+    values, vectors = linalg.eigh(
+        affinity / np.outer(root, root), subset_by_index=(n - n_components - 1, n - 1)
+    )
+    values, vectors = values[::-1], vectors[:, ::-1]
+    maps = vectors[:, 1:] / vectors[:, :1]  # eigenvectors of the random walk
+    return fix_signs(maps) * (values[1:] / (1 - values[1:]))

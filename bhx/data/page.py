@@ -51,13 +51,13 @@ def private(figure, **layout):
     return figure.update_layout(modebar_remove="sendChartToCloud", **layout)
 
 
-def drawn(figures) -> str:
-    """HTML of plotly figures, one below the other, and once the script that draws them."""
+def drawn(figures) -> list[str]:
+    """HTML of each plotly figure; the first one's brings the script that draws them all."""
     from plotly.offline import get_plotlyjs
 
     config = json.dumps({"config": CONFIG})
-    parts = [f"<script>{get_plotlyjs()}</script>"]
+    parts, script = [], f"<script>{get_plotlyjs()}</script>"
     for i, figure in enumerate(figures):
         draw = f"Plotly.newPlot('figure{i}', Object.assign({config}, {figure.to_json()}))"
-        parts.append(f'<div id="figure{i}"></div><script>{draw}</script>')
-    return "".join(parts)
+        parts.append(f'{script * (i == 0)}<div id="figure{i}"></div><script>{draw}</script>')
+    return parts

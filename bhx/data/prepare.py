@@ -19,8 +19,8 @@ import xarray as xr
 import zarr
 
 import bhx.data.anatomy  # noqa: F401 - registers its reader
-from bhx.data.atlas import load_atlas, match_names, parcel_labels
-from bhx.data.bold import beside, fetch_labels, is_volume
+from bhx.data.atlas import ATLASES, load_atlas, match_names, parcel_labels, with_atlas
+from bhx.data.bold import beside, check_table, fetch_labels, is_volume
 from bhx.data.catalog import catalog_files, entry_rows, load_entry
 from bhx.data.derivatives import FACTS, find_scans
 from bhx.data.files import READERS, attempt, file_columns, readable
@@ -53,11 +53,12 @@ MADE_DIMS = ("time", "x", "y", "z")  # their labels follow from their length: se
 def read_scan(
     row: dict,
     *,
-    atlas: str | None = "schaefer400",
+    atlas="schaefer400",
     voxel_mm: float = 1.0,
     denoising: dict | None = None,
     order: str | None = None,
     labels=None,
+    parcels_in: str | None = None,
 ) -> tuple[xr.Dataset, list[str]]:
     """Read and check the files of one row: BOLD on parcels, T1 on the grid, and what is odd.
 
@@ -65,7 +66,7 @@ def read_scan(
     ----------
     row : paths under `bold`, `confounds`, `t1`, `t1_mask` (each may be missing) and the columns of
         other modalities, `tr` [s] where no file states it, and any labels of the subject
-    atlas, order, labels : see `bhx.data.bold.read_bold`
+    atlas, order, labels, parcels_in : see `bhx.data.bold.read_bold`
     voxel_mm : voxel of the T1 [mm]
     denoising : options of `bhx.data.bold.denoise` for BOLD that is not denoised yet; None leaves it
         as it is
@@ -81,7 +82,7 @@ def read_scan(
         The scan cannot be used.
     """
     options = {"atlas": atlas, "voxel_mm": voxel_mm, "denoising": denoising, "order": order}
-    options["labels"] = labels
+    options |= {"labels": labels, "parcels_in": parcels_in}
     there = [modality for column, modality in readable().items() if row.get(column)]
     if not there:
         names = " or ".join(f"'{column}'" for column in readable())
@@ -90,7 +91,7 @@ def read_scan(
     data, facts, warnings = [], {"n_volumes": 0, "tr": np.nan}, []
     for modality in there:
         values, more, odd = READERS[modality.name](row, options)
-        if atlas and "roi" in values.dims:
+        if atlas is not None and "roi" in values.dims:
             values = _in_order(values, load_atlas(atlas))
         data.append(values.rename(modality.variable))
         facts |= more
@@ -111,11 +112,12 @@ def prepare(
     source,
     out,
     *,
-    atlas: str | None = "schaefer400",
+    atlas="schaefer400",
     voxel_mm: float = 1.0,
     denoising: dict | None = DENOISING,
     order: str | None = None,
     labels=None,
+    parcels_in: str | None = None,
     task: str = "rest",
     phenotypes=None,
     missing=None,
@@ -142,7 +144,7 @@ def prepare(
         or a DataFrame with `subject`, `participant` and the paths `bold`, `confounds`, `t1`,
         `t1_mask` and those of other modalities (each optional), `tr` [s], and any labels
     out : path of the zarr store, new or made with the same options
-    atlas, order, labels : see `bhx.data.bold.read_bold`
+    atlas, order, labels, parcels_in : see `bhx.data.bold.read_bold`
     voxel_mm : voxel of the T1 [mm], stored masked, unscaled, in half precision
     denoising : options of `bhx.data.bold.denoise` for BOLD that is not denoised yet, or None
     task, phenotypes : see `bhx.find_scans`
@@ -161,6 +163,8 @@ def prepare(
     made_by = {"atlas": atlas, "voxel_mm": voxel_mm, "denoising": denoising, "order": order}
     made_by["labels"] = labels and str(labels)
     attrs, how, of_task = attrs or {}, {"task": task, "phenotypes": phenotypes}, None
+    if parcels_in:
+        made_by["parcels_in"] = parcels_in
     if isinstance(source, str) and source in catalog_files():
         entry = load_entry(source)
         made_by |= entry.prepare
@@ -171,6 +175,12 @@ def prepare(
         attrs, of_task = {"source": str(source), **attrs}, task
         source = find_scans(source, atlas=atlas, **how)
 
+    if made_by["atlas"] is not None:
+        known = load_atlas(made_by["atlas"])
+        made_by["atlas"] = known.attrs["atlas"]  # known by its name from here on
+        if made_by["atlas"] not in ATLASES:
+            parts = b"".join(known[n].values.tobytes() for n in sorted(map(str, known.variables)))
+            made_by["atlas_sha256"] = hashlib.sha256(parts).hexdigest()[:16]
     (rows, notes), out = check_rows(source, missing), Path(out)
     for note in notes:
         warn(note, stacklevel=2)
@@ -289,8 +299,15 @@ def _stage(rows, parts, options, workers, client):
     from tqdm.auto import tqdm
 
     todo = [row for row in rows if not parts[row["subject"]].exists()]
+    read_by = {key: value for key, value in options.items() if key != "atlas_sha256"}
+    for row in todo[:1]:  # what is wrong with the names of one table is wrong with all
+        check_table(row.get(BOLD.files[0]), options["atlas"])
+    own = options["atlas"] not in (None, *ATLASES)  # other processes do not know it by its name
+    options = {**read_by, "atlas": load_atlas(options["atlas"])} if own else read_by
     if options["labels"] is None and any(is_volume(row.get(BOLD.files[0])) for row in todo):
         options = {**options, "labels": fetch_labels(options["atlas"])}
+    if own:
+        options = {**options, "atlas": dask.delayed(options["atlas"])}  # sent once
     tasks = [dask.delayed(_stage_one)(row, parts[row["subject"]], options) for row in todo]
     with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="prepare", unit="scan") as bar:
         reasons = _compute(tasks, workers, client, bar.update)
@@ -394,7 +411,8 @@ def _read_parts(parts):
         for dim, names in about["dims"].items():
             if dims.setdefault(dim, names) != names:
                 one = about["labels"]["subject"]
-                fact = f"Expected the same labels on '{dim}' in every scan, found others in {one}"
+                found = f"{len(names)} of {one} and {len(dims[dim])} before"
+                fact = f"Expected the same labels on '{dim}' in every scan, found {found}"
                 raise InputError(fact, "Prepare scans of different atlases into different stores")
         for name, shape in about["shapes"].items():
             shapes[name] = np.maximum(shapes.get(name, shape), shape).tolist()
@@ -444,8 +462,8 @@ def _empty_cohort(at, labels, shapes, dims, attrs):
     if roi and atlas:
         roi = parcel_labels(load_atlas(atlas).sel(roi=roi["roi"]))
     subject = {name: values[at] for name, values in labels.items()}
-    new = build_cohort(data, subject, roi, {"atlas": atlas or "", **attrs})
-    return new.assign_coords(dims)
+    new = build_cohort(data, subject, roi, {"atlas": atlas or "", **attrs}).assign_coords(dims)
+    return with_atlas(new, load_atlas(atlas)) if "roi" in roi and atlas else new
 
 
 def _load_parts(parts, like):

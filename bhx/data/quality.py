@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from bhx.data.atlas import centroids
 from bhx.errors import InputError, listed
@@ -21,6 +21,11 @@ HIGH_MOTION = 0.5  # mm, mean framewise displacement
 # A scan is refused when its `homotopy` in another order of the parcels is at least this high, and
 # higher by this margin; one real scan in the wrong order: 0.91 against 0.71 as named.
 ORDER_HOMOTOPY, ORDER_MARGIN = 0.75, 0.1
+# Real scans have a homotopy of 0.79 to 0.98 (64 of CC200, 28 of Schaefer-400), other orders of the
+# same parcels at most 0.57, shifted by one or by 19 parcels of Schaefer-400 up to 0.74.
+LOW_HOMOTOPY, MIN_HOMOTOPY = 0.75, 0.6
+# Of regions on one side only, how correlation falls with distance: real -0.12 to -0.50, else -0.06.
+LOW_DISTANCE_R, MAX_DISTANCE_R = -0.1, -0.05
 # How a T1 must fit the MNI152 template: correlation in blocks of 8 mm, overlap of the outlines
 # (Dice), distance of the centroids [mm], and correlation inside, of values and edges at 2 mm. Two
 # heads after an affine registration: 0.95, 0.93, 0.4 mm, 0.30; before it, with a mask: at most
@@ -62,13 +67,14 @@ def check_bold_quality(
         fact = f"Expected parcels in the order their names say in {name}, found left and right "
         fact += f"partners that correlate far better in {better}"
         raise InputError(fact, "Correct the names, or give the order of a table without names")
+    partners, text = _check_places(out.isel(roi=np.flatnonzero(~without)), name)
     out = out.astype("float32")
     facts = {
         "tr": tr,
         "n_volumes": n,
         "coverage": float(coverage),
         "bold_scale": scale_of(values[~without]),
-        "homotopy": homotopy(out.isel(roi=np.flatnonzero(~without))),
+        "homotopy": partners,
     }
     displaced = f"mean framewise displacement {mean_fd:.2f} mm, expected below {HIGH_MOTION}"
     warnings = {
@@ -77,7 +83,27 @@ def check_bold_quality(
         < SHORT_SECONDS,
         displaced: mean_fd > HIGH_MOTION,
     }
-    return out, facts, [text for text, found in warnings.items() if found]
+    return out, facts, [*text, *(text for text, found in warnings.items() if found)]
+
+
+def _check_places(bold, name):
+    """Whether parcels behave as their places say: their homotopy, and a warning or a refusal."""
+    partners, distance = homotopy(bold), 0.0
+    low, least = partners < LOW_HOMOTOPY, partners < MIN_HOMOTOPY
+    found = f"left and right partners whose correlation ranks {partners:.2f} among others"
+    wanted = f"expected above {LOW_HOMOTOPY}"
+    if np.isnan(partners):
+        distance = distance_effect(bold)
+        low, least = distance > LOW_DISTANCE_R, distance > MAX_DISTANCE_R
+        found = f"a correlation that hardly falls with distance (Spearman {distance:.2f})"
+        wanted = f"expected below {LOW_DISTANCE_R}"
+    if least:
+        fact = (
+            f"Expected parcels of {name} that behave as their places say, found {found}, {wanted}"
+        )
+        help = "The order may be another (7 or 17 networks), the table of another atlas or sideways"
+        raise InputError(fact, f"{help}: give order=, atlas= or parcels_in=")
+    return partners, [f"{found}, {wanted}: is this the order of these parcels?"] if low else []
 
 
 def scale_of(series: np.ndarray) -> str:
@@ -96,9 +122,11 @@ def homotopy(bold: xr.DataArray) -> float:
     parcels is wrong. A left-right flip of the whole brain cannot be seen this way, since it maps
     partners to partners. NaN without centroids.
     """
-    if "hemi" not in bold.coords or set(bold.hemi.values) != {"L", "R"}:
+    if "hemi" not in bold.coords or not {"L", "R"} <= set(bold.hemi.values):
         return np.nan
     place = centroids(bold)
+    if not np.isfinite(place).all():
+        return np.nan
     left, right = (np.flatnonzero(bold.hemi.values == h) for h in "LR")
     mirrored = place[left] * [-1, 1, 1]
     partner = np.linalg.norm(mirrored[:, None] - place[right], axis=2).argmin(1)
@@ -107,6 +135,21 @@ def homotopy(bold: xr.DataArray) -> float:
     r = z[left] @ z[right].T
     lower = r < r[np.arange(len(left)), partner][:, None]
     return float(lower.sum(1).mean() / max(len(right) - 1, 1))
+
+
+def distance_effect(bold: xr.DataArray) -> float:
+    """Spearman correlation of parcels' distance with their series' correlation, within each
+    hemisphere; NaN without centroids or of fewer than 20 parcels."""
+    if "mni_x" not in bold.coords or bold.sizes["roi"] < 20:
+        return np.nan
+    place = centroids(bold)
+    pairs = np.triu_indices(len(place), 1)
+    distance = np.linalg.norm(place[pairs[0]] - place[pairs[1]], axis=1)
+    side = bold.hemi.values if "hemi" in bold.coords else np.sign(place[:, 0])
+    near = np.isfinite(distance) & (side[pairs[0]] == side[pairs[1]])
+    if near.sum() < 100:
+        return np.nan
+    return float(stats.spearmanr(distance[near], np.corrcoef(bold.values)[pairs][near])[0])
 
 
 def better_order(bold: xr.DataArray) -> str:

@@ -19,6 +19,7 @@ import pandas as pd
 import xarray as xr
 import zarr
 
+from bhx.data.atlas import TRAVELS, atlas_of
 from bhx.errors import InputError, listed
 from bhx.schema import UNITS, check, plain_labels, subject_coords
 
@@ -196,7 +197,11 @@ def open_store(path, kind: str = "cohort") -> xr.Dataset:
     data = xr.open_zarr(path, chunks={}, consolidated=False)
     half = [name for name, v in data.data_vars.items() if v.dtype == "float16"]
     data = data.assign({n: data[n].astype("float32") for n in half})
-    return check(plain_labels(data.drop_encoding()), kind)  # xarray writes it anew as it likes
+    # without encoding: xarray writes it anew as it likes
+    out = check(plain_labels(data.drop_encoding()), kind)
+    if f"{TRAVELS}label" in out.coords:
+        atlas_of(out)  # is known by its name from now on
+    return out
 
 
 @contextmanager

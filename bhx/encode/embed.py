@@ -20,6 +20,7 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
+from bhx.data.atlas import check_same_places, with_atlas
 from bhx.data.store import create_store, finish, open_store, unwritten, write_rows
 from bhx.encode.inputs import in_turns, read_subject, run_networks
 from bhx.encode.model import Model, check_model
@@ -136,6 +137,7 @@ def aligned_to(cohort: xr.Dataset, model: Model) -> xr.Dataset:
 
 def _check_atlas(cohort, model):
     given = cohort.attrs.get("atlas") or model.config.atlas  # names alone tell, if nothing else
+    check_same_places(cohort, model.atlas)
     if given != model.config.atlas:
         raise InputError(
             f"Expected parcels of {model.config.atlas} ({model.config.dynamics.parcels}), which "
@@ -209,7 +211,8 @@ def _template(cohort, options):
         name: (dims[name], da.empty((n, *shape), dtype=types[name], chunks=(1, *shape)))
         for name, shape in shapes.items()
     }
-    return xr.Dataset(data, coords, _describe(cohort, options))
+    latents = xr.Dataset(data, coords, _describe(cohort, options))
+    return with_atlas(latents, model.atlas) if "roi" in latents.dims else latents
 
 
 def _onsets(cohort, config, patches):

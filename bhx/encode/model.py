@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
 
-from bhx.data.atlas import load_atlas, match_names
+from bhx.data.atlas import ATLASES, load_atlas, match_names
 from bhx.encode.inputs import Reading, as_array, encode_readings, made_before
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD, check_tr
 from bhx.modalities.t1 import ANATOMY, check_grid
 from bhx.modalities.table import MODALITIES
-from bhx.model.checkpoints import SHIPPED, read_weights
+from bhx.model.checkpoints import SHIPPED, read_weights, save_weights
 from bhx.model.config import PRESETS, Harmonix, HarmonixConfig, build
 from bhx.model.hub import HubConfig
 from bhx.schema import ROI_COORDS, who_has
+
+ATLAS_FILE = "atlas.nc"  # beside weights: their atlas, where it is not a shipped one
 
 
 def load_model(source="workshop", *, device: str | None = None) -> Model:
@@ -38,6 +41,9 @@ def load_model(source="workshop", *, device: str | None = None) -> Model:
     InputError
         The files are missing, cut short, altered, or of another architecture.
     """
+    own_atlas = Path(str(source)) / ATLAS_FILE
+    if own_atlas.exists():
+        load_atlas(own_atlas)
     return Model(read_weights(source), device)
 
 
@@ -57,15 +63,20 @@ def weights_table(name: str = "workshop", table: str = "planted_factors") -> pd.
     return pd.read_csv(SHIPPED / name / f"{table}.csv")
 
 
-def random_model(preset: str | HarmonixConfig = "workshop", *, seed: int = 0, device=None) -> Model:
+def random_model(
+    preset: str | HarmonixConfig = "workshop", *, seed: int = 0, device=None, atlas=None
+) -> Model:
     """The same network before any training: the control of every claim about trained weights.
 
     Parameters
     ----------
     preset : a name of `bhx.PRESETS`, or a configuration
+    atlas : whose parcels it reads (see `bhx.load_atlas`), instead of the preset's own
     seed : of the weights; the same seed gives the same weights
     """
     config = config_of(preset)
+    if atlas is not None:
+        config = on_atlas(config, load_atlas(atlas))
     atlas = load_atlas(config.atlas, order=config.order)
     harmonics = atlas.harmonics.values[:, : config.dynamics.harmonics]
     gradients = atlas.gradients.values[:, : config.dynamics.gradients]
@@ -82,6 +93,13 @@ def config_of(preset: str | HarmonixConfig) -> HarmonixConfig:
     return PRESETS[preset]
 
 
+def on_atlas(config: HarmonixConfig, atlas: xr.Dataset | None) -> HarmonixConfig:
+    """The configuration for the parcels of an atlas; None, or its own, changes nothing."""
+    if atlas is None or atlas.attrs["atlas"] == config.atlas:
+        return config
+    return config.on_atlas(atlas.attrs["atlas"], atlas.sizes["roi"])
+
+
 def reading_all_of(config: HarmonixConfig, cohort: xr.Dataset) -> HarmonixConfig:
     """The configuration with a modality for every variable of the cohort that it does not read;
     a relational hub leaves out those that nobody in the cohort has."""
@@ -95,6 +113,13 @@ def reading_all_of(config: HarmonixConfig, cohort: xr.Dataset) -> HarmonixConfig
             places, *numbers = (cohort.sizes[dim] for dim in modality.dims)
             config = config.with_modality(name, places, prod(numbers))
     return config
+
+
+def save_model(networks: Harmonix, folder, provenance: dict) -> None:
+    """Weights as `load_model` reads them, with the atlas that their parcels come from."""
+    save_weights(networks, folder, provenance)
+    if networks.config.atlas not in ATLASES:
+        load_atlas(networks.config.atlas).to_netcdf(Path(folder) / ATLAS_FILE)
 
 
 class Model:

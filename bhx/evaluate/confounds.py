@@ -106,10 +106,10 @@ def share_priors(combats: list[ComBat]) -> None:
     spread = np.hstack([combat.spread_ for combat in combats])
     each = zip(combats[0].counts_, found, spread, strict=True)
     shift, scale = np.stack([_posterior(*site) for site in each], 1)
-    ends = np.cumsum([combat.found_.shape[1] for combat in combats])
-    for combat, end in zip(combats, ends, strict=True):
-        own = slice(end - combat.found_.shape[1], end)
-        combat.shift_, combat.scale_ = shift[:, own], scale[:, own]
+    cuts = np.cumsum([combat.found_.shape[1] for combat in combats])[:-1]
+    parts = zip(np.split(shift, cuts, 1), np.split(scale, cuts, 1), strict=True)
+    for combat, part in zip(combats, parts, strict=True):
+        combat.shift_, combat.scale_ = part
 
 
 def _posterior(n, found, spread):

@@ -11,7 +11,6 @@ import warnings
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_array
 from scipy.stats import rankdata
 from scipy.stats import t as student
 
@@ -69,11 +68,9 @@ def measure_labels(truth, output, decision, weights=None):
     """
     truth, decision, output = np.asarray(truth), np.asarray(decision), np.asarray(output, float)
     w, n_labels = _weights(weights, truth), output.shape[1]
-    cells = len(truth), n_labels**2
-    cell = csr_array(
-        (np.ones(len(truth)), truth * n_labels + decision, np.arange(len(truth) + 1)), cells
-    )
-    confusion = (w @ cell).T.reshape(n_labels, n_labels, -1)  # (K truth, K decision, B)
+    pairs = np.ndindex(n_labels, n_labels)
+    confusion = [w[:, (truth == one) & (decision == other)].sum(1) for one, other in pairs]
+    confusion = np.reshape(confusion, (n_labels, n_labels, -1))  # (K truth, K decision, B)
     hit = np.einsum("kkb->kb", confusion)
     with np.errstate(invalid="ignore", divide="ignore"):
         recall = hit / confusion.sum(1)

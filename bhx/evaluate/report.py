@@ -74,7 +74,7 @@ def _page(scores, table):
     sections = {
         "Methods": "".join(f"<p>{escape(methods(s))}</p>" for s in scores),
         "Who entered": "".join(map(_entered, scores)),
-        "Scores": _html(table) + drawn(figures),
+        "Scores": "".join([_html(table), *drawn(figures)]),
         "Within each site": "".join(_html(within(s, "site")) for s in scores if "site" in s.coords),
         "Confounds": "".join(map(_explained, scores)),
         "What was taken for granted": _list(notes),

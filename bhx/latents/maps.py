@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from bhx.data.atlas import load_atlas
 from bhx.data.geometry import spins
 from bhx.errors import InputError, check_choice, listed
 from bhx.latents.pool import standardized, subject_mask
@@ -93,13 +94,19 @@ def spin_test(values: xr.DataArray, labels: str, atlas: xr.Dataset, *, n_spins=1
     ----------
     values : DataArray on roi
     labels : name of the atlas's coordinate on roi that groups parcels, such as "network"
-    atlas : `load_atlas(...)`, whose parcels the values are on
+    atlas : `load_atlas(...)`, whose parcels the values are on; those off the cortex, which no
+        rotation of the sphere moves, are left out
 
     Returns
     -------
     Dataset on the labels with `statistic`, the mean inside minus the mean outside, and `p`
     (two-sided, from the spins)
     """
+    atlas = load_atlas(atlas)
+    atlas = atlas.sel(roi=atlas.roi[np.isfinite(atlas.sphere).all("axis").values])
+    if not atlas.sizes["roi"]:
+        fact = f"Expected parcels on the cortex in the atlas {atlas.attrs['atlas']}, found none"
+        raise InputError(fact, "Build it from a label image, a surface or coordinates")
     values = values.sel(roi=atlas.roi.values)
     turned = values.values[spins(atlas.sphere, atlas.hemi, n_spins, seed)]  # (spin, roi)
     names = list(dict.fromkeys(atlas[labels].values.tolist()))

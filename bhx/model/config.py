@@ -54,6 +54,18 @@ class HarmonixConfig:
         """Places of a modality's tokens."""
         return dict(zip(self.harmonizer.modalities, self.harmonizer.places, strict=True))[name]
 
+    def on_atlas(self, atlas: str, parcels: int) -> HarmonixConfig:
+        """The same model for the parcels of another atlas."""
+        h, old = self.harmonizer, self.dynamics.parcels
+        there = ["roi" in m.dims for m in self.modalities.values()]
+        places = [n * parcels // old if on else n for n, on in zip(h.places, there, strict=True)]
+        numbers = [
+            parcels if on and n == old else n for n, on in zip(h.numbers, there, strict=True)
+        ]
+        wider = replace(h, places=tuple(places), numbers=tuple(numbers))
+        dynamics = replace(self.dynamics, parcels=parcels)
+        return replace(self, atlas=atlas, order="7networks", dynamics=dynamics, harmonizer=wider)
+
     def with_modality(self, name: str, places: int, numbers: int) -> HarmonixConfig:
         """The same model with a further modality: so many tokens, each of so many numbers."""
         h = self.harmonizer

@@ -64,7 +64,7 @@ function update() {
   )
   const shapes = token === null ? [] : [{ ...band, yref: 'paper', fillcolor: '#7a7a7a', opacity: 0.4, line: { width: 0 } }]
   Plotly.update(strip, { y: bars }, { shapes }, bars.map((_, m) => m))
-  Plotly.restyle(people, { selectedpoints: [chosen.length === everyone.length ? null : chosen] })
+  mark()
   const rows = [['subjects', chosen.length === 1 ? data.subjects[chosen[0]] : `${chosen.length} of ${everyone.length}`]]
   for (const [name, values] of Object.entries(data.labels)) rows.push([name, summary(chosen.map((i) => values[i]))])
   card.replaceChildren(
@@ -77,6 +77,10 @@ function update() {
   window.explorer = { map: Array.from(map), chosen, token, ends } // what is seen, for tests
 }
 
+function mark() {
+  Plotly.restyle(people, { selectedpoints: [chosen.length === everyone.length ? null : chosen] })
+}
+
 function select(who) {
   chosen = who
   update()
@@ -86,7 +90,7 @@ const where = (event) => event.points.map((p) => p.pointIndex).sort((a, b) => a 
 people.on('plotly_selected', (event) => {
   if (event?.points.length) {
     select(where(event))
-    Plotly.relayout(people, { selections: [] }).then(update) // the loop goes, its people stay
+    Plotly.relayout(people, { selections: [] }).then(mark) // the loop goes, its people stay
   }
 })
 people.on('plotly_click', (event) => select(where(event)))

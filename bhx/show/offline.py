@@ -39,7 +39,8 @@ def offline_page(explorer) -> str:
         "beyond": BEYOND,
     }
     words = json.dumps(content).replace("<", "\\u003c")
-    figures = drawn([panels.people, panels.brain, panels.strip])  # which the script knows by place
+    shown = [panels.people, panels.brain, panels.strip]  # which the script knows by place
+    figures = "".join(drawn(shown))
     hint = "Drag around people, or click one" + ("; click a bar" if maps.shape[1] > 1 else "")
     hint += ". Attention says what was read, not what mattered."
     body = f"<p>{hint} <button id='reset'>Reset</button> {panels.legend.value}</p>"

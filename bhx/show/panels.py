@@ -12,7 +12,6 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 from anywidget import AnyWidget
-from IPython.display import display
 
 from bhx.errors import InputError
 from bhx.latents.maps import SHARE
@@ -53,9 +52,8 @@ class Panels:
             _keep_state(figure)
         self.card, self.heading, self.message, self.legend = (widgets.HTML() for _ in range(4))
         self.controls = self._controls()
-        self.written = widgets.Textarea(layout={"width": "60%", "height": "120px"})
-        self.picture = widgets.Output(layout={"width": "40%"})
-        self.shown = widgets.HBox([self.written, self.picture], layout={"display": "none"})
+        hidden = {"width": "100%", "height": "120px", "display": "none"}  # until it is asked for
+        self.written = widgets.Textarea(layout=hidden)
         self.box = self._arranged()
         explorer.followers.append(self.update)
         self.color_people()
@@ -173,13 +171,15 @@ class Panels:
         figure.update_layout(margin={"l": 0, "b": 45}, updatemenus=[{"font": {"size": 9}}])
         colored = [trace for trace in figure.data if trace.name.endswith("values")]
         self.parcels = {trace.name: trace.intensity.astype(int) for trace in colored}
-        for trace in colored:
+        dots = [trace for trace in figure.data if trace.name.endswith("off the cortex")]
+        self.dots = {trace.name: trace.marker.color.astype(int) for trace in dots}
+        for trace in [*colored, *dots]:
             trace.on_click(self._brain_clicked)
         return figure
 
     def _brain_clicked(self, trace, picked, _):
         if picked.point_inds:
-            parcel = self.parcels[trace.name][picked.point_inds[0]]
+            parcel = (self.parcels | self.dots)[trace.name][picked.point_inds[0]]
             self.explorer.select_parcel(str(self.explorer.roi[parcel]))
 
     def _update_brain(self):
@@ -188,6 +188,8 @@ class Panels:
             for trace in self.brain.data:
                 if trace.name in self.parcels:
                     trace.intensity = values[self.parcels[trace.name]]
+                elif trace.name in self.dots:
+                    trace.marker.color = values[self.dots[trace.name]]
             self._recolor(self.brain, values)
 
     def _recolor(self, figure, values, **how):
@@ -320,10 +322,7 @@ class Panels:
             self.message.value = f"Group {which}: {groups[which].sum()} subjects. Now set {other}."
 
     def _show_code(self, _):
-        self.written.value, self.shown.layout.display = self.explorer.code(), ""
-        self.picture.clear_output(wait=True)
-        with self.picture:
-            display(self.explorer.figure())
+        self.written.value, self.written.layout.display = self.explorer.code(), ""
 
     def _arranged(self):
         row, columns = {"flex_flow": "row wrap"}, "repeat(2, minmax(0, 1fr))"
@@ -333,7 +332,7 @@ class Panels:
         cells += [widgets.HTML(), sliders]
         grid = {"grid_template_columns": columns, "grid_gap": "0 12px", "width": "100%"}
         figures = widgets.GridBox(cells, layout=grid)
-        return widgets.VBox([controls, self.card, figures, self.shown, Fit()])
+        return widgets.VBox([controls, self.card, figures, self.written, Fit()])
 
 
 def _widget(data, name, height, hint):

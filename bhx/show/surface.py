@@ -18,7 +18,16 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
-from bhx.data.atlas import ATLASES, N_FSAVERAGE5, aliases, load_atlas, load_mesh, load_sulc
+from bhx.data.atlas import (
+    N_FSAVERAGE5,
+    aliases,
+    centroids,
+    known_atlases,
+    load_atlas,
+    load_mesh,
+    load_sulc,
+    places_of,
+)
 from bhx.errors import InputError, check_choice, listed
 from bhx.show.colors import CLEAR, Scale, finish, finish_static
 
@@ -39,6 +48,7 @@ LIGHT_FROM = {"x": 0, "y": 0, "z": -1e5}  # from behind the reader: both hemisph
 def plot_surface(
     values,
     *,
+    atlas=None,
     hemi: str = "both",
     cmap: str | None = None,
     limits: tuple[float, float] | None = None,
@@ -52,6 +62,8 @@ def plot_surface(
     ----------
     values : DataArray on roi (aligned by parcel name; parcels that are absent stay gray), or
         values of the 20,484 vertices (left first); where they are NaN nothing is drawn
+    atlas : of the parcels (see `bhx.load_atlas`); by default found by their names. Its regions off
+        the cortex are drawn as dots behind the brain, static ones in a row of their own
     hemi : "both", "left" or "right"
     cmap : a matplotlib color map; by default a sequential one, or where values have both signs a
         diverging one, both safe for color-blind readers
@@ -65,12 +77,14 @@ def plot_surface(
     plotly.graph_objects.Figure, or matplotlib.figure.Figure
     """
     check_choice("hemi", hemi, SIDES)
-    brain = on_vertices(values)
+    brain, dots = on_vertices(values, atlas), off_cortex(values, atlas)
+    every = xr.DataArray(np.append(brain.values, dots.value.astype("f4")), attrs=brain.attrs)
+    scale = Scale.of(every, cmap=cmap, limits=limits, title=title)
     draw = _static_surface if static else _surface_figure
-    return draw(brain, hemi, Scale.of(brain, cmap=cmap, limits=limits, title=title), outlines)
+    return draw(brain, hemi, scale, outlines, dots)
 
 
-def on_vertices(values) -> xr.DataArray:
+def on_vertices(values, atlas=None) -> xr.DataArray:
     """Values of parcels carried to the 20,484 vertices of fsaverage5, NaN where there is no parcel.
 
     Returns
@@ -83,8 +97,8 @@ def on_vertices(values) -> xr.DataArray:
         fact = f"Expected one value per parcel (dim 'roi') or {2 * N_FSAVERAGE5} vertices of "
         fact += f"fsaverage5, found {found}"
         raise InputError(fact, "Select or average the other dims first")
-    atlas, per_parcel = _in_order(values) if by_roi else (load_atlas(), None)
-    parcel = pd.Index(atlas.label.values).get_indexer(atlas.labels_fsaverage5.values)  # or -1
+    atlas, per_parcel = _in_order(values, atlas) if by_roi else (load_atlas(), None)
+    parcel = places_of(atlas, "labels_fsaverage5")  # or -1
     per_vertex = np.asarray(values) if per_parcel is None else np.append(per_parcel, np.nan)[parcel]
     coords = {
         "parcel": (VERTEX, np.append(atlas.roi.values, "")[parcel]),
@@ -95,33 +109,59 @@ def on_vertices(values) -> xr.DataArray:
     return xr.DataArray(per_vertex.astype(np.float32), coords, [VERTEX], attrs=attrs)
 
 
-def _in_order(values):
-    """The atlas whose parcels these are, by name, and their values in its order."""
+def off_cortex(values, atlas=None) -> pd.DataFrame:
+    """Regions without a vertex that have a value and a place: name, side, x, y, z [mm], value."""
+    columns = ["name", "side", "x", "y", "z", "value"]
+    if not isinstance(values, xr.DataArray) or values.dims != ("roi",):
+        return pd.DataFrame(columns=columns)
+    atlas, per_parcel = _in_order(values, atlas)
+    x, y, z = centroids(atlas).T
+    side = np.where(x < 0, "left", "right")
+    found = zip(atlas.roi.values, side, x, y, z, per_parcel.values, strict=True)
+    there = atlas.vertices.values == 0 if "vertices" in atlas.coords else np.zeros(len(x), bool)
+    return pd.DataFrame(found, columns=columns)[there].dropna()
+
+
+def _in_order(values, atlas=None):
+    """The atlas whose parcels these are, by name and place, and their values in its order."""
     names = {str(n) for n in values.roi.values} if "roi" in values.coords else {"unnamed parcels"}
-    for atlas in map(load_atlas, ATLASES):
-        known = aliases(atlas)
-        if names <= known.keys() and len(names) <= atlas.sizes["roi"]:
-            return atlas, values.to_series().rename(known).reindex(atlas.roi.values)
+    candidates = known_atlases() if atlas is None else [load_atlas(atlas)]
+    candidates.sort(key=lambda one: one.sizes["roi"] != len(names))  # all of one before some
+    for one in candidates:
+        known = aliases(one)
+        if names <= known.keys() and len(names) <= one.sizes["roi"]:
+            own = values.to_series().rename(known)
+            if "mni_x" in values.coords:
+                apart = centroids(values) - centroids(one.sel(roi=own.index))
+                if np.nanmax(np.abs(apart), initial=0) > 1:  # mm: another atlas with such names
+                    continue
+            return one, own.reindex(one.roi.values)
     found = listed(sorted(names - known.keys()) or names, 3)
-    fact = f"Expected parcel names of {listed(ATLASES)}, found {found}"
-    raise InputError(fact, "Name them as bhx.load_atlas(name).roi does")
+    fact = f"Expected parcel names of {listed(a.attrs['atlas'] for a in candidates)}, found {found}"
+    raise InputError(fact, "Name them as bhx.load_atlas(name).roi does, or give their atlas=")
 
 
 # the cortex -------------------------------------------------------------------------------------
 
 
-def _surface_figure(brain, hemi, scale, outlines):
+def _surface_figure(brain, hemi, scale, outlines, dots):
     sides = SIDES[hemi]
     placed = {side: _placed(side, sides) for side in sides}
     traces = [t for side in sides for t in _hemisphere(brain, side, *placed[side])]
     if outlines:
         traces += [_outline(brain, side, *placed[side]) for side in sides]
+    front = min(coords[:, 1].min() for coords, _ in placed.values())
+    apart = [_dots(here, side, front) for side, here in dots.groupby("side") if side in sides]
+    traces += apart
     figure = go.Figure(traces)
     figure.update_scenes(
         {f"{axis}axis": {"visible": False, "showspikes": False} for axis in "xyz"},
         annotations=[_letter(side, coords) for side, (coords, _) in placed.items()],
         aspectmode="manual",
-        aspectratio=_extent([coords for coords, _ in placed.values()]),
+        aspectratio=_extent(
+            [coords for coords, _ in placed.values()]
+            + [np.stack([dot.x, dot.y, dot.z], 1) for dot in apart]
+        ),
         camera=camera("top" if hemi == "both" else f"{hemi} lateral"),
     )
     buttons = []
@@ -136,6 +176,15 @@ def _surface_figure(brain, hemi, scale, outlines):
     figure.update_layout(updatemenus=[menu], showlegend=False)
     margin = {"l": 0, "r": 0, "t": 40, "b": 50}
     return finish(figure, scale.title, coloraxis=scale.color_axis(), margin=margin)
+
+
+def _dots(here, side, front):
+    """Regions off the cortex, seen through no brain: behind it, as they lie to one another."""
+    y = here.y - here.y.max() + front - 15
+    trace = go.Scatter3d(x=here.x, y=y, z=here.z, mode="markers", name=f"{side} off the cortex")
+    marker = {"color": here.value, "coloraxis": "coloraxis", "size": 9, "line": {"width": 1}}
+    hover = f"%{{text}}<br>%{{marker.color:.4g}}<extra>{side}</extra>"
+    return trace.update(marker=marker, text=[escape(n) for n in here.name], hovertemplate=hover)
 
 
 def _hemisphere(brain, side, coords, faces):
@@ -242,11 +291,22 @@ def _borders(brain, side, coords, faces):
 # for papers -------------------------------------------------------------------------------------
 
 
-def _static_surface(brain, hemi, scale, outlines):
+def _static_surface(brain, hemi, scale, outlines, dots):
     sides = SIDES[hemi]
-    size = (4 * len(sides) + 1, 5.8)
-    figure, axes = plt.subplots(2, len(sides), figsize=size, squeeze=False)
-    for axis, (view, side) in zip(axes.flat, product(("lateral", "medial"), sides), strict=True):
+    size = (4 * len(sides) + 1, 5.8 if dots.empty else 8)
+    figure, axes = plt.subplots(2 + (not dots.empty), len(sides), figsize=size, squeeze=False)
+    for axis, side in zip(axes[2:].flat, sides, strict=False):
+        here = dots[dots.side == side]
+        along = -here.y if side == "left" else here.y  # the nose points as in the lateral view
+        color = scale.mappable().to_rgba(here.value)
+        axis.scatter(along, here.z, s=60, c=color, edgecolors="gray", linewidths=0.5)
+        for at in zip(here.name, along, here.z, strict=True) if len(here) <= 20 else ():
+            axis.annotate(at[0], at[1:], (0, 6), textcoords="offset points", ha="center", size=6)
+        axis.set_title(f"{side}, off the cortex", fontsize=9)
+        axis.set(aspect="equal")
+        axis.set_axis_off()
+    views = product(("lateral", "medial"), sides)
+    for axis, (view, side) in zip(axes[:2].flat, views, strict=True):
         _draw_hemisphere(axis, brain, side, f"{side} {view}", scale, outlines)
         axis.set_title(f"{side} {view}", fontsize=9)
         axis.set(aspect="equal")

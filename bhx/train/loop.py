@@ -253,7 +253,7 @@ class Run:
             if not loss >= self.lowest:
                 self.lowest, self.kept = loss, self.step
                 self.best = gathered(self._learned())
-        else:
+        elif not self.objective.compares:  # whose loss sees people fall together
             warn_of_collapse(found, self.step)
         if self.watch is not None and self.processes.rank == 0:
             self.watch(self)

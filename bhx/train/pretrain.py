@@ -8,10 +8,19 @@ from pathlib import Path
 
 import torch
 
+from bhx.data.atlas import atlas_of
 from bhx.encode.embed import aligned_to
-from bhx.encode.model import Model, config_of, random_model, reading_all_of
+from bhx.encode.model import (
+    Model,
+    config_of,
+    load_model,
+    on_atlas,
+    random_model,
+    reading_all_of,
+    save_model,
+)
 from bhx.errors import InputError, listed
-from bhx.model.checkpoints import read_weights, save_weights
+from bhx.model.checkpoints import read_weights
 from bhx.model.config import PRESETS, Harmonix, HarmonixConfig
 from bhx.model.hub import HubConfig
 from bhx.settings import __version__
@@ -48,8 +57,8 @@ def pretrain(
         "harmonizer" (reconstruction from the hub tokens; the encoders are frozen)
     out : folder of the run. The stages of one model share it: each begins with the weights that
         the one before left there. `<out>/<stage>/` holds the log and the checkpoint.
-    preset : "workshop", "small", "base" or a configuration of your own; modalities of the cohort
-        that it does not read are added
+    preset : "workshop", "small", "base", with the parcels of the cohort's atlas, or a
+        configuration of your own; modalities of the cohort that it does not read are added
     model : where to begin instead: a Model, or what bhx.load_model takes
     subjects : ids to use, all by default
     held_out : share of the participants, or subject ids, that are evaluated and never trained on.
@@ -116,19 +125,22 @@ def _finished(run, start, out) -> Model:
             "versions": {"bhx": __version__, "torch": torch.__version__.split("+")[0]},
         }
         source = f"bhx.pretrain on {labels.attrs.get('source', 'a cohort')}"
-        save_weights(networks, out, {"source": source, "stages": stages})
+        save_model(networks, out, {"source": source, "stages": stages})
     run.processes.wait()
     return Model(read_weights(out), start.device)
 
 
 def _starting_point(model, preset, cohort, out, plan, device) -> Model:
     """The given model, the one an earlier stage left in `out`, or random weights."""
-    config = reading_all_of(config_of(preset), cohort)
+    config = config_of(preset)
+    if isinstance(preset, str) and "roi" in cohort.dims:
+        config = on_atlas(config, atlas_of(cohort))
+    config = reading_all_of(config, cohort)
     there = read_weights(out) if (out / "config.json").exists() else None
     if isinstance(model, Model):
         start = Model(deepcopy(model.networks), device or model.device)
     elif model is not None:
-        start = Model(read_weights(model), device)
+        start = load_model(model, device=device)
     elif there is not None:
         start = Model(there, device)
     elif plan.stage == "harmonizer" and any(map(config.encodes, config.modalities.values())):
