@@ -242,13 +242,13 @@ def test_stages_is_read_in_sessions(home):
     for i, values in enumerate(smooth):
         deep = rng.standard_normal((19, 80))
         np.savetxt(folder / f"ts_sub-001_ses-{i + 1}.txt", np.concatenate([values, deep]))
-    lines = {"participant_id": ["001", "001"], "session": [2, 1], "score": [20.0, 10.0]}
+    lines = {"participant_id": ["001", "001"], "session": [2, 1], "panss": [20.0, 10.0]}
     pd.DataFrame(lines).to_csv(folder / "outcomes.csv", index=False)
     cohort = cohort_file.open_cohort(folder)
     assert cohort.attrs["source"] == "stages"
     assert cohort.subject.values.tolist() == ["sub-001/ses-1", "sub-001/ses-2"]
     assert cohort.participant.values.tolist() == ["sub-001"] * 2
-    assert cohort.score.values.tolist() == [10.0, 20.0]
+    assert cohort.panss.values.tolist() == [10.0, 20.0]
     assert cohort.tr.values.tolist() == [2.0, 2.0]
     assert all("left out the last 19 of 419 parcels" in w for w in cohort.warnings.values)
     np.testing.assert_allclose(cohort.bold, smooth, rtol=1e-5)

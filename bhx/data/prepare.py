@@ -175,23 +175,13 @@ def prepare(
         attrs, of_task = {"source": str(source), **attrs}, task
         source = find_scans(source, atlas=atlas, **how)
 
-    if made_by["atlas"] is not None:
-        known = load_atlas(made_by["atlas"])
-        made_by["atlas"] = known.attrs["atlas"]  # known by its name from here on
-        if made_by["atlas"] not in ATLASES:
-            parts = b"".join(known[n].values.tobytes() for n in sorted(map(str, known.variables)))
-            made_by["atlas_sha256"] = hashlib.sha256(parts).hexdigest()[:16]
+    made_by |= _named(made_by["atlas"])
     (rows, notes), out = check_rows(source, missing), Path(out)
     for note in notes:
         warn(note, stacklevel=2)
     with only_writer(out):
         stored = _stored_labels(out, {**made_by, "task": of_task})
-        changed = {row["subject"] for row in rows if _is_changed(row, stored, made_by)}
-        if changed and not redo:
-            fact = f"Expected the files that {out} was made from, found others for {len(changed)} "
-            fact += f"subjects: {listed(sorted(changed))}"
-            raise InputError(fact, "Read them again with redo=True, or give another path")
-        kept = {*stored.index} - changed
+        kept = {*stored.index} - _changed(rows, stored, made_by, redo, out)
         new = [row for row in rows if row["subject"] not in kept]
         folder = out.with_name(out.name + ".parts")
         parts = {row["subject"]: _part(folder, row, made_by) for row in new}
@@ -212,6 +202,28 @@ def prepare(
         )
         shutil.rmtree(folder, ignore_errors=True)
     return open_store(out)
+
+
+def _named(atlas):
+    """What a store keeps of its atlas: the name it is known by, and a checksum of one's own."""
+    if atlas is None:
+        return {}
+    known = load_atlas(atlas)
+    name = known.attrs["atlas"]
+    if name in ATLASES:
+        return {"atlas": name}
+    parts = b"".join(known[n].values.tobytes() for n in sorted(map(str, known.variables)))
+    return {"atlas": name, "atlas_sha256": hashlib.sha256(parts).hexdigest()[:16]}
+
+
+def _changed(rows, stored, made_by, redo, out):
+    """Subjects of the store whose files are others now; they are refused unless they are redone."""
+    changed = {row["subject"] for row in rows if _is_changed(row, stored, made_by)}
+    if changed and not redo:
+        fact = f"Expected the files that {out} was made from, found others for {len(changed)} "
+        fact += f"subjects: {listed(sorted(changed))}"
+        raise InputError(fact, "Read them again with redo=True, or give another path")
+    return changed
 
 
 def check_rows(rows: pd.DataFrame, missing=None) -> tuple[list[dict], list[str]]:
