@@ -21,6 +21,7 @@ ROI_COORDS = ("network", "hemi", "mni_x", "mni_y", "mni_z")
 UNITS = {"tr": "s", "onset": "s", "age": "years"}
 UNITS |= dict.fromkeys(("mean_fd", "mni_x", "mni_y", "mni_z", "x", "y", "z"), "mm")
 ATTENTION = "modality_share"
+MISSING = ("", "nan", "none", "n/a", "<na>", "na", "nat", "null", ".", "-", "?", "unknown")
 
 
 def dims_of(kind: str) -> dict[str, tuple[str, ...]]:
@@ -95,12 +96,27 @@ def who_has(data, variable: str) -> np.ndarray:
 
 
 def is_missing(values) -> np.ndarray:
-    """Which labels are none: NaN, None, and the words that tables have for them ("n/a", "NA")."""
+    """Which labels are none: NaN, None, and the words that tables have for them (`MISSING`)."""
     values = np.asarray(values)
     if np.issubdtype(values.dtype, np.number) or values.dtype == bool:
         return ~np.isfinite(values.astype(float))
-    empty = ("", "nan", "none", "n/a", "<na>", "na", "nat")
-    return np.array([str(v).strip().lower() in empty for v in values], bool)
+    return np.array([str(v).strip().lower() in MISSING for v in values], bool)
+
+
+def taken_names() -> set[str]:
+    """Names that no label of people may have: variables and dims of cohorts and of what follows."""
+    names = {"output", "decision", "truth", "class", "draw"}
+    for kind in REQUIRED:
+        for name, dims in dims_of(kind).items():
+            names |= {name, *dims}
+    return names - {"subject"}
+
+
+def check_names(names) -> None:
+    """Refuse labels of people that have a name which bhx uses itself."""
+    if taken := sorted({*names} & taken_names()):
+        fact = f"Expected labels with names that bhx does not use itself, found {listed(taken, 30)}"
+        raise InputError(fact, f"Rename them; taken are {listed(sorted(taken_names()), 99)}")
 
 
 def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
@@ -144,6 +160,7 @@ def _check_subjects(obj, kind):
 
 
 def _check_cohort(obj):
+    check_names(subject_coords(obj))
     there = by_variable(obj.data_vars)
     if not there:
         names = " or ".join(

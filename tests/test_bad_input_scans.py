@@ -382,7 +382,7 @@ def confounded(folder, lines, **options):
     return prepare_file.read_scan(row, atlas=ATLAS, denoising={"strategy": "columns", **options})
 
 
-bad("confounds of another run", "confounds for 60 volumes of .*, found .* confound length: 3")(
+bad("confounds of another run", "as many volumes in .* as lines of .*confounds.*, found 60 and 3")(
     lambda d: confounded(d, "a\n1\n2\n3\n")
 )
 bad("confounds of text", "Expected to read confounds from")(

@@ -27,6 +27,7 @@ ROOMS = {
     "data": (
         *(
             "files",
+            "labels",
             "atlas",
             "geometry",
             "parcellation",

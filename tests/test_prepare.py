@@ -340,11 +340,11 @@ def test_half_precision_keeps_the_t1_at_any_scale(scale, tmp_path):
 def test_labels_of_any_kind_survive(derivatives, tmp_path):
     rows = find_scans(derivatives).iloc[:2].copy()
     rows["visit"] = pd.to_datetime(["2020-01-01", "2021-05-05"])
-    rows["score"] = np.array([1, 2], "int16")
+    rows["total"] = np.array([1, 2], "int16")
     rows["smoker"] = [True, None]
     cohort = prepare_file.prepare(rows, tmp_path / "c.zarr", **OPTIONS)
     assert cohort.visit.values[1].startswith("2021-05-05")
-    assert cohort.score.values.tolist() == [1, 2]
+    assert cohort.total.values.tolist() == [1, 2]
     assert cohort.smoker.values.tolist() == ["True", ""]
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import xarray as xr
+from scipy.ndimage import binary_fill_holes
 
 from bhx.data.files import MNI_AFFINE, check_affine, check_file, check_space, reader_of, reading
-from bhx.data.quality import check_t1_quality
+from bhx.data.quality import check_contrast, check_t1_quality
 from bhx.errors import InputError
 from bhx.modalities.t1 import ANATOMY, CROP, MNI_SHAPE, block_mean, t1_grid
+
+RIM = 0.01  # of the highest intensities
 
 
 @reader_of(ANATOMY)
@@ -46,17 +49,18 @@ def read_t1(path, mask=None, *, voxel_mm: float = 1.0) -> tuple[xr.DataArray, li
         file = check_file(file)
         with reading(file, "a T1"):
             image = nib.squeeze_image(nib.load(file))
+            check_affine(image, file)
             values = np.asarray(image.dataobj, "float32")
-            image = nib.Nifti1Image(values, image.affine, image.header)
-        if image.ndim != 3:
-            fact = f"Expected 3 dims in {file.name}, found {image.shape}"
+        if values.ndim != 3:
+            fact = f"Expected 3 dims in {file.name}, found {values.shape}"
             raise InputError(fact, "Give one volume, such as the preprocessed T1w")
-        check_affine(image, file)
-        if not np.isfinite(image.dataobj).all():
+        there = np.isfinite(values)  # SPM writes NaN outside the field of view
+        if not there.all() and (binary_fill_holes(there) != there).any():
             fact = f"Expected numbers in {file.name}, found NaN or infinity"
             raise InputError(fact, "Set those voxels to 0 or run the pipeline that made it again")
-        images.append(image)
+        images.append(nib.Nifti1Image(np.where(there, values, 0), image.affine))
     check_space(path)
+    check_contrast(np.asarray(images[0].dataobj), Path(path).name)
     t1 = t1_to_grid(*images)
     warnings = check_t1_quality(t1, read_template_t1(), Path(path).name)
     return xr.DataArray(block_mean(t1, int(voxel_mm)), grid, ANATOMY.dims, ANATOMY.name), warnings
@@ -65,7 +69,8 @@ def read_t1(path, mask=None, *, voxel_mm: float = 1.0) -> tuple[xr.DataArray, li
 def t1_to_grid(image, mask=None) -> np.ndarray:
     """A T1 image on `bhx.t1_grid(1)` (trilinear): masked, cropped, unscaled.
 
-    `mask` is an image, > 0.5 inside the brain; None keeps what is above 0.
+    `mask` is an image, > 0.5 inside the brain; None keeps what is above 0 by more than the rims
+    that splines leave around a skull-stripped brain.
     """
     from nibabel import as_closest_canonical
     from nilearn.image import resample_img
@@ -77,7 +82,10 @@ def t1_to_grid(image, mask=None) -> np.ndarray:
         return np.asarray(out.dataobj, dtype="float32")[::-1]
 
     t1 = on_grid(image, "linear")
-    inside = t1 > 0 if mask is None else on_grid(mask, "nearest") > 0.5
+    if mask is None:
+        inside = t1 > RIM * np.percentile(t1[t1 > 0], 99) if (t1 > 0).any() else t1 > 0
+    else:
+        inside = on_grid(mask, "nearest") > 0.5
     crop = tuple(slice(c, n - c) for c, n in zip(CROP, MNI_SHAPE, strict=True))
     return np.where(inside, t1, 0).astype("float32")[crop]
 

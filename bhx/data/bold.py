@@ -6,7 +6,9 @@ A file that cannot be used raises InputError with its name.
 from __future__ import annotations
 
 import json
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -17,7 +19,16 @@ from scipy import ndimage
 from scipy.sparse import csr_array
 
 from bhx.data.atlas import ATLASES, centroids, load_atlas, places_of
-from bhx.data.files import attempt, check_affine, check_file, check_space, reader_of, reading
+from bhx.data.files import (
+    FORM,
+    attempt,
+    check_affine,
+    check_file,
+    check_space,
+    entities,
+    reader_of,
+    reading,
+)
 from bhx.data.parcellation import both_sides, fslr_vertices, whole_numbers
 from bhx.data.quality import check_bold_quality
 from bhx.data.tables import Table, check_names, read_array, read_mat, read_text, take_parcels
@@ -26,6 +37,9 @@ from bhx.modalities.bold import BOLD, check_tr
 from bhx.schema import ROI_COORDS
 from bhx.settings import folders
 
+COUNTED = {"n_scrubbed": 0, "dof": np.nan}  # attributes of series that become facts of the row
+MIN_DOF = 10
+
 
 @reader_of(BOLD)
 def read_run(row: dict, options: dict) -> tuple[xr.DataArray, dict, list[str]]:
@@ -33,12 +47,19 @@ def read_run(row: dict, options: dict) -> tuple[xr.DataArray, dict, list[str]]:
     file, confounds = (row.get(column) for column in BOLD.files)
     source = {name: options[name] for name in ("order", "labels", "parcels_in")}
     bold = read_bold(file, options["atlas"], **source, tr=row.get("tr"))
-    mean_fd = read_motion(confounds) if confounds else row.get("mean_fd", np.nan)
+    mean_fd = row.get("mean_fd", np.nan)
+    if confounds:
+        found = read_motion(confounds)
+        mean_fd = mean_fd if np.isnan(found) else found
+    bold = in_time(bold, Path(str(file)), confounds)
     if options["denoising"] and needs_denoising(file):
         bold = denoise(bold, file, confounds, **options["denoising"])
     series, facts, warnings = check_bold_quality(bold, mean_fd)
-    facts["n_scrubbed"] = bold.attrs.get("n_scrubbed", 0)
-    return series, {"mean_fd": mean_fd, **facts}, bold.attrs["notes"] + warnings
+    facts |= {name: bold.attrs.get(name, default) for name, default in COUNTED.items()}
+    warnings = bold.attrs["notes"] + warnings
+    if confounds and np.isnan(mean_fd):
+        warnings.append(f"no framewise displacement in {Path(confounds).name}")
+    return series, {"mean_fd": mean_fd, **facts}, warnings
 
 
 def read_bold(
@@ -78,6 +99,8 @@ def read_bold(
     with reading(path, "BOLD"):
         names, series, covered, header_tr, notes = reader(path, atlas, options)
     tr = read_tr(path, header_tr, tr)
+    if header_tr and header_tr > 20:
+        notes = [*notes, f"TR of {header_tr:g} in the header taken as ms"]
     if series.ndim != 2 or 0 in series.shape:
         fact = f"Expected BOLD as parcels x time in {path.name}, found shape {series.shape}"
         raise InputError(fact, "Give one run of several volumes")
@@ -95,16 +118,20 @@ def _read_volume(path, atlas, options):
     """A 4D image, volume by volume, so that memory holds one of them."""
     # gzip is read forward only while the file stays open
     image = nib.load(path, keep_file_open=True)
-    if image.ndim != 4 or image.shape[3] < 2:
+    long = [axis for axis, n in enumerate(image.shape) if axis > 2 and n > 1]
+    if len(image.shape) < 4 or len(long) != 1:
         fact = f"Expected a 4D image of several volumes in {path.name}, found {image.shape}"
         raise InputError(fact, "Give the preprocessed BOLD run, not its reference or mask")
     check_affine(image, path)
-    check_space(path)
+    check_space(path, options["labels"])
     places, names = _labels_on(image, atlas, options["labels"])
     unit = image.header.get_xyzt_units()[1]
     tr = float(image.header.get_zooms()[3]) * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1)
-    moments = range(image.shape[3])
-    volumes = (np.asarray(image.dataobj[..., t], "float32").reshape(-1, 1) for t in moments)
+    ones = [0] * (image.ndim - 3)
+    moments = [
+        (..., *ones[: long[0] - 3], t, *ones[long[0] - 2 :]) for t in range(image.shape[long[0]])
+    ]
+    volumes = (np.asarray(image.dataobj[at], "float32").reshape(-1, 1) for at in moments)
     return names, *_parcel_means(volumes, places.ravel(), len(names)), tr, []
 
 
@@ -116,8 +143,16 @@ def _read_dtseries(path, atlas, options):
     places = np.where(at < 0, -1, places_of(atlas, "labels_fslr32k")[at])
     starts = range(0, image.shape[0], 64)
     blocks = (np.asarray(image.dataobj[t : t + 64], "float32").T for t in starts)
-    tr = series.step * {"SECOND": 1, "MILLISECOND": 1e-3}.get(str(series.unit).upper(), 1)
+    tr = _step_of(series, path)
     return atlas.roi.values, *_parcel_means(blocks, places, atlas.sizes["roi"]), tr, []
+
+
+def _step_of(series, path):
+    """Repetition time [s] of CIFTI's axis of time."""
+    if not hasattr(series, "step"):
+        fact = f"Expected an axis of time in {path.name}, found {type(series).__name__} of maps"
+        raise InputError(fact, "Give the run itself: this file is a dscalar or pscalar")
+    return series.step * {"SECOND": 1, "MILLISECOND": 1e-3}.get(str(series.unit).upper(), 1)
 
 
 def _read_ptseries(path, atlas, options):
@@ -126,7 +161,7 @@ def _read_ptseries(path, atlas, options):
     series, parcels = (image.header.get_axis(i) for i in range(2))
     table = Table(image.get_fdata().T, rows=[*parcels.name])
     names, values, covered, _, notes = _take(table, atlas, {**options, "parcels_in": "rows"}, path)
-    return names, values, covered, float(series.step), notes
+    return names, values, covered, _step_of(series, path), notes
 
 
 def _read_surface(path, atlas, options):
@@ -136,7 +171,8 @@ def _read_surface(path, atlas, options):
     for file in (left, right):
         image = nib.load(check_file(file))
         if isinstance(image, nib.gifti.GiftiImage):
-            values.append(np.stack([d.data for d in image.darrays], 1))
+            arrays = [d.data.reshape(len(d.data), -1) for d in image.darrays]  # nilearn: one in 2D
+            values.append(np.concatenate(arrays, 1))
             step = image.darrays[0].meta.get("TimeStep", "") if image.darrays else ""
             tr = float(step) / 1000 if step else None
         else:
@@ -222,6 +258,7 @@ def _labels_on(image, atlas, labels):
     file = check_file(labels or fetch_labels(atlas))
     with reading(file, "labels"):
         source = nib.load(file)
+        check_affine(source, file)
         numbers = whole_numbers(source, file.name)
     found = np.unique(numbers[numbers > 0])
     if atlas is not None:
@@ -258,12 +295,15 @@ def read_tr(path, header_tr: float | None = None, given: float | None = None) ->
     """Repetition time [s]: from the sidecar, checked against the header, else as given."""
     path = Path(path)
     stated = {"the call": given, "the sidecar": _sidecar_tr(path), "the header": header_tr}
-    # 0 and 1 s are what writers put into a header that they do not fill
     known = {k: float(v) for k, v in stated.items() if v is not None and not pd.isna(v)}
-    if len(known) > 1 and known.get("the header") in (0.0, 1.0):
+    header, others = known.get("the header"), [v for k, v in known.items() if k != "the header"]
+    if header == 1 or (others and header == 0):  # what writers put where they know none
         known.pop("the header")
+    elif others and header is not None and header > 20:  # milliseconds
+        known["the header"] = header / 1000
     if not known:
-        fact = f"Expected a repetition time for {path.name}, found none in a sidecar or header"
+        found = "1 s in the header alone" if header == 1 else "none in a sidecar or header"
+        fact = f"Expected a repetition time for {path.name}, found {found}"
         raise InputError(fact, "Add RepetitionTime [s] to its .json, or give tr=")
     first, tr = next(iter(known.items()))
     for place, value in known.items():
@@ -276,25 +316,84 @@ def read_tr(path, header_tr: float | None = None, given: float | None = None) ->
 
 
 def _sidecar_tr(path):
-    """RepetitionTime of the JSON beside a file, or of its task's JSON in a folder above."""
-    stem = re.split(r"\.(dtseries|ptseries|func|nii|gii|mg[zh]|[ct]sv|txt|1D|npy)", path.name)[0]
-    task = re.search(r"task-[a-zA-Z0-9]+", path.name)
-    above = [p / f"{task[0]}_bold.json" for p in list(path.parents)[:4]] if task else []
-    for file in [path.with_name(f"{stem}.json"), *above]:
-        if file.is_file():
-            with reading(file, "RepetitionTime"):
-                tr = json.loads(file.read_text(encoding="utf-8-sig")).get("RepetitionTime")
-                if tr is not None:
-                    return float(tr)
+    for file in _sidecars(path):
+        with reading(file, "RepetitionTime"):
+            tr = json.loads(file.read_text(encoding="utf-8-sig")).get("RepetitionTime")
+            if tr is not None:
+                return float(tr)
     return None
 
 
+def _sidecars(path):
+    """The JSON beside a file, and its task's JSON in a folder above, as far as they are there."""
+    stem = re.split(r"\.(dtseries|ptseries|func|nii|gii|mg[zh]|[ct]sv|txt|1D|npy)", path.name)[0]
+    task = re.search(r"task-[a-zA-Z0-9]+", path.name)
+    above = [p / f"{task[0]}_bold.json" for p in list(path.parents)[:4]] if task else []
+    return [file for file in [path.with_name(f"{stem}.json"), *above] if file.is_file()]
+
+
+def beside(path) -> list[Path]:
+    """Files that are read with one of BOLD: sidecars, the other hemisphere, outliers."""
+    if not path or not os.path.isfile(path):
+        return []
+    path = Path(path)
+    both: tuple = ()
+    if _reader_of(path.name) is _read_surface:
+        with suppress(InputError):
+            both = both_sides(path)
+    return [*_sidecars(path), *(f for f in both if f != path and f.is_file()), *_outliers(path)]
+
+
+def _outliers(path):
+    """XCP-D's table that says which volumes of a run it cut out."""
+    run = "_".join(f"{k}-{v}" for k, v in entities(path.name).items() if k not in FORM)
+    return [file for file in [path.with_name(f"{run}_outliers.tsv")] if file.is_file()]
+
+
 def read_motion(confounds) -> float:
-    """Mean framewise displacement [mm] of an fMRIPrep confounds table; NaN without that column."""
+    """Mean framewise displacement [mm] of a table of confounds or motion; NaN where it has none."""
     table = _confounds(confounds)
-    if "framewise_displacement" not in table:
-        return np.nan
-    return float(pd.to_numeric(table["framewise_displacement"], errors="coerce").mean())
+    names = {re.sub("[^a-z]", "", str(name).lower()): name for name in reversed(table.columns)}
+    found = [names[name] for name in ("framewisedisplacement", "fd") if name in names]
+    return float(pd.to_numeric(table[found[0]], errors="coerce").mean()) if found else np.nan
+
+
+def in_time(bold: xr.DataArray, path, confounds=None) -> xr.DataArray:
+    """Series whose volumes are all there, at regular times.
+
+    Volumes that XCP-D's table of outliers says were cut out, and those without a number in any
+    parcel, are filled in linearly and counted in `attrs["n_scrubbed"]`. A run that is shorter than
+    its confounds is refused when nothing says where it was cut.
+    """
+    values, total = bold.values, bold.sizes["time"]
+    places = np.arange(total)
+    for file in _outliers(path):
+        table = _confounds(file)
+        cut = table.get("framewise_displacement", table.iloc[:, 0]).to_numpy(float) > 0
+        if total != len(cut):
+            _check_length(path, total, (~cut).sum(), file, "0")
+            places, total = np.flatnonzero(~cut), len(cut)
+    if confounds:
+        _check_length(path, total, len(_confounds(confounds)), Path(confounds), "one volume")
+    there = (np.isfinite(values) & (values != 0)).any(0)
+    if not there.any() or there.sum() == total:
+        return bold
+    full = [np.interp(np.arange(total), places[there], v) for v in values[:, there]]
+    note = f"{total - there.sum()} of {total} volumes were missing and are filled in linearly"
+    out = bold.isel(time=[0] * total).copy(data=np.stack(full))
+    out["time"] = ("time", bold.attrs["tr"] * np.arange(total), {"units": "s"})
+    whole = np.isfinite(values[:, there]).all(1) & ~np.isfinite(values).all(1)
+    out["covered"] = out["covered"].where(~whole, 1.0)
+    notes = [*bold.attrs["notes"], note]
+    return out.assign_attrs(n_scrubbed=int(total - there.sum()), notes=notes)
+
+
+def _check_length(path, volumes, lines, file, what):
+    if volumes != lines:
+        fact = f"Expected as many volumes in {path.name} as lines of {what} in {file.name}, found "
+        fact += f"{volumes} and {lines}"
+        help = "Volumes may have been cut out, or this is another run: give the tables of this run"
+        raise InputError(fact, help)
 
 
 def _confounds(file):
@@ -356,7 +455,7 @@ def denoise(
     Returns
     -------
     DataArray like `bold`. Scrubbed volumes are filled in linearly, so that time stays regular, and
-    counted in `attrs["n_scrubbed"]`.
+    counted in `attrs["n_scrubbed"]`; degrees of freedom that are left are in `attrs["dof"]`.
     """
     from nilearn.interfaces.fmriprep import load_confounds_strategy
     from nilearn.signal import clean
@@ -381,4 +480,16 @@ def denoise(
     kept = np.arange(n) if kept is None else kept
     full = np.stack([np.interp(np.arange(n), kept, series) for series in cleaned.T])
     out = bold.copy(data=full + bold.values.mean(1, keepdims=True))
-    return out.assign_attrs(n_scrubbed=n - len(kept))
+    # a filter leaves its share of the frequencies; cosines of a high-pass are among the confounds
+    nyquist = 0.5 / bold.attrs["tr"]
+    share = (min(low_pass or nyquist, nyquist) - (high_pass or 0)) / nyquist
+    ones = np.ones((len(kept), 1))
+    used = ones if table is None else np.hstack([np.asarray(table, float)[kept], ones])
+    dof = int(len(kept) * share) - np.linalg.matrix_rank(used)
+    fact = f"{dof} of {n} degrees of freedom after {used.shape[1] - 1} confounds and filters"
+    if dof < MIN_DOF:
+        fact = f"Expected at least {MIN_DOF} degrees of freedom in {path.name}, found {fact}"
+        raise InputError(fact, "Take a strategy with fewer confounds, or a longer scan")
+    notes = [*bold.attrs.get("notes", []), *([fact] if dof < n / 2 else [])]
+    scrubbed = n - len(kept) + bold.attrs.get("n_scrubbed", 0)
+    return out.assign_attrs(n_scrubbed=scrubbed, dof=float(dof), notes=notes)

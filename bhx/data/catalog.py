@@ -24,6 +24,7 @@ from pydantic import (
 
 from bhx.data.derivatives import find_scans, with_participants
 from bhx.data.files import attempt, file_columns
+from bhx.data.labels import as_words, coded, typed
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.table import modality
 from bhx.settings import PACKAGE
@@ -63,6 +64,7 @@ class Phenotype(Strict):
 
     units: str = ""
     coding: dict[str, str] = {}  # what the source writes -> what the cohort says
+    missing: list[str | float] = []  # codes of missing values
     column: str = ""  # its name in the source, when that differs
 
 
@@ -100,10 +102,10 @@ class Entry(Strict):
     layout: Literal["synthetic", "sample", "nilearn", "derivatives", "files"]
     sites: dict[str, float | None] = {}  # site -> TR [s]; None: read it from the files
     phenotypes: dict[str, Phenotype] = {}
+    missing: list[str | float] = []  # codes of missing values in any column
     fetch: Fetch | None = None
     files: dict[FileColumn, Patterns] = {}  # with {participant}, {session}, {site}; * for any name,
     table: People | None = None  # **/ for any folders; of several patterns the first fits best
-    missing: list[float] = []  # codes of missing values in any column
     path: InsidePath = ""  # of the folder, below the user's data folder
     steps: list[str] = []  # what to download by hand, and where to put it
     prepare: dict[str, str | float | dict[str, str | float] | None] = {}  # options of `prepare`
@@ -199,9 +201,13 @@ def entry_of(folder: Path, catalog: str | Path | None = None) -> Entry | None:
     return next((e for e in entries if e.files and len(_files(e, folder))), None)
 
 
-def entry_rows(entry: Entry, data_folder: Path, folder: Path | None = None) -> pd.DataFrame:
+def entry_rows(
+    entry: Entry, data_folder: Path, folder: Path | None = None, **options
+) -> pd.DataFrame:
     """The scans of a catalog entry as rows for `prepare`: fetched, or found where they belong, or
     in another folder.
+
+    `options` are those of `find_scans` for a folder of derivatives.
 
     Raises
     ------
@@ -214,8 +220,10 @@ def entry_rows(entry: Entry, data_folder: Path, folder: Path | None = None) -> p
     if not folder.is_dir():
         steps = " ".join(f"({i}) {step.rstrip('.')}." for i, step in enumerate(entry.steps, 1))
         raise InputError(f"Expected {entry.title} in {folder}, found no such folder", steps)
-    rows = find_scans(folder) if entry.layout == "derivatives" else _by_pattern(entry, folder)
-    return _recoded(rows, entry)
+    if entry.layout == "derivatives":
+        options = {"atlas": entry.prepare.get("atlas", "schaefer400"), **options}
+        return _recoded(find_scans(folder, **options), entry)
+    return _recoded(_by_pattern(entry, folder, options.get("phenotypes")), entry)
 
 
 def _fetched(entry, data_folder):
@@ -228,9 +236,9 @@ def _fetched(entry, data_folder):
     if not how.files:
         return _recoded(_by_pattern(entry, data_folder / how.folder), entry)
     rows = pd.DataFrame(found["phenotypic"]).reset_index(drop=True)
-    ids = rows[how.id].astype(str)
+    ids = as_words(rows[how.id])
     named = pd.DataFrame({"subject": ids, "participant": ids})
-    named["site"] = rows[how.site].astype(str) if how.site else next(iter(entry.sites), "")
+    named["site"] = as_words(rows[how.site]) if how.site else next(iter(entry.sites), "")
     for column, key in how.files.items():
         named[column] = [*map(str, found[key])]
     columns = {p.column or name for name, p in entry.phenotypes.items()}
@@ -238,18 +246,21 @@ def _fetched(entry, data_folder):
 
 
 def _recoded(rows, entry):
-    """Rows with the entry's names and codes for its phenotypes."""
+    """Rows with the entry's names and codes for its phenotypes, its missing values gone."""
+    notes = [*rows.attrs.get("notes", [])]
     rows = rows.rename(columns={p.column: name for name, p in entry.phenotypes.items() if p.column})
-    for name, phenotype in entry.phenotypes.items():
-        if name in rows:
-            gone = pd.to_numeric(rows[name], errors="coerce").isin(entry.missing)
-            rows[name] = rows[name].mask(gone)
-        if name in rows and phenotype.coding:
-            rows[name] = rows[name].astype(str).map(phenotype.coding).fillna("")
+    taken = {*file_columns(), "subject", "participant", "session", "run", "site", "tr"}
+    for name in [column for column in rows if column not in taken]:
+        how = entry.phenotypes.get(name, Phenotype())
+        missing, to_type = [*entry.missing, *how.missing], coded if how.coding else typed
+        coding = {"coding": how.coding} if how.coding else {}
+        rows[name], says = to_type(rows[name], name, **coding, missing=missing)
+        notes += says
+    rows.attrs["notes"] = notes
     return rows
 
 
-def _by_pattern(entry, folder):
+def _by_pattern(entry, folder, phenotypes=None):
     """Files below a folder whose paths follow the entry's patterns, a row a scan."""
     found = _files(entry, folder)
     if not len(found):
@@ -264,7 +275,7 @@ def _by_pattern(entry, folder):
     only = next(iter(entry.sites)) if len(entry.sites) == 1 else ""
     rows["site"] = rows.site.where(rows.site != "", only)
     rows = rows if rows.session.any() else rows.drop(columns="session")
-    return _with_tr(rows if tables else with_participants(rows, folder), entry)
+    return _with_tr(rows if tables else with_participants(rows, folder, phenotypes), entry)
 
 
 def _files(entry, folder):
@@ -274,6 +285,8 @@ def _files(entry, folder):
         for pattern in patterns:
             taken: dict[tuple, Path] = {}
             for file in sorted(folder.glob(re.sub(r"\{\w+\}", "*", pattern))):
+                if file.name.startswith("._"):  # left by macOS
+                    continue
                 whose = re.fullmatch(_form(pattern), file.relative_to(folder).as_posix())
                 if whose is None:
                     continue

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
 from bhx.errors import InputError
@@ -18,6 +21,10 @@ from bhx.modalities.table import MODALITIES
 
 MNI_AFFINE = np.diag([*MNI_STEP, 1.0])
 MNI_AFFINE[:3, 3] = MNI_ORIGIN
+
+# Entities of file names that tell forms of one run apart; others (acq, dir, rec ...) tell runs.
+FORM = {"space", "cohort", "hemi", "den", "res", "desc", "atlas", "seg", "scale", "stat", "label"}
+FORM |= {"tpl", "from", "to", "mode"}
 
 READERS: dict[str, Callable] = {}  # name of a modality -> reader of a row of a table of scans
 
@@ -64,6 +71,10 @@ def check_file(path) -> Path:
 def check_affine(image, path) -> None:
     """Refuse an image whose voxel axes are not the world's, or whose two affines disagree."""
     affine, name = image.affine, Path(path).name
+    codes = ("qform_code", "sform_code")
+    if isinstance(image, nib.Nifti1Image) and not any(int(image.header[code]) for code in codes):
+        fact = f"Expected a position in {name}, found neither a qform nor an sform (codes 0)"
+        raise InputError(fact, "Copy the header of the file it was made from, such as by fslcpgeom")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         fact = f"Expected an invertible affine in {name}, found {affine[:3]}"
         raise InputError(fact, "Write it again with the affine of the file it was made from")
@@ -82,12 +93,30 @@ def check_affine(image, path) -> None:
         raise InputError(fact, "Keep the right one in both: the other may flip left and right")
 
 
-def check_space(path):
-    """Refuse a file whose name says a space other than MNI152."""
-    space = re.search(r"space-([a-zA-Z0-9]+)", Path(path).name)
-    if space and not space[1].startswith(("MNI", "mni")):
-        fact = f"Expected an image in MNI152 space, found space-{space[1]} in {Path(path).name}"
-        raise InputError(fact, "Take that of fMRIPrep's --output-spaces MNI152NLin6Asym")
+def entities(name: str) -> dict[str, str]:
+    """What a file's name says, key-value by key-value."""
+    return dict(re.findall(r"(?:^|_)([a-zA-Z]+)-([^_.]+)", name))
+
+
+def space_of(name: str) -> str:
+    """The space that a file's name says, such as MNI152NLin6Asym or MNIInfant:1, or ""."""
+    tags = entities(name)
+    space = tags.get("space") or tags.get("tpl", "")
+    return f"{space}:{tags['cohort']}" if space and "cohort" in tags else space
+
+
+def check_space(path, labels=None) -> None:
+    """Refuse a file whose name says a space other than MNI152 or that of its label image."""
+    spaces = [(space_of(Path(file).name), file) for file in (path, labels) if file]
+    odd = [one for one in spaces if one[0] and not re.match(r"(?i)mni(152|$)", one[0])]
+    same = len(odd) == 2 and odd[0][0] == odd[1][0]
+    if odd and not same:
+        space, file = odd[0]
+        fact = (
+            f"Expected an image in MNI152 space, found space-{space.replace(':', '_cohort-')} in "
+        )
+        help = "Take that of fMRIPrep's --output-spaces MNI152NLin6Asym, or labels in its space"
+        raise InputError(fact + Path(file).name, help)
 
 
 @contextmanager
@@ -103,7 +132,18 @@ def attempt(what: str, help: str):
         raise InputError(fact, help) from error
 
 
+@contextmanager
 def reading(path, what: str):
     """Report whatever goes wrong while `what` is read from a file, with the file's name."""
-    help = "Copy or convert the file again: it may be damaged or of another kind"
-    return attempt(f"to read {what} from {Path(path).name}", help)
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        cut = isinstance(error, (EOFError, OSError, zlib.error)) or "mmap" in str(error)
+        help = "Convert the file: it is of another kind, or written in another form"
+        help = "Copy the file again: it may be damaged" if cut else help
+        if zipfile.is_zipfile(path):
+            help = "Unpack it: this is a zip"
+        with attempt(f"to read {what} from {Path(path).name}", help):
+            raise

@@ -9,6 +9,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from warnings import warn
 
 import dask
 import dask.array as da
@@ -19,21 +20,33 @@ import zarr
 
 import bhx.data.anatomy  # noqa: F401 - registers its reader
 from bhx.data.atlas import ATLASES, load_atlas, match_names, parcel_labels, with_atlas
-from bhx.data.bold import check_table, fetch_labels, is_volume
+from bhx.data.bold import beside, check_table, fetch_labels, is_volume
 from bhx.data.catalog import catalog_files, entry_rows, load_entry
-from bhx.data.derivatives import find_scans
+from bhx.data.derivatives import FACTS, find_scans
 from bhx.data.files import READERS, attempt, file_columns, readable
-from bhx.data.store import count_written, create_store, extend_store, fill, only_writer, open_store
+from bhx.data.labels import as_words, tidy
+from bhx.data.store import (
+    count_written,
+    create_store,
+    extend_store,
+    fill,
+    only_writer,
+    open_store,
+    write_labels,
+    write_rows,
+)
 from bhx.errors import InputError, listed
 from bhx.modalities.bold import BOLD
 from bhx.modalities.t1 import ANATOMY
 from bhx.modalities.table import MODALITIES
-from bhx.schema import build_cohort, dims_of
+from bhx.schema import build_cohort, check_names, dims_of, is_missing
 from bhx.settings import folders
 
 DENOISING = {"strategy": "simple"}
 HALF = (ANATOMY.variable,)  # stored in half precision
 FLOAT16_RANGE = (0.1, 6e4)  # of their highest value; others are scaled to keep precision
+IDS = ("subject", "participant", "site", "session", "run")
+WORDS = (*IDS, "warnings", "inputs", "bold_scale")  # labels that are text whatever they hold
 MADE_DIMS = ("time", "x", "y", "z")  # their labels follow from their length: see build_cohort
 
 
@@ -107,6 +120,8 @@ def prepare(
     parcels_in: str | None = None,
     task: str = "rest",
     phenotypes=None,
+    missing=None,
+    redo: bool = False,
     attrs: dict | None = None,
     workers: int = 2,
     client=None,
@@ -115,9 +130,13 @@ def prepare(
 
     Each subject is one Dask task that leaves one finished file beside the store; at the end the
     files are packed into it. A run that was killed continues when it is started again, and its
-    store equals that of an unbroken run. Subjects that the store has already are not read again;
-    new ones are added behind them. A subject that cannot be used is left out and named, with the
-    reason, in `attrs["refused"]`.
+    store equals that of an unbroken run. Subjects that the store has already are not read again,
+    but get the labels that `source` has now; new ones are added behind them. Where files are no
+    longer those that the store was made from (name and size, then time or checksum), nothing is
+    done unless `redo` is True. A subject that cannot be used is left out and named, with the
+    reason, in `attrs["refused"]`; what was taken for granted is in `attrs["notes"]`.
+
+    A label is a number (NaN where missing) or text ("" where missing; truths are "True", "False").
 
     Parameters
     ----------
@@ -129,6 +148,9 @@ def prepare(
     voxel_mm : voxel of the T1 [mm], stored masked, unscaled, in half precision
     denoising : options of `bhx.data.bold.denoise` for BOLD that is not denoised yet, or None
     task, phenotypes : see `bhx.find_scans`
+    missing : codes of missing values in labels, such as (-9999, 999); () for none; None asks where
+        numbers look like codes
+    redo : read subjects again whose files have changed
     attrs : more attributes of the cohort, such as its licence
     workers : subjects read at a time on threads; each holds one T1 and one volume of BOLD
     client : a dask.distributed Client, or the address of a Dask cluster, instead of threads
@@ -140,16 +162,18 @@ def prepare(
     """
     made_by = {"atlas": atlas, "voxel_mm": voxel_mm, "denoising": denoising, "order": order}
     made_by["labels"] = labels and str(labels)
+    attrs, how, of_task = attrs or {}, {"task": task, "phenotypes": phenotypes}, None
     if parcels_in:
         made_by["parcels_in"] = parcels_in
     if isinstance(source, str) and source in catalog_files():
         entry = load_entry(source)
         made_by |= entry.prepare
-        attrs = {"source": entry.name, "licence": entry.licence, **(attrs or {})}
-        source = entry_rows(entry, folders()["data"])
+        attrs = {"source": entry.name, "licence": entry.licence, **attrs}
+        source = entry_rows(entry, folders()["data"], atlas=made_by["atlas"], **how)
+        of_task = task if entry.layout == "derivatives" else None
     if not isinstance(source, pd.DataFrame):
-        attrs = {"source": str(source), **(attrs or {})}
-        source = find_scans(source, task=task, phenotypes=phenotypes)
+        attrs, of_task = {"source": str(source), **attrs}, task
+        source = find_scans(source, atlas=atlas, **how)
 
     if made_by["atlas"] is not None:
         known = load_atlas(made_by["atlas"])
@@ -157,44 +181,114 @@ def prepare(
         if made_by["atlas"] not in ATLASES:
             parts = b"".join(known[n].values.tobytes() for n in sorted(map(str, known.variables)))
             made_by["atlas_sha256"] = hashlib.sha256(parts).hexdigest()[:16]
-    rows, out = check_rows(source), Path(out)
+    (rows, notes), out = check_rows(source, missing), Path(out)
+    for note in notes:
+        warn(note, stacklevel=2)
     with only_writer(out):
-        have = _rows_in(out, made_by)
-        rows = [row for row in rows if row["subject"] not in have]
+        stored = _stored_labels(out, {**made_by, "task": of_task})
+        changed = {row["subject"] for row in rows if _is_changed(row, stored, made_by)}
+        if changed and not redo:
+            fact = f"Expected the files that {out} was made from, found others for {len(changed)} "
+            fact += f"subjects: {listed(sorted(changed))}"
+            raise InputError(fact, "Read them again with redo=True, or give another path")
+        kept = {*stored.index} - changed
+        new = [row for row in rows if row["subject"] not in kept]
         folder = out.with_name(out.name + ".parts")
-        parts = {row["subject"]: _part(folder, row, made_by) for row in rows}
-        refused = _stage(rows, parts, made_by, workers, client)
-        if not have and len(refused) == len(rows):
+        parts = {row["subject"]: _part(folder, row, made_by) for row in new}
+        refused = _stage(new, parts, made_by, workers, client)
+        if stored.empty and len(refused) == len(rows):
             first = next(iter(refused.values()))
             fact = f"Expected a usable subject, found none among {len(rows)}; the first: {first}"
             raise InputError(fact, "Correct what this reason names, and prepare again")
         parts = {subject: part for subject, part in parts.items() if subject not in refused}
-        if parts:
-            about = {"source": "table", "preprocessing": json.dumps(made_by), **(attrs or {})}
-            _pack(parts, out, about)
-        zarr.open_group(out, mode="r+").attrs["refused"] = refused
+        about = {
+            "source": "table",
+            "preprocessing": json.dumps({**made_by, "task": of_task}),
+            **attrs,
+        }
+        _pack(rows, stored, parts, out, about)
+        zarr.open_group(out, mode="r+", use_consolidated=False).attrs.update(
+            refused=refused, notes=notes
+        )
         shutil.rmtree(folder, ignore_errors=True)
     return open_store(out)
 
 
-def check_rows(rows: pd.DataFrame) -> list[dict]:
-    """Rows of a table of scans, complete and in the order of their unique ids."""
-    rows, name_them = rows.copy(), "Name each row participant[/session][/run]"
+def check_rows(rows: pd.DataFrame, missing=None) -> tuple[list[dict], list[str]]:
+    """Rows of a table of scans, complete, with typed labels and in the order of their unique ids;
+    and notes. `missing` as in `prepare`."""
+    notes, name_them = [*rows.attrs.get("notes", [])], "Name each row participant[/session][/run]"
+    rows, files = rows.reset_index(drop=True), {*file_columns()}
     if "subject" not in rows and "participant" in rows:
         rows["subject"] = rows["participant"]
     if "subject" not in rows or not len(rows):
         fact = f"Expected rows with a column 'subject', found {len(rows)} rows with "
         raise InputError(fact + (listed(rows.columns, 20) or "no columns"), name_them)
-    rows["subject"] = rows["subject"].astype(str)
-    if rows["subject"].duplicated().any():
-        twice = listed(rows["subject"][rows["subject"].duplicated()].unique())
+    check_names({*rows.columns} - files)
+    rows["subject"] = as_words(rows["subject"])
+    if rows["subject"].duplicated().any() or "" in {*rows["subject"]}:
+        twice = listed(rows["subject"][rows["subject"].duplicated()].unique()) or "a row without"
         fact = f"Expected unique subject ids, found {twice} more than once"
         raise InputError(fact, name_them)
     for name, default in {"participant": rows["subject"], "site": ""}.items():
-        rows[name] = rows[name].fillna("").astype(str) if name in rows else default
-    for name in {*file_columns()} & {*rows.columns}:
-        rows[name] = rows[name].fillna("")
-    return rows.sort_values("subject").to_dict("records")
+        rows[name] = as_words(rows[name]) if name in rows else default
+    rows["participant"] = rows["participant"].where(rows["participant"] != "", rows["subject"])
+    for name in {*rows.columns} & {"session", "run"}:
+        rows[name] = as_words(rows[name])
+    for name in files & {*rows.columns}:
+        rows[name] = rows[name].astype(object).where(rows[name].notna(), "")
+    labels = [name for name in rows if name not in {*files, *IDS}]
+    rows[labels], says = tidy(rows[labels], missing)
+    return rows.sort_values("subject").to_dict("records"), [*notes, *says]
+
+
+def _stored_labels(out, made_by):
+    """Labels of the rows that a store has, by subject; it must have the same options."""
+    if not out.exists():
+        return pd.DataFrame(index=pd.Index([], dtype=object))
+    group, n = zarr.open_group(out, mode="r", use_consolidated=False), count_written(out)
+    before = json.loads(group.attrs.get("preprocessing", "{}"))
+    differ = sorted(k for k in made_by if before.get(k) != made_by[k])
+    if "task" in differ and None in (before.get("task"), made_by["task"]):
+        differ.remove("task")  # a table of scans says none
+    if differ:
+        asked, found = ({k: o.get(k) for k in differ} for o in (made_by, before))
+        fact = f"Expected {out} to be prepared with {asked}, found {found}"
+        raise InputError(fact, "Give the same options, or another path")
+    on_subject = {k: v for k, v in group.arrays() if v.metadata.dimension_names == ("subject",)}
+    labels = {name: pd.Series(v[:n].tolist(), dtype=object) for name, v in on_subject.items()}
+    return pd.DataFrame(labels).set_index("subject")
+
+
+def _inputs(row, options):
+    """Files that a row is read from, [name, size, time], and its repetition time if it has one."""
+    files = [row[k] for k in file_columns() if row.get(k)] + [options["labels"] or ""]
+    files = [Path(file) for file in files if os.path.isfile(file)]
+    files += beside(row.get(BOLD.files[0]))
+    state = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return files, [*state, ["tr", str(row.get("tr")), 0]]
+
+
+def _checksums(files):
+    sums = []
+    for path in files:
+        with open(path, "rb") as file:
+            sums.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+    return sums
+
+
+def _is_changed(row, stored, options):
+    """Whether a row of the store was read from other files than it has now."""
+    if row["subject"] not in stored.index or not stored.get("inputs", {}).get(row["subject"]):
+        return False
+    if not all(os.path.isfile(row[k]) for k in file_columns() if row.get(k)):
+        return False  # files that are gone cannot be read again
+    before = {"files": [], "sums": []} | json.loads(stored["inputs"][row["subject"]])
+    files, now = _inputs(row, options)
+    if before["files"] == now:
+        return False
+    alike = [one[:2] for one in before["files"]] == [one[:2] for one in now]
+    return not alike or before["sums"] != _checksums(files)
 
 
 # --- each subject to a file of its own ---
@@ -239,6 +333,8 @@ def _compute(tasks, workers, client, tick):
 def _stage_one(row, part, options):
     """Read one row into its part, which appears whole or not at all; why it was refused."""
     try:
+        files, state = _inputs(row, options)
+        inputs = json.dumps({"files": state, "sums": _checksums(files)})
         data, warnings = read_scan(row, **options)
     except Exception as error:  # whatever is wrong with one subject must not end the run
         return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
@@ -250,10 +346,9 @@ def _stage_one(row, part, options):
             warnings = [*warnings, f"intensities of '{name}' up to {top:g} scaled to 1000"]
         arrays[name] = arrays[name].astype("float16")
     about = {
-        "labels": {k: v for k, v in row.items() if k not in file_columns()}
-        | data.attrs
+        "labels": {"subject": row["subject"], **data.attrs}
         | {m.has: m.variable in arrays for m in MODALITIES.values()}
-        | {"warnings": "; ".join(warnings)},
+        | {"warnings": "; ".join(warnings), "inputs": inputs},
         "shapes": {name: v.shape for name, v in arrays.items()},
         "dims": {d: data[d].values.tolist() for d in data.indexes if d not in MADE_DIMS},
     }
@@ -272,33 +367,47 @@ def _in_json(value):
 
 def _part(folder, row, made_by):
     """The file of one row: another one when the row, its files or the options change."""
-    files = [Path(row[k]) for k in file_columns() if row.get(k)]
-    state = [(s.st_size, s.st_mtime_ns) for s in (f.stat() for f in files if f.is_file())]
-    name = json.dumps([row, state, made_by], sort_keys=True, default=str)
+    name = json.dumps([row, _inputs(row, made_by)[1], made_by], sort_keys=True, default=str)
     return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
 
 
 # --- those files to the store ---
 
 
-def _pack(parts, out, attrs):
-    """Put the parts of new rows, by their ids, into the store."""
-    new = _labels_of(parts.values(), attrs)
-    if out.exists():
-        extend_store(new, out)
+def _pack(rows, stored, parts, out, about):
+    """Put the parts of new rows, by their ids, and of rows read again, and all labels into the
+    store."""
+    facts, shapes, dims = _read_parts(parts.values())
+    table = _label_table(rows, stored, facts)
+    labels = {name: _one_type(table[name], name, stored.get(name, ()), out) for name in table}
+    fresh = [subject for subject in parts if subject not in stored.index]
+    if parts:
+        new = _empty_cohort(table.index.get_indexer([*parts]), labels, shapes, dims, about)
     else:
+        new = xr.open_zarr(out, chunks=None, consolidated=False).isel(subject=slice(0))
+    if not out.exists():
         create_store(new, out, half=HALF)
-    ids = zarr.open_array(out / "subject", mode="r")[:].tolist()
+    elif parts or not new.attrs.get("complete", True):
+        extend_store(new.sel(subject=fresh) if fresh else new.isel(subject=slice(0)), out)
+    if again := [subject for subject in parts if subject in stored.index]:
+        broken = np.where(table.index.isin(again), "{}", labels["inputs"])
+        write_labels(out, {**labels, "inputs": broken})
+        with xr.open_zarr(out, chunks=None, consolidated=False) as whole:
+            for subject in again:
+                at = table.index.get_loc(subject)
+                write_rows(out, slice(at, at + 1), _load_parts([parts[subject]], whole))
+    write_labels(out, labels)
+    ids = labels["subject"]
     fill(out, lambda rows: _load_parts([parts[i] for i in ids[rows]], new))
 
 
-def _labels_of(parts, attrs):
-    """A cohort with the labels of some parts and arrays of the right shape, not yet filled."""
-    rows, shapes, dims = [], {}, {}
+def _read_parts(parts):
+    """Facts of each part, the longest shape of each variable, and the labels of their dims."""
+    facts, shapes, dims = [], {}, {}
     for part in parts:
         with np.load(part) as file:
             about = json.loads(str(file["about"]))
-        rows.append(about["labels"])
+        facts.append(about["labels"])
         for dim, names in about["dims"].items():
             if dims.setdefault(dim, names) != names:
                 one = about["labels"]["subject"]
@@ -307,18 +416,52 @@ def _labels_of(parts, attrs):
                 raise InputError(fact, "Prepare scans of different atlases into different stores")
         for name, shape in about["shapes"].items():
             shapes[name] = np.maximum(shapes.get(name, shape), shape).tolist()
+    return facts, shapes, dims
+
+
+def _label_table(rows, stored, facts):
+    """Labels of every row of a store: as the rows have them now, with what reading found out."""
+    found = pd.DataFrame(facts, columns=None if facts else ["subject"], dtype=object)
+    found = found.set_index("subject")
+    ids = pd.Index([*stored.index, *found.index.difference(stored.index, sort=False)])
+    asked = pd.DataFrame(rows).drop(columns=file_columns(), errors="ignore").astype(object)
+    asked = asked.set_index("subject")
+    read = FACTS | ({"mean_fd"} if any(row.get(BOLD.files[1]) for row in rows) else set())
+    table = stored.reindex(ids).astype(object)
+    for labels in (asked[asked.index.isin(ids)], found):
+        names = [n for n in labels if labels is found or n not in read or n not in stored]
+        for name in names:
+            column = table[name] if name in table else pd.Series(np.nan, ids, dtype=object)
+            table[name] = labels[name].reindex(ids).where(ids.isin(labels.index), column)
+    table.insert(0, "subject", ids)
+    return table
+
+
+def _one_type(values, name, before, out):
+    """A label as one array: numbers with NaN or text with ""; whether somebody has a modality."""
+    missing = is_missing(values)
+    if name in {m.has for m in MODALITIES.values()}:
+        return values.where(~missing, False).to_numpy(bool)
+    numbers = [isinstance(v, (int, float)) and not isinstance(v, bool) for v in values[~missing]]
+    still_words = not numbers and any(isinstance(v, str) for v in before)
+    if name not in WORDS and all(numbers) and not still_words:
+        return values.where(~missing, np.nan).to_numpy(int if name == "n_volumes" else float)
+    if any(numbers) and not all(numbers):
+        word = next(v for v, n in zip(values[~missing], numbers, strict=True) if not n)
+        fact = f"Expected only numbers or only words in '{name}' of {out}, found also '{word}'"
+        raise InputError(fact, "Write it as the other subjects have it, or give another path")
+    return as_words(values).to_numpy(str)
+
+
+def _empty_cohort(at, labels, shapes, dims, attrs):
+    """A cohort with the labels of some rows and arrays of the right shape, not yet filled."""
     in_order = [name for name in dims_of("cohort") if name in shapes]
-    data = {name: da.empty((len(rows), *shapes[name]), dtype="float32") for name in in_order}
-    table = pd.DataFrame(rows)
-    text = table.select_dtypes(exclude=["number", "bool"]).columns
-    table[text] = table[text].fillna("").astype(str)
-    counts = table.select_dtypes("integer").columns.drop("n_volumes")
-    table[counts] = table[counts].astype(float)  # subjects that are added later may lack them
-    subject = {name: table[name].to_numpy(str if name in text else None) for name in table}
+    data = {name: da.empty((len(at), *shapes[name]), dtype="float32") for name in in_order}
     atlas = json.loads(attrs["preprocessing"])["atlas"]
     roi = {"roi": dims.pop("roi")} if "roi" in dims else {}
     if roi and atlas:
         roi = parcel_labels(load_atlas(atlas).sel(roi=roi["roi"]))
+    subject = {name: values[at] for name, values in labels.items()}
     new = build_cohort(data, subject, roi, {"atlas": atlas or "", **attrs}).assign_coords(dims)
     return with_atlas(new, load_atlas(atlas)) if "roi" in roi and atlas else new
 
@@ -332,17 +475,3 @@ def _load_parts(parts, like):
             for name in {*out} & {*file.files}:
                 out[name][(i, *map(slice, file[name].shape))] = file[name]
     return out
-
-
-def _rows_in(out, made_by):
-    """Ids of the rows that a store has, which must have been made with the same options."""
-    if not out.exists():
-        return set()
-    group = zarr.open_group(out, mode="r")
-    before = json.loads(group.attrs.get("preprocessing", "{}"))
-    if before != made_by:
-        differ = sorted(k for k in made_by if before.get(k) != made_by[k])
-        asked, found = ({k: o.get(k) for k in differ} for o in (made_by, before))
-        fact = f"Expected {out} to be prepared with {asked}, found {found}"
-        raise InputError(fact, "Give the same options, or another path")
-    return set(group["subject"][: count_written(out)].tolist())

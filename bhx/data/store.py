@@ -15,12 +15,13 @@ from pathlib import Path
 
 import dask.array as da
 import numpy as np
+import pandas as pd
 import xarray as xr
 import zarr
 
 from bhx.data.atlas import TRAVELS, atlas_of
 from bhx.errors import InputError, listed
-from bhx.schema import check, plain_labels
+from bhx.schema import UNITS, check, plain_labels, subject_coords
 
 SHARD_BYTES = 64e6  # of one file of a sharded store; one file a subject chokes file systems
 
@@ -105,7 +106,7 @@ def write_rows(path, rows: slice, arrays: Mapping) -> None:
 
     Variables that are not given stay empty (NaN), and so does what lies behind a shorter array.
     """
-    group = zarr.open_group(path, mode="r+")
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)
     for name, values in arrays.items():
         values = np.asarray(values)
         group[name][(rows, *map(slice, values.shape[1:]))] = values
@@ -125,7 +126,7 @@ def fill(path, arrays_of: Callable) -> None:
 
 def finish(path) -> None:
     """Declare a store complete; from then on it opens."""
-    group = zarr.open_group(path, mode="r+")
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)
     group.attrs.update(complete=True, rows_written=group["subject"].shape[0])
     shutil.rmtree(_markers(path), ignore_errors=True)
 
@@ -137,15 +138,15 @@ def count_written(path) -> int:
 
 
 def extend_store(new: xr.Dataset, path) -> None:
-    """Make room for new rows behind those that are written, and write their labels.
+    """Make room for new rows behind those that are written; `write_labels` writes their labels.
 
     Only `time` may be longer or shorter than in the store; other dims must have the same labels.
     """
     n = count_written(path)
-    group = zarr.open_group(path, mode="r+")
-    if surplus := {*new.variables} - {*group.array_keys()}:
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)
+    if surplus := {*new.variables} - {*subject_coords(new)} - {*group.array_keys()}:
         found = listed(sorted(surplus))
-        fact = f"Expected new subjects with the labels of {path}, found also {found}"
+        fact = f"Expected new subjects with the data of {path}, found also {found}"
         raise InputError(fact, "Prepare all subjects together into a new store")
     for dim in {*new.dims} - {"subject", "time"}:
         if dim in new.coords and group[dim][:].tolist() != new[dim].values.tolist():
@@ -160,8 +161,26 @@ def extend_store(new: xr.Dataset, path) -> None:
         array.resize(tuple(size.get(d, m) for d, m in zip(dims, array.shape, strict=True)))
         if name == "time":
             array[:] = np.arange(longest)
-        elif dims == ("subject",) and name in new.coords:
-            array[n:] = as_text(new[name]).values.astype(array.dtype)
+
+
+def write_labels(path, labels: Mapping) -> None:
+    """Write labels (name -> values of every row) where they differ; a new one, or one of another
+    type, is made anew."""
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)
+    for name, values in labels.items():
+        values = np.asarray(values)
+        kinds, array = "UOT" if values.dtype.kind in "UOT" else values.dtype.kind, group.get(name)
+        if array is None or array.dtype.kind not in kinds or array.shape != values.shape:
+            how: dict = {"shape": values.shape, "dtype": str if "U" in kinds else values.dtype}
+            how |= {"attributes": {"units": UNITS[name]} if name in UNITS else {}}
+            array = group.create_array(name, dimension_names=["subject"], overwrite=True, **how)
+            for one in (group, *dict(group.arrays()).values()):  # where xarray lists coordinates
+                listed_there = str(one.attrs.get("coordinates", "")).split()
+                if "participant" in listed_there and name not in listed_there:
+                    one.attrs["coordinates"] = " ".join([*listed_there, name])
+        values = values.astype(object) if "U" in kinds else values
+        if not pd.Series(array[:].tolist()).equals(pd.Series(values.tolist())):
+            array[:] = values
 
 
 def open_store(path, kind: str = "cohort") -> xr.Dataset:
@@ -177,7 +196,9 @@ def open_store(path, kind: str = "cohort") -> xr.Dataset:
         raise InputError(fact, f"Write one with {writers[kind]}")
     data = xr.open_zarr(path, chunks={}, consolidated=False)
     half = [name for name, v in data.data_vars.items() if v.dtype == "float16"]
-    out = check(plain_labels(data.assign({n: data[n].astype("float32") for n in half})), kind)
+    data = data.assign({n: data[n].astype("float32") for n in half})
+    # without encoding: xarray writes it anew as it likes
+    out = check(plain_labels(data.drop_encoding()), kind)
     if f"{TRAVELS}label" in out.coords:
         atlas_of(out)  # is known by its name from now on
     return out

@@ -62,6 +62,7 @@ def read_weights(source) -> Harmonix:
         fact = f"Expected whole weights in '{folder}', found a file cut short or damaged ({error})"
         raise InputError(fact, "Copy or make them again") from error
     model = Harmonix(HarmonixConfig.from_dict(written))
+    state = _unwrapped(state)
     if not any(k.startswith("structure_decoder.") for k in state):
         model.structure_decoder = None  # as in the release
     load_strictly(model, state, str(weights))
@@ -70,3 +71,11 @@ def read_weights(source) -> Harmonix:
         raise InputError(fact, "The file is not the one its config.json describes: copy both again")
     model.provenance = {**provenance, "weights_sha256": digest}
     return model.eval()
+
+
+def _unwrapped(state):
+    """Weights without the prefixes of DistributedDataParallel and torch.compile."""
+    for prefix in ("module.", "_orig_mod.") * 2:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): values for name, values in state.items()}
+    return state
