@@ -314,8 +314,7 @@ def _parser():
     add("out", type=_output, help="store to write, or to continue")
     add("--workers", type=COUNT, default=2, help="subjects read at a time")
     add("--scheduler", dest="client", help="address of a Dask cluster, instead of threads here")
-    text = f"{listed(ATLASES)}, or the path of an atlas that was saved (.nc, .zarr)"
-    add("--atlas", type=_atlas, default="schaefer400", help=text)
+    add("--atlas", type=_atlas, default="schaefer400", help="a shipped or saved one (.nc, .zarr)")
     add("--order", choices=ORDERS, help="order of tables whose columns have no names")
     add("--parcels-in", choices=("rows", "columns"), help="of tables, where it does not show")
     add("--labels", type=FILE, help="label image or file, instead of the atlas's own")
@@ -342,8 +341,7 @@ def _parser():
     add("cohort", type=COHORT, help="catalog entry, such as synthetic; or a store or folder")
     add("out", type=_output, help="store to write, or to continue")
     add("--model", type=MODEL, default="workshop", help="shipped name, folder or release:FOLDER")
-    text = f"what to store beside the hub tokens: {listed(KEEP)}"
-    add("--keep", nargs="+", choices=KEEP, metavar="WHAT", help=text)
+    add("--keep", nargs="+", choices=KEEP, metavar="WHAT", help=f"to store too: {listed(KEEP)}")
     add("--reparcellate", action="store_true", help="average to the parcels that the model reads")
     add("--device", type=DEVICE, help="cpu, cuda, cuda:N or mps; a GPU where there is one")
 

@@ -241,12 +241,9 @@ def _run(one, row, atlas):
 def _in_memory(table, series, images, atlas, refused, attrs):
     """Rows, series and images as a cohort, lazy by subject like any other."""
     longest = max(one.shape[1] for one in series)
-    bold = np.stack(
-        [
-            np.pad(one, ((0, 0), (0, longest - one.shape[1])), constant_values=np.nan)
-            for one in series
-        ]
-    )
+    bold = np.full((len(series), len(series[0]), longest), np.nan, np.float32)
+    for row, one in zip(bold, series, strict=True):
+        row[:, : one.shape[1]] = one
     t1 = None
     if any(image is not None for image in images):
         nothing = np.full(T1_SHAPE, np.nan, np.float32)
@@ -255,9 +252,6 @@ def _in_memory(table, series, images, atlas, refused, attrs):
     text = table.select_dtypes(exclude=["number", "bool"]).columns
     table[text] = table[text].astype(object).where(table[text].notna(), "").astype(str)
     subject = {name: table[name].to_numpy(str if name in text else None) for name in table}
-    data = {
-        BOLD.name: da.from_array(bold.astype("float32"), chunks=(1, *bold.shape[1:])),
-        ANATOMY.name: t1,
-    }
+    data = {BOLD.name: da.from_array(bold, chunks=(1, *bold.shape[1:])), ANATOMY.name: t1}
     about = {"atlas": atlas.attrs["atlas"], "source": "arrays", "refused": refused, **(attrs or {})}
     return with_atlas(build_cohort(data, subject, parcel_labels(atlas), about), atlas)

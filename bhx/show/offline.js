@@ -7,9 +7,10 @@ const card = document.getElementById('card')
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer
 const maps = new Float32Array(bytes(data.maps)) // person, token (or one for all), parcel
 const shares = new Float32Array(bytes(data.shares)) // person, token, modality
-const surfaces = brain.data.flatMap((t, i) =>
-  t.name in data.parcels ? [[i, new Uint16Array(bytes(data.parcels[t.name]))]] : [],
-)
+const traces = (parcels) =>
+  brain.data.flatMap((t, i) => (t.name in parcels ? [[i, new Uint16Array(bytes(parcels[t.name]))]] : []))
+const [surfaces, dots] = [traces(data.parcels), traces(data.dots)] // on the cortex and off it
+const colors = (shown, map) => shown.map(([, parcel]) => Array.from(parcel, (p) => map[p]))
 const everyone = data.subjects.map((_, i) => i)
 let chosen = everyone
 let token = null
@@ -58,10 +59,11 @@ function update() {
   )
   Plotly.update(
     brain,
-    { intensity: surfaces.map(([, parcel]) => Array.from(parcel, (p) => map[p])) },
+    { intensity: colors(surfaces, map) },
     { 'coloraxis.cmin': ends[0], 'coloraxis.cmax': ends[1], 'title.text': title },
     surfaces.map(([i]) => i),
   )
+  if (dots.length) Plotly.restyle(brain, { 'marker.color': colors(dots, map) }, dots.map(([i]) => i))
   const shapes = token === null ? [] : [{ ...band, yref: 'paper', fillcolor: '#7a7a7a', opacity: 0.4, line: { width: 0 } }]
   Plotly.update(strip, { y: bars }, { shapes }, bars.map((_, m) => m))
   mark()

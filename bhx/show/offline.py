@@ -35,6 +35,7 @@ def offline_page(explorer) -> str:
         "maps": _bytes(maps, "<f4"),
         "shares": _bytes(shares, "<f4"),
         "parcels": {name: _bytes(parcel, "<u2") for name, parcel in panels.parcels.items()},
+        "dots": {name: _bytes(parcel, "<u2") for name, parcel in panels.dots.items()},
         "labels": {name: _values(coord) for name, coord in explorer.labels.items()},
         "beyond": BEYOND,
     }
