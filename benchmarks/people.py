@@ -2,7 +2,6 @@
 
     python benchmarks/people.py --train table.npz --labels people.csv --atlas cc200.nii.gz \\
         --targets dx sex age --out people.json
-    python benchmarks/people.py --train synthetic --test sessions.npz --atlas schaefer100
 
 A relational hub is trained on some people without any label; the others are embedded. Tables hold
 one array (parcel x volume, or volume x parcel) a scan, named as the ids of --labels (columns
@@ -27,6 +26,7 @@ import numpy as np
 import pandas as pd
 
 import bhx
+from bhx.evaluate.features import CONFOUNDS, confound_features, signal_spread
 
 SHORT = 120.0  # s
 
@@ -34,8 +34,9 @@ SHORT = 120.0  # s
 def main():
     """Train, embed, probe, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", required=True, help="a table, or 'synthetic'")
+    parser.add_argument("--train", type=Path, required=True, help="a table")
     parser.add_argument("--test", type=Path, help="another table")
+    parser.add_argument("--run", help="folder to keep the trained hub in, or one that holds it")
     parser.add_argument("--labels", type=Path)
     parser.add_argument("--atlas", required=True, help="name, or a label image")
     parser.add_argument("--targets", nargs="*", default=[])
@@ -50,13 +51,14 @@ def main():
     labels = pd.read_csv(args.labels) if args.labels else None
     train, test = people(args, atlas, labels)
     print(f"{len(train.subject)} scans to train on, {len(test.subject)} to test", flush=True)
-    model = trained(train, args.steps, args.seed)
+    model = trained(train, args.steps, args.seed, args.run)
     print(f"trained, {time.perf_counter() - began:.0f} s", flush=True)
     found = {"scores": [], "identified": identified(test, model)}
     for length, cohort in {"whole": test, "two minutes": first_seconds(test)}.items():
         read = features(cohort, model)
         for target in args.targets:
-            plain = bhx.nothing(cohort, target)
+            names = [n for n in CONFOUNDS if n in cohort.coords and n != target]
+            plain = confound_features(cohort, names)
             found["scores"] += scores([*read.values(), plain], target, length)
     table = pd.DataFrame(found["scores"])
     if len(table):
@@ -74,11 +76,7 @@ def main():
 
 def people(args, atlas, labels):
     """Cohorts to train on and to test."""
-    if args.train == "synthetic":
-        cohort = bhx.synthetic_cohort(800, seed=20_000)[["bold"]]
-        train = cohort.isel(subject=np.flatnonzero(cohort.has_bold)).load()
-    else:
-        train = cohort_of(Path(args.train), atlas, labels, args.tr)
+    train = cohort_of(args.train, atlas, labels, args.tr)
     if args.test:
         return train, cohort_of(args.test, atlas, labels, args.tr)
     shares = {"train": 0.5, "test": 0.5}
@@ -127,11 +125,14 @@ def between(cohort, start, stop):
 # What is measured ---
 
 
-def trained(cohort, steps, seed):
+def trained(cohort, steps, seed, run):
     """A hub that was trained on those of the people whose parcels all have a signal."""
     if "coverage" in cohort.coords:
         cohort = cohort.isel(subject=np.flatnonzero(cohort.coverage == 1))
+    if run and (Path(run) / "config.json").exists():
+        return bhx.load_model(run)
     with tempfile.TemporaryDirectory() as out:
+        out = run or out
         settings = {"steps": steps, "seed": seed, "progress": False, "evaluate_every": steps}
         return bhx.pretrain(cohort, stage="harmonizer", out=out, **settings)
 
@@ -145,8 +146,6 @@ def features(cohort, model):
             out[f"{name}, {'mean' if how == 'mean' else 'all tokens'}"] = bhx.pool(latents, how)
     out["connectome"] = bhx.connectome(cohort).compute()
     out["flattened connectome"] = bhx.connectome(cohort, kind="flattened").compute()
-    from bhx.evaluate.features import signal_spread
-
     out["mean and log SD"] = signal_spread(cohort).compute()
     return {name: f.assign_attrs(name=name) for name, f in out.items()}
 

@@ -162,20 +162,11 @@ def prepare(
     """
     made_by = {"atlas": atlas, "voxel_mm": voxel_mm, "denoising": denoising, "order": order}
     made_by["labels"] = labels and str(labels)
-    attrs, how, of_task = attrs or {}, {"task": task, "phenotypes": phenotypes}, None
     if parcels_in:
         made_by["parcels_in"] = parcels_in
-    if isinstance(source, str) and source in catalog_files():
-        entry = load_entry(source)
-        made_by |= entry.prepare
-        attrs = {"source": entry.name, "licence": entry.licence, **attrs}
-        source = entry_rows(entry, folders()["data"], atlas=made_by["atlas"], **how)
-        of_task = task if entry.layout == "derivatives" else None
-    if not isinstance(source, pd.DataFrame):
-        attrs, of_task = {"source": str(source), **attrs}, task
-        source = find_scans(source, atlas=atlas, **how)
-
-    made_by |= _named(made_by["atlas"])
+    how = {"task": task, "phenotypes": phenotypes}
+    source, made_by, attrs, of_task = _found(source, made_by, attrs or {}, how)
+    made_by |= _atlas_of(made_by["atlas"])
     (rows, notes), out = check_rows(source, missing), Path(out)
     for note in notes:
         warn(note, stacklevel=2)
@@ -204,8 +195,24 @@ def prepare(
     return open_store(out)
 
 
-def _named(atlas):
-    """What a store keeps of its atlas: the name it is known by, and a checksum of one's own."""
+def _found(source, made_by, attrs, how):
+    """The table of files of an entry, a folder or a table; options, attributes, and the task if
+    only its scans were looked for."""
+    of_task = None if isinstance(source, pd.DataFrame) else how["task"]
+    if isinstance(source, str) and source in catalog_files():
+        entry = load_entry(source)
+        made_by = made_by | entry.prepare
+        attrs = {"source": entry.name, "licence": entry.licence, **attrs}
+        source = entry_rows(entry, folders()["data"], atlas=made_by["atlas"], **how)
+        of_task = how["task"] if entry.layout == "derivatives" else None
+    if not isinstance(source, pd.DataFrame):
+        attrs, of_task = {"source": str(source), **attrs}, how["task"]
+        source = find_scans(source, atlas=made_by["atlas"], **how)
+    return source, made_by, attrs, of_task
+
+
+def _atlas_of(atlas) -> dict:
+    """An atlas by its name, and a checksum of one that is not shipped."""
     if atlas is None:
         return {}
     known = load_atlas(atlas)
@@ -214,16 +221,6 @@ def _named(atlas):
         return {"atlas": name}
     parts = b"".join(known[n].values.tobytes() for n in sorted(map(str, known.variables)))
     return {"atlas": name, "atlas_sha256": hashlib.sha256(parts).hexdigest()[:16]}
-
-
-def _changed(rows, stored, made_by, redo, out):
-    """Subjects of the store whose files are others now; they are refused unless they are redone."""
-    changed = {row["subject"] for row in rows if _is_changed(row, stored, made_by)}
-    if changed and not redo:
-        fact = f"Expected the files that {out} was made from, found others for {len(changed)} "
-        fact += f"subjects: {listed(sorted(changed))}"
-        raise InputError(fact, "Read them again with redo=True, or give another path")
-    return changed
 
 
 def check_rows(rows: pd.DataFrame, missing=None) -> tuple[list[dict], list[str]]:
