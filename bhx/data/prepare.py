@@ -172,7 +172,12 @@ def prepare(
         warn(note, stacklevel=2)
     with only_writer(out):
         stored = _stored_labels(out, {**made_by, "task": of_task})
-        kept = {*stored.index} - _changed(rows, stored, made_by, redo, out)
+        changed = {row["subject"] for row in rows if _is_changed(row, stored, made_by)}
+        if changed and not redo:
+            fact = f"Expected the files that {out} was made from, found others for {len(changed)} "
+            fact += f"subjects: {listed(sorted(changed))}"
+            raise InputError(fact, "Read them again with redo=True, or give another path")
+        kept = {*stored.index} - changed
         new = [row for row in rows if row["subject"] not in kept]
         folder = out.with_name(out.name + ".parts")
         parts = {row["subject"]: _part(folder, row, made_by) for row in new}
