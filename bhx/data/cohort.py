@@ -161,7 +161,7 @@ def as_cohort(bold, labels, *, atlas, tr=None, t1=None, attrs=None) -> xr.Datase
     InputError
         The arrays fit neither the atlas nor the labels, or no scan can be used.
     """
-    atlas, people = load_atlas(atlas), _people(labels)
+    atlas, (people, notes) = load_atlas(atlas), _people(labels)
     _check_arrays(bold, people.subject, atlas)
     people["tr"] = people.get("tr", np.nan) if tr is None else tr
     check_tr(people.tr, people.subject)
@@ -184,11 +184,12 @@ def as_cohort(bold, labels, *, atlas, tr=None, t1=None, attrs=None) -> xr.Datase
     if not rows:
         fact = f"Expected a usable scan, found none among {len(bold)}; the first: "
         raise InputError(fact + next(iter(refused.values())), "Correct what this reason names")
+    attrs = {"notes": notes, **(attrs or {})}
     return _in_memory(pd.DataFrame(rows), series, images, atlas, refused, attrs)
 
 
 def _people(labels):
-    """Labels with ids, and without names that a cohort has for itself."""
+    """Labels with ids, typed, and without names that a cohort has for itself; notes."""
     if not isinstance(labels, pd.DataFrame):
         fact = f"Expected labels as a DataFrame, found {type(labels).__name__}"
         raise InputError(fact, "Give a line a scan, with the ids as its index")
@@ -202,8 +203,9 @@ def _people(labels):
     if taken := sorted(taken & {*people}):
         fact = f"Expected labels with names that bhx does not use itself, found {listed(taken)}"
         raise InputError(fact, "Rename these columns")
-    rows = pd.DataFrame(check_rows(people)).set_index("subject", drop=False)
-    return rows.loc[people["subject"].astype(str)].reset_index(drop=True)
+    rows, notes = check_rows(people)
+    rows = pd.DataFrame(rows).set_index("subject", drop=False)
+    return rows.loc[people["subject"].astype(str)].reset_index(drop=True), notes
 
 
 def _check_arrays(bold, subjects, atlas):
