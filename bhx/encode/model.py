@@ -76,7 +76,7 @@ def random_model(
     """
     config = config_of(preset)
     if atlas is not None:
-        config = on_atlas(config, load_atlas(atlas))
+        config = config.on_atlas(load_atlas(atlas).attrs["atlas"], load_atlas(atlas).sizes["roi"])
     atlas = load_atlas(config.atlas, order=config.order)
     harmonics = atlas.harmonics.values[:, : config.dynamics.harmonics]
     gradients = atlas.gradients.values[:, : config.dynamics.gradients]
@@ -91,13 +91,6 @@ def config_of(preset: str | HarmonixConfig) -> HarmonixConfig:
         return preset
     check_choice("preset", preset, PRESETS)
     return PRESETS[preset]
-
-
-def on_atlas(config: HarmonixConfig, atlas: xr.Dataset | None) -> HarmonixConfig:
-    """The configuration for the parcels of an atlas; None, or its own, changes nothing."""
-    if atlas is None or atlas.attrs["atlas"] == config.atlas:
-        return config
-    return config.on_atlas(atlas.attrs["atlas"], atlas.sizes["roi"])
 
 
 def reading_all_of(config: HarmonixConfig, cohort: xr.Dataset) -> HarmonixConfig:

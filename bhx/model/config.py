@@ -55,7 +55,9 @@ class HarmonixConfig:
         return dict(zip(self.harmonizer.modalities, self.harmonizer.places, strict=True))[name]
 
     def on_atlas(self, atlas: str, parcels: int) -> HarmonixConfig:
-        """The same model for the parcels of another atlas."""
+        """The same model for the parcels of another atlas; itself for those of its own."""
+        if atlas == self.atlas:
+            return self
         h, old = self.harmonizer, self.dynamics.parcels
         there = ["roi" in m.dims for m in self.modalities.values()]
         places = [n * parcels // old if on else n for n, on in zip(h.places, there, strict=True)]

@@ -10,15 +10,7 @@ import torch
 
 from bhx.data.atlas import atlas_of
 from bhx.encode.embed import aligned_to
-from bhx.encode.model import (
-    Model,
-    config_of,
-    load_model,
-    on_atlas,
-    random_model,
-    reading_all_of,
-    save_model,
-)
+from bhx.encode.model import Model, config_of, load_model, random_model, reading_all_of, save_model
 from bhx.errors import InputError, listed
 from bhx.model.checkpoints import read_weights
 from bhx.model.config import PRESETS, Harmonix, HarmonixConfig
@@ -133,8 +125,9 @@ def _finished(run, start, out) -> Model:
 def _starting_point(model, preset, cohort, out, plan, device) -> Model:
     """The given model, the one an earlier stage left in `out`, or random weights."""
     config = config_of(preset)
-    if isinstance(preset, str) and "roi" in cohort.dims:
-        config = on_atlas(config, atlas_of(cohort))
+    atlas = atlas_of(cohort) if isinstance(preset, str) and "roi" in cohort.dims else None
+    if atlas is not None:
+        config = config.on_atlas(atlas.attrs["atlas"], atlas.sizes["roi"])
     config = reading_all_of(config, cohort)
     there = read_weights(out) if (out / "config.json").exists() else None
     if isinstance(model, Model):
