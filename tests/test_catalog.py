@@ -96,7 +96,7 @@ BAD_ENTRIES = {
     "no licence": ({"licence": None}, "licence: Input should be a valid string"),
     "name with a slash": (
         {"title": "x", "modalities": ["eeg"]},
-        "modalities.0: .* to be bold, t1, found 'eeg'",
+        "modalities.0: .* to be bold, .*found 'eeg'",
     ),
     "other function": (
         {
