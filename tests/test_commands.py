@@ -152,7 +152,7 @@ def test_help_names_choices_and_defaults(capsys):
     text = " ".join(helped("pretrain", capsys).split())
     assert "{structure,dynamics,harmonizer}" in text
     assert "(default: workshop)" in text
-    assert "(default: schaefer400)" in helped("prepare", capsys)
+    assert "(default: schaefer400)" in " ".join(helped("prepare", capsys).split())
     overview = helped("", capsys)
     for name in NAMES:  # each with an example
         assert f"\n  python -m bhx {name}" in overview

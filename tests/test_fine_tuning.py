@@ -181,7 +181,7 @@ def test_labels_work_only_where_they_should(tune, cohort, part):
 
 
 def test_no_participant_is_on_two_sides(tune):
-    for options in ({}, {"groups": "site"}, {"protocol": "paper", "folds": 5}):
+    for options in ({}, {"groups": "site"}, {"protocol": "paper", "folds": None}):
         scores = tune(epochs=1, trains="head only", **options)
         for part in scores.part[0].values:
             sides = [set(scores.participant.values[part == p]) for p in ("train", "stop", "test")]
@@ -204,7 +204,12 @@ def test_the_kept_epoch_is_the_best_of_the_inner_split(tune):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"groups": "site"}, {"stratify": "site", "repeats": 2}, {"protocol": "paper", "folds": 5}],
+    [
+        {},
+        {"groups": "site"},
+        {"stratify": "site", "repeats": 2},
+        {"protocol": "paper", "folds": None},
+    ],
 )
 def test_the_folds_are_those_of_probe(tune, cohort, options):
     scores = tune(trains="head only", **options)
