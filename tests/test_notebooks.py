@@ -376,7 +376,7 @@ def altered_weights(folder, change) -> Path:
     shutil.copytree(source, folder / "workshop")
     path = folder / "workshop" / "model.safetensors"
     state = load_file(path)
-    state["harmonizer.blocks.1.mlp.fc1.weight"] *= 1 + change
+    state["harmonizer.blocks.0.block.mlp.fc1.weight"] *= 1 + change
     save_file(state, path)
     about = json.loads((source / "config.json").read_text())
     about["sha256"] = checkpoints_file.sha256(path)

@@ -69,7 +69,9 @@ def test_a_table_beside_the_scans_becomes_a_variable_of_the_cohort(tmp_path):
     rows, written = [], {}
     for i in range(3):
         scan, table = tmp_path / f"{i}_bold.csv", tmp_path / f"{i}_morphometry.csv"
-        series = pd.DataFrame(random.standard_normal((60, 100)).cumsum(0), columns=atlas.roi.values)
+        half = random.standard_normal((60, 50)).cumsum(0)  # left and right partners are alike
+        both = np.hstack([half, half]) + 0.2 * random.standard_normal((60, 100))
+        series = pd.DataFrame(both, columns=atlas.roi.values)
         series.to_csv(scan, index=False)
         each = pd.DataFrame(random.uniform(1, 4, (100, 2)), atlas.roi.values, MEASURES)
         each.iloc[::-1].rename_axis("parcel").to_csv(table)  # in another order of parcels

@@ -274,9 +274,9 @@ def _stored_labels(out, made_by):
     return pd.DataFrame(labels).set_index("subject")
 
 
-def _inputs(row, options):
+def _inputs(row, labels):
     """Files that a row is read from, [name, size, time], and its repetition time if it has one."""
-    files = [row[k] for k in file_columns() if row.get(k)] + [options["labels"] or ""]
+    files = [row[k] for k in file_columns() if row.get(k)] + [labels or ""]
     files = [Path(file) for file in files if os.path.isfile(file)]
     files += beside(row.get(BOLD.files[0]))
     state = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
@@ -298,7 +298,7 @@ def _is_changed(row, stored, options):
     if not all(os.path.isfile(row[k]) for k in file_columns() if row.get(k)):
         return False  # files that are gone cannot be read again
     before = {"files": [], "sums": []} | json.loads(stored["inputs"][row["subject"]])
-    files, now = _inputs(row, options)
+    files, now = _inputs(row, options["labels"])
     if before["files"] == now:
         return False
     alike = [one[:2] for one in before["files"]] == [one[:2] for one in now]
@@ -322,7 +322,8 @@ def _stage(rows, parts, options, workers, client):
         options = {**options, "labels": fetch_labels(options["atlas"])}
     if own:
         options = {**options, "atlas": dask.delayed(options["atlas"])}  # sent once
-    tasks = [dask.delayed(_stage_one)(row, parts[row["subject"]], options) for row in todo]
+    given = read_by["labels"]  # not those of the atlas, which are no file of the user's
+    tasks = [dask.delayed(_stage_one)(row, parts[row["subject"]], options, given) for row in todo]
     with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="prepare", unit="scan") as bar:
         reasons = _compute(tasks, workers, client, bar.update)
     return {row["subject"]: why for row, why in zip(todo, reasons, strict=True) if why}
@@ -344,10 +345,10 @@ def _compute(tasks, workers, client, tick):
         return [str(f.exception()) if f.status == "error" else f.result() for f in futures]
 
 
-def _stage_one(row, part, options):
+def _stage_one(row, part, options, labels):
     """Read one row into its part, which appears whole or not at all; why it was refused."""
     try:
-        files, state = _inputs(row, options)
+        files, state = _inputs(row, labels)
         inputs = json.dumps({"files": state, "sums": _checksums(files)})
         data, warnings = read_scan(row, **options)
     except Exception as error:  # whatever is wrong with one subject must not end the run
@@ -381,7 +382,7 @@ def _in_json(value):
 
 def _part(folder, row, made_by):
     """The file of one row: another one when the row, its files or the options change."""
-    name = json.dumps([row, _inputs(row, made_by)[1], made_by], sort_keys=True, default=str)
+    name = json.dumps([row, _inputs(row, made_by["labels"])[1], made_by], sort_keys=True, default=str)
     return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
 
 

@@ -127,15 +127,19 @@ def _in_order(values, atlas=None):
     names = {str(n) for n in values.roi.values} if "roi" in values.coords else {"unnamed parcels"}
     candidates = known_atlases() if atlas is None else [load_atlas(atlas)]
     candidates.sort(key=lambda one: one.sizes["roi"] != len(names))  # all of one before some
+    by_name = []
     for one in candidates:
         known = aliases(one)
         if names <= known.keys() and len(names) <= one.sizes["roi"]:
             own = values.to_series().rename(known)
+            by_name.append((one, own.reindex(one.roi.values)))
             if "mni_x" in values.coords:
                 apart = centroids(values) - centroids(one.sel(roi=own.index))
-                if np.nanmax(np.abs(apart), initial=0) > 1:  # mm: another atlas with such names
+                if np.nanmax(np.abs(apart), initial=0) > 1:  # mm: another atlas with such names?
                     continue
-            return one, own.reindex(one.roi.values)
+            return by_name[-1]
+    if by_name:  # none is at these places: names decide
+        return by_name[0]
     found = listed(sorted(names - known.keys()) or names, 3)
     fact = f"Expected parcel names of {listed(a.attrs['atlas'] for a in candidates)}, found {found}"
     raise InputError(fact, "Name them as bhx.load_atlas(name).roi does, or give their atlas=")
