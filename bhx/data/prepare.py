@@ -382,7 +382,9 @@ def _in_json(value):
 
 def _part(folder, row, made_by):
     """The file of one row: another one when the row, its files or the options change."""
-    name = json.dumps([row, _inputs(row, made_by["labels"])[1], made_by], sort_keys=True, default=str)
+    name = json.dumps(
+        [row, _inputs(row, made_by["labels"])[1], made_by], sort_keys=True, default=str
+    )
     return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
 
 

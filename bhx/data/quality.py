@@ -32,6 +32,8 @@ LOW_DISTANCE_R, MAX_DISTANCE_R = -0.1, -0.05
 # 0.84, 0.84; with a mask that is not theirs: 0.90, 0.99, 0.7 mm, 0.12; shifted by 8 mm: 0.12.
 MIN_TEMPLATE_R, LOW_TEMPLATE_R = 0.75, 0.85
 MIN_OVERLAP, MAX_APART, MIN_INSIDE = 0.85, 8.0, 0.17
+# The outline may differ, as that of a long head does, where inside and place agree as well as this.
+SURE_INSIDE, SURE_PLACE = 0.35, 3.0
 MIN_DISTINCT, MAX_ALIKE = 30, 0.6  # values of a T1; share of neighbors with the same whole number
 BRAIN_ML = 2400.0  # at most, in MNI152 space; the template has 1881 ml
 
@@ -215,7 +217,8 @@ def check_t1_quality(t1: np.ndarray, template: np.ndarray, name: str = "a T1") -
     turned = {"back to front": np.flip(t1, 1), "upside down": np.flip(t1, 2)}
     better = [how for how, volume in turned.items() if likeness(volume) > r]
     overlap, apart, within = _fit(t1, template)
-    poor = r < MIN_TEMPLATE_R or overlap < MIN_OVERLAP or apart > MAX_APART or within < MIN_INSIDE
+    outline = overlap >= MIN_OVERLAP or (within >= SURE_INSIDE and apart <= SURE_PLACE)
+    poor = r < MIN_TEMPLATE_R or not outline or apart > MAX_APART or within < MIN_INSIDE
     if poor or better:
         fact = f"Expected {name} in MNI152 space, found a correlation of {r:.2f} with the template "
         fact += f"(at least {MIN_TEMPLATE_R}), an overlap of {overlap:.2f} ({MIN_OVERLAP}), "

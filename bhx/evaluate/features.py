@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD
+from bhx.modalities.coupling import flattened
 from bhx.modalities.t1 import ANATOMY
 from bhx.modalities.table import by_variable
 from bhx.schema import check, is_missing, subject_coords, who_has
@@ -121,11 +122,6 @@ def _partial(scan):
     return _fisher_z(prec_to_partial(np.linalg.inv(_shrunk(scan))))
 
 
-def _flattened(scan):
-    value, vector = np.linalg.eigh(np.atleast_2d(np.corrcoef(scan)))
-    return (vector * value.clip(1e-4) ** 0.35) @ vector.T
-
-
 def _fisher_z(r):
     return np.arctanh(np.clip(r, -1 + 1e-7, 1 - 1e-7))
 
@@ -134,7 +130,7 @@ CONNECTIVITY = {
     "correlation": _correlation,
     "partial": _partial,
     "tangent": _shrunk,
-    "flattened": _flattened,
+    "flattened": flattened,
 }
 
 

@@ -81,7 +81,23 @@ def two_tables():
 def tokens_and_networks():
     cohort = bhx.open_cohort("synthetic").isel(subject=slice(24))
     cohort = cohort.sel(subject=cohort.has_bold & cohort.has_t1)
-    return beside(bhx.plot_tokens(embedded(cohort), static=True))
+    table = bhx.token_table(embedded(cohort))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(8.5, 5), sharey=True, layout="constrained", width_ratios=(3, 1)
+    )
+    change = np.log2(table.preference.transpose("token", "network"))
+    shown = left.imshow(change, cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
+    left.set_xticks(range(table.sizes["network"]), table.network.values, rotation=45)
+    left.set(ylabel="hub token, sorted", title="attention to a network, against an even spread")
+    figure.colorbar(shown, ax=left, label="log2")
+    start = np.zeros(table.sizes["token"])
+    for name, color in zip(table.modality.values, ("#D55E00", "#0072B2"), strict=True):
+        share = table.share.sel(modality=name).values
+        right.barh(range(len(share)), share, left=start, color=color, label=name)
+        start = start + share
+    right.set(xlabel="share of what it takes in")
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    return beside(figure)
 
 
 def people_and_tokens():
@@ -91,8 +107,14 @@ def people_and_tokens():
     older = (latents.age > latents.age.median()).values
     explorer.select_parcel("Vis")
     explorer.compare(older, ~older)
-    points = bhx.plot_latents(bhx.project(latents), color="site", static=True)
-    return beside(points, explorer.figure())
+    points = bhx.project(latents)
+    figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
+    for site in np.unique(points.site):
+        axis.scatter(*points.values[(points.site == site).values].T, label=site)
+    shares = [f"component {i + 1} ({share:.0%})" for i, share in enumerate(points.explained.values)]
+    axis.set(title="people, by site", xlabel=shares[0], ylabel=shares[1])
+    axis.legend(title="site", frameon=False)
+    return beside(figure, explorer.figure())
 
 
 def hub_on_surface():
@@ -104,7 +126,7 @@ def hub_on_surface():
 
 def masked_brain():
     cohort = bhx.open_cohort("synthetic")
-    brain = hidden_cubes(cohort, bhx.load_model("workshop", device="cpu"), "sub-0001")
+    brain = hidden_cubes(cohort, bhx.load_model("paper", device="cpu"), "sub-0001")
     titles = {"what the encoder sees": "visible", "what comes back": "returned", "the scan": "t1"}
     figure, axes = plt.subplots(1, 3, figsize=(8.5, 3.2), layout="constrained")
     for axis, (title, name) in zip(axes, titles.items(), strict=True):
