@@ -424,3 +424,13 @@ def test_the_relational_loss_needs_a_relational_hub(cohort, tmp_path):
     settings = {**RELATED, "preset": TINY, "model": model, "loss": "relational"}
     with pytest.raises(InputError, match="loss to be paper, release, found 'relational'"):
         bhx.pretrain(cohort, stage="harmonizer", out=tmp_path, **settings)
+
+
+def test_settings_are_those_of_the_model_that_is_given(cohort, tmp_path):
+    """Not those of the default preset: the paper's harmonizer goes on as the paper's."""
+    model, given = random_model(TINY, device="cpu"), {**QUICK, "model": None, "steps": 2}
+    del given["preset"], given["batch"]
+    made = bhx.pretrain(
+        cohort, stage="harmonizer", out=tmp_path, batch=4, **given | {"model": model}
+    )
+    assert made.provenance["stages"]["harmonizer"]["recipe"]["decimate"] == [1, 2, 3, 4]

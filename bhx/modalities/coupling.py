@@ -9,7 +9,6 @@ from bhx.modalities.bold import BOLD, Bold, patchify
 
 POWER = 0.35  # of the eigenvalues of the correlation matrix
 SMALLEST = 1e-4  # eigenvalue
-LEAST = 2  # patches that a correlation needs
 
 
 class Coupling(Bold):
@@ -27,7 +26,7 @@ class Coupling(Bold):
     map_name, map_dims = "hub_to_coupling", ("roi",)
     encoder = False
     partial = True
-    least = LEAST
+    least = 2  # patches that a correlation needs
     components, weight = 32, 1.5
 
     def cut(self, values, facts, config):
@@ -37,8 +36,10 @@ class Coupling(Bold):
         there = whole.any(1)
         used = patches[there][:, whole[there].all(0)]
         found = used.shape[1] * bool(len(used))
-        if found < LEAST:
-            fact = f"Expected at least {LEAST} patches in which every parcel was measured, found "
+        if found < self.least:
+            fact = (
+                f"Expected at least {self.least} patches in which every parcel was measured, found "
+            )
             raise InputError(f"{fact}{found}", "Leave this scan, or its BOLD, out")
         out = np.full((len(values), len(values)), np.nan, np.float32)
         out[np.ix_(there, there)] = flattened(used.reshape(len(used), -1))

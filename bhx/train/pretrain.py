@@ -46,11 +46,14 @@ def pretrain(
     ----------
     cohort : Dataset, or the path of a store of bhx.save_cohort (read chunk by chunk, fastest)
     stage : "structure" (masked autoencoder), "dynamics" (joint-embedding prediction) or
-        "harmonizer" (reconstruction from the hub tokens; the encoders are frozen)
+        "harmonizer": a relational hub learns to place people in its mean token as they lie in
+        their whole data, that of the preset "paper" to give tokens back. Encoders are frozen.
     out : folder of the run. The stages of one model share it: each begins with the weights that
         the one before left there. `<out>/<stage>/` holds the log and the checkpoint.
-    preset : "workshop", "small", "base", with the parcels of the cohort's atlas, or a
-        configuration of your own; modalities of the cohort that it does not read are added
+    preset : "workshop" (a hub without encoders: stage "harmonizer" alone), "small", "base" or
+        "paper", with the parcels of the cohort's atlas, or a configuration of your own. Modalities
+        of the cohort that it does not read are added; a relational hub leaves out those that
+        nobody has
     model : where to begin instead: a Model, or what bhx.load_model takes
     subjects : ids to use, all by default
     held_out : share of the participants, or subject ids, that are evaluated and never trained on.
@@ -72,7 +75,8 @@ def pretrain(
         The cohort lacks what the stage needs, `out` holds another run, the configuration changed,
         a loss was not finite, or data could not be read; the last checkpoint stays.
     """
-    config = config_of(preset)
+    known = model if model is None or isinstance(model, Model) else read_weights(model)
+    config = config_of(preset) if known is None else known.config
     own = isinstance(config.harmonizer, HubConfig) and config.name not in PRESETS
     plan = recipe(stage, "base" if own else config.name, **settings)
     cohort, path = opened(cohort, subjects)
