@@ -106,11 +106,11 @@ def _tuples(values):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def as_in_paper(name, atlas, structure, dynamics, hubs=128, order="7networks", **sizes):
+def as_in_paper(name, atlas, structure, dynamics, hubs=128, **sizes):
     """A configuration with the harmonizer of the paper, which reads the tokens of both encoders."""
     places = (dynamics.parcels * dynamics.max_patches, structure.tokens)
     harmonizer = HarmonizerConfig((BOLD.name, ANATOMY.name), places, (0, 0), hubs, **sizes)
-    return HarmonixConfig(name, atlas, structure, dynamics, harmonizer, order)
+    return HarmonixConfig(name, atlas, structure, dynamics, harmonizer)
 
 
 def relational(name, read, hubs, encoders=True, **sizes) -> HarmonixConfig:
@@ -142,12 +142,12 @@ def _smaller(parcels, voxel_mm, cube, *, width, depth, heads, inner):
     return f"schaefer{parcels}", structure, DynamicsConfig(parcels, **common, **predictor)
 
 
-def _thin(name, smaller, hubs, order="7networks"):
+def _thin(name, smaller, hubs):
     """The paper's harmonizer in the sizes of a smaller model's structure network."""
     kinds = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
     sizes = {kind: getattr(smaller[1], kind) for kind in kinds}
     sizes["target_width"] = sizes["width"]
-    return as_in_paper(name, *smaller, hubs, order, **sizes)
+    return as_in_paper(name, *smaller, hubs, **sizes)
 
 
 _BASE = ("schaefer400", StructureConfig(), DynamicsConfig())

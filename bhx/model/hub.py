@@ -143,13 +143,10 @@ class Hub(nn.Module):
 
     def read(self, subjects):
         """Hub tokens (B, hubs, width) after the norm, without the sketch."""
-        data, hub = self.gather(subjects), self._start(subjects)
+        data, hub = self.gather(subjects), self.tokens.expand(len(subjects), -1, -1)
         for block in self.blocks:
             hub = block(hub, data)
         return self.norm(hub)
-
-    def _start(self, subjects):
-        return self.tokens.expand(len(subjects), -1, -1)
 
     def gather(self, subjects):
         """Modality -> the subjects (rows) who have it, their packed tokens with places, lengths."""
@@ -175,7 +172,7 @@ class Hub(nn.Module):
         (over layers), or "rollout": what hub tokens read of each other is traced, too.
         """
         check_choice("attention", method, ATTENTIONS)
-        data, hub = self.gather(subjects), self._start(subjects)
+        data, hub = self.gather(subjects), self.tokens.expand(len(subjects), -1, -1)
         out: list[dict] = [{} for _ in subjects]
         for _depth, block in enumerate(self.blocks):
             if method == "last":
