@@ -13,6 +13,7 @@ from pathlib import Path
 
 import bhx
 from bhx.data.page import drawn, page
+from bhx.evaluate.report import plot_predictions
 from bhx.modalities.t1 import ANATOMY
 
 TARGETS = {  # label -> what it is called on the page
@@ -47,10 +48,11 @@ def run_demo(out="demo", *, subjects: int | None = None, model: str = "workshop"
     with _step("embed the cohort"):
         latents = bhx.embed(cohort, network, store=out / "latents.zarr", keep=("attention",)).load()
     with _step("score, with the control beside the claim"):
-        table = score_table(latents, cohort)
+        scores = probed(latents, cohort)
+        table = bhx.compare(*scores, control="connectome")
         table.to_csv(out / "scores.csv")
     with _step("draw the page"):
-        body = _body(table, _figures(sample, latents, cohort), latents)
+        body = _body(table, _figures(sample, latents, cohort, scores[0]), latents)
         file = out / "index.html"
         file.write_text(page("bhx: a scan in, labeled tokens out", body), encoding="utf-8")
     print(main_scores(table).to_string())
@@ -60,12 +62,11 @@ def run_demo(out="demo", *, subjects: int | None = None, model: str = "workshop"
     return file
 
 
-def score_table(latents, cohort):
+def probed(latents, cohort):
     """Scores of the mean hub token and of plain features, on the same folds."""
     connectome, cubes = bhx.connectome(cohort).compute(), bhx.cube_means(cohort).compute()
     features = [bhx.pool(latents), connectome, cubes, bhx.fuse(connectome, cubes)]
-    scores = [bhx.probe(features, target, stratify="site") for target in TARGETS]
-    return bhx.compare(*scores, control=connectome.attrs["name"])
+    return [bhx.probe(features, target, stratify="site") for target in TARGETS]
 
 
 def main_scores(table):
@@ -78,11 +79,12 @@ def main_scores(table):
     return rows.pivot(index="target", columns="model", values="text").loc[list(TARGETS), [*columns]]
 
 
-def _figures(sample, latents, cohort):
+def _figures(sample, latents, cohort, age):
     """In the order of the page."""
     first = cohort[ANATOMY.variable].sel(subject=str(latents.subject.values[0]))
     people, cubes = bhx.project(bhx.pool(latents)), bhx.region_map(latents, of=ANATOMY.name)
     return [
+        plot_predictions(age.isel(model=[0])),
         bhx.plot_latents(people, color="age", title="The synthetic cohort, colored by age"),
         bhx.plot_surface(bhx.region_map(sample), title="The real scan: parcels its tokens read"),
         bhx.plot_tokens(latents, title="Its hub tokens: which network, which modality"),
@@ -100,7 +102,8 @@ def _body(table, figures, latents):
     scores = main_scores(table).rename(index=TARGETS).rename_axis(index=None, columns=None)
     return (
         "<p>Each person's T1 and fMRI became 32 hub tokens; their mean, 96 numbers, knows what is "
-        "in either. Below, a dot is a person: nobody told the model how old they are.</p>"
+        "in either. Below, a dot is a person whose age was predicted from them by a ridge that was "
+        "fitted to other people; nobody told the model how old anybody is.</p>"
         + first
         + "<p>What can be predicted from those 96 numbers, from the thousands of a connectome, "
         "from the T1 in blocks, and from both together: correlation r or balanced accuracy (0.5 is "
