@@ -41,10 +41,10 @@ def test_every_score_has_its_control(made):
 def test_the_page_stands_alone(made):
     page = (made / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?(https?:)?//", page)
-    assert page.count("Plotly.newPlot(") >= 4
+    assert page.count("Plotly.newPlot(") >= 5
     assert "not findings" in page
-    assert page.count('"modebar":{"remove":"sendChartToCloud"}') == 4  # nothing is uploaded
-    assert page.count('"plotlyServerURL": ""') == 4
+    assert page.count('"modebar":{"remove":"sendChartToCloud"}') == 5  # nothing is uploaded
+    assert page.count('"plotlyServerURL": ""') == 5
 
 
 def test_made_anew_over_an_old_one_but_never_over_other_files(made, tmp_path):
