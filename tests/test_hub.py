@@ -434,3 +434,20 @@ def test_settings_are_those_of_the_model_that_is_given(cohort, tmp_path):
         cohort, stage="harmonizer", out=tmp_path, batch=4, **given | {"model": model}
     )
     assert made.provenance["stages"]["harmonizer"]["recipe"]["decimate"] == [1, 2, 3, 4]
+
+
+def test_a_store_takes_corrected_labels_and_refuses_other_scans(cohort, model, tmp_path):
+    path, few = tmp_path / "l.zarr", cohort.isel(subject=slice(4))
+    few = few.assign_coords(age=("subject", [20.0, 30.0, 40.0, 50.0]))
+    sums = [json.dumps({"sums": [str(i)]}) for i in range(4)]
+    few = few.assign_coords(inputs=("subject", sums))
+    first = embed(few, model, store=path, progress=False)
+    corrected = few.assign_coords(age=("subject", [20.5, 30.0, np.nan, 50.0]))
+    again = embed(corrected, model, store=path, progress=False)
+    np.testing.assert_array_equal(again.age, corrected.age)
+    np.testing.assert_array_equal(again.hub, first.hub)
+    other = few.assign_coords(inputs=("subject", [*sums[:3], json.dumps({"sums": ["x"]})]))
+    slower = few.assign_coords(tr=few.tr * [1, 2, 1, 1])
+    for changed, who in ((other, "s03"), (slower, "s01")):
+        with pytest.raises(InputError, match=f"found another .*scan of {who}. Give a new path"):
+            embed(changed, model, store=path, progress=False)

@@ -21,11 +21,12 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from bhx.data.atlas import check_same_places, with_atlas
-from bhx.data.store import create_store, finish, open_store, unwritten, write_rows
+from bhx.data.store import create_store, finish, open_store, unwritten, write_labels, write_rows
 from bhx.encode.inputs import in_turns, read_subject, run_networks
 from bhx.encode.model import Model, check_model
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD
+from bhx.modalities.table import MODALITIES
 from bhx.model.layers import ATTENTIONS
 from bhx.schema import ATTENTION, VERSION, check, dims_of, subject_coords, who_has
 from bhx.settings import __version__
@@ -54,7 +55,8 @@ def embed(
         model reads; a subject may lack some of them
     model : from load_model
     store : path of a zarr store to write, subject by subject; a store that was begun with the same
-        model and cohort is continued. Without it the result is lazy and computed on access.
+        model and cohort is continued, and its labels become the cohort's; one that was made from
+        other scans is refused. Without it the result is lazy and computed on access.
     keep : more than the hub tokens: "dynamics", "structure" (the tokens of a modality's encoder,
         under the names that latents give them), "attention"
     scaling : of the parcel series: "zscore" (each parcel of each scan), or the Dataset of
@@ -326,7 +328,22 @@ def _stored(cohort, options, template, blocks, path, progress):
                     write_rows(path, slice(row, row + 1), one)
                 shown.update(len(rows))
     finish(path)
+    labels = subject_coords(template.drop_vars("subject"))  # as they are now
+    write_labels(path, {name: c.values for name, c in labels.items()})
     return open_store(path, "latents")
+
+
+def _read_from_others(there, template) -> list[str]:
+    """Subjects whose scans are no longer those that the latents in a store were made from."""
+    facts = {name for m in MODALITIES.values() for name in (*m.needs, m.has)}
+    changed = np.zeros(template.sizes["subject"], bool)
+    for name in facts & {*there.coords} & {*template.coords}:
+        changed |= ~(there[name] == template[name]).values & there[name].notnull().values
+    if "inputs" in there.coords and "inputs" in template.coords:  # of `bhx.prepare`
+        sums = ([json.loads(str(text) or "{}").get("sums") for text in one.inputs.values]
+                for one in (there, template))  # fmt: skip
+        changed |= [a != b for a, b in zip(*sums, strict=True)]
+    return template.subject.values[changed].tolist()
 
 
 def _check_same(path, template):
@@ -341,6 +358,8 @@ def _check_same(path, template):
         different.append("keep")
     if not np.array_equal(there.get("subject", ()), template.subject):
         different.append("subjects")
+    elif changed := _read_from_others(there, template):
+        different.append(f"scan of {listed(changed)}")
     if different:
         fact = f"Expected latents of this model and cohort in '{path}', "
         fact += f"found another {listed(different)}"
