@@ -13,7 +13,6 @@ from pathlib import Path
 
 import bhx
 from bhx.data.page import drawn, page
-from bhx.evaluate.report import plot_predictions
 from bhx.modalities.t1 import ANATOMY
 
 TARGETS = {  # label -> what it is called on the page
@@ -81,6 +80,8 @@ def main_scores(table):
 
 def _figures(sample, latents, cohort, age):
     """In the order of the page."""
+    from bhx.evaluate.report import plot_predictions
+
     first = cohort[ANATOMY.variable].sel(subject=str(latents.subject.values[0]))
     people, cubes = bhx.project(bhx.pool(latents)), bhx.region_map(latents, of=ANATOMY.name)
     return [
