@@ -288,6 +288,14 @@ def test_tokens_are_sorted_by_bold_and_even_attention_is_one(latents):
     assert len(figure.to_json()) <= LIMIT
 
 
+def test_tokens_whose_map_fails_its_controls_are_faded(latents):
+    order = tokens_file.token_table(latents).token.values
+    passes = xr.DataArray(order % 2 == 0, {"token": order}, ["token"])
+    veils = tokens_file.plot_tokens(latents, passes=passes).layout.shapes
+    assert [round((v.y0 + v.y1) / 2) for v in veils] == np.flatnonzero(order % 2).tolist()
+    assert not tokens_file.plot_tokens(latents).layout.shapes
+
+
 def test_latents_are_colored_by_numbers_or_names(latents):
     points = project(latents)
     by_age = people_file.plot_latents(points, color="age")

@@ -14,7 +14,7 @@ from bhx.show.colors import CATEGORIES, finish, plotly_colors
 
 
 def plot_tokens(
-    latents: xr.Dataset, *, of: str = "roi", title: str = "where hub tokens read from"
+    latents: xr.Dataset, *, of: str = "roi", passes=None, title: str = "where hub tokens read from"
 ) -> go.Figure:
     """Each hub token's attention by network, beside its share of each modality.
 
@@ -25,6 +25,7 @@ def plot_tokens(
     ----------
     latents : Dataset embedded with keep=("attention",)
     of : whose attention to parcels, as in `region_map`
+    passes : `map_controls(...).passes`; tokens whose map fails its controls are then drawn faded
     """
     table = token_table(latents, of=of)
     figure = make_subplots(1, 2, column_widths=[0.72, 0.28], horizontal_spacing=0.2)
@@ -40,6 +41,10 @@ def plot_tokens(
         bars = go.Bar(x=share, y=tokens, name=escape(name), orientation="h", marker_color=color)
         bars.hovertemplate = "token %{y}<br>%{x:.3g}<extra>" + escape(name) + "</extra>"
         figure.add_trace(bars, 1, 2)
+    veil = {"x0": 0, "x1": 1, "xref": "x domain", "yref": "y", "line_width": 0}
+    for i, token in enumerate(table.token.values if passes is not None else ()):
+        if not bool(passes.sel(token=token)):
+            figure.add_shape(**veil, y0=i - 0.5, y1=i + 0.5, fillcolor="white", opacity=0.7)
     figure.update_yaxes(type="category", autorange="reversed")
     figure.update_yaxes(title_text="token", col=1)
     figure.update_yaxes(showticklabels=False, col=2)
