@@ -76,7 +76,8 @@ def random_model(
     """
     config = config_of(preset)
     if atlas is not None:
-        config = config.on_atlas(load_atlas(atlas).attrs["atlas"], load_atlas(atlas).sizes["roi"])
+        atlas = load_atlas(atlas)
+        config = config.on_atlas(atlas.attrs["atlas"], atlas.sizes["roi"])
     atlas = load_atlas(config.atlas, order=config.order)
     harmonics = atlas.harmonics.values[:, : config.dynamics.harmonics]
     gradients = atlas.gradients.values[:, : config.dynamics.gradients]

@@ -47,8 +47,7 @@ class HarmonixConfig:
 
     def encodes(self, modality: Modality) -> bool:
         """Whether the model has an encoder of this modality."""
-        h = self.harmonizer
-        return modality.encoder and modality.name in h.modalities
+        return modality.encoder and modality.name in self.harmonizer.modalities
 
     def places(self, name: str) -> int:
         """Places of a modality's tokens."""

@@ -77,7 +77,7 @@ class HubLayer(nn.Module):
         """Hub tokens (B, hubs, width); `data` is what `Hub.gather` gives."""
         for rows, read in self.read(hub, data).values():
             hub = hub.index_add(0, rows, read)
-        return self.block(hub.flatten(0, 1), hub.shape[:1].numel() * (hub.shape[1],)).view_as(hub)
+        return self.block(hub.flatten(0, 1), len(hub) * (hub.shape[1],)).view_as(hub)
 
     def read(self, hub, data):
         """Modality -> the subjects who have it, and what their hub tokens take from it."""
