@@ -28,6 +28,7 @@ PUBLIC = {
     "model.released": ("write_release",),
     "encode.model": ("load_model", "random_model", "weights_table"),
     "encode.embed": ("embed", "robust_scaling"),
+    "encode.stream": ("stream",),
     "train.recipes": ("Recipe",),
     "train.pretrain": ("pretrain",),
     "train.log": ("read_log", "plot_log"),

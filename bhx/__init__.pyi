@@ -35,6 +35,7 @@ from bhx.encode.model import random_model as random_model
 from bhx.encode.model import weights_table as weights_table
 from bhx.encode.embed import embed as embed
 from bhx.encode.embed import robust_scaling as robust_scaling
+from bhx.encode.stream import stream as stream
 from bhx.train.recipes import Recipe as Recipe
 from bhx.train.pretrain import pretrain as pretrain
 from bhx.train.log import read_log as read_log

@@ -22,7 +22,7 @@ REPO = PACKAGE.parent
 # The sentence: each room imports only rooms before it, each file only files before it in its room.
 ROOMS = {
     "": ("errors", "settings"),
-    "modalities": ("base", "bold", "coupling", "t1", "cubes", "table"),
+    "modalities": ("base", "bold", "coupling", "running", "t1", "cubes", "table"),
     "./": ("schema",),  # what the table of modalities allows
     "data": (
         *(
@@ -53,7 +53,7 @@ ROOMS = {
         *("layers", "structure", "dynamics", "harmonizer", "hub", "config", "released"),
         "checkpoints",
     ),
-    "encode": ("inputs", "model", "embed"),
+    "encode": ("inputs", "model", "embed", "stream"),
     "train": ("recipes", "processes", "dataset", "objectives", "log", "loop", "pretrain"),
     "latents": ("pool", "similarity", "maps", "gradients", "lesions"),
     "evaluate": (

@@ -90,8 +90,10 @@ def embed(
     check_choice("precision", precision, ("float32", "bfloat16"))
     check_choice("attention", attention, ATTENTIONS)
     cohort = aligned_to(check(cohort, "cohort"), model)
-    options = _Options(model, keep, _scaling(scaling, model), missing_parcels, attention, precision)
-    template = _template(cohort, options)
+    options = Options(
+        model, keep, scaling_of(scaling, model), missing_parcels, attention, precision
+    )
+    template = template_of(cohort, options)
     blocks = _blocks(cohort, model.config, tokens_at_once)
     read = {m.variable for m in model.config.modalities.values()}
     cohort = cohort[[name for name in cohort.data_vars if name in read]]
@@ -149,7 +151,7 @@ def _check_atlas(cohort, model):
         )
 
 
-def _scaling(scaling, model):
+def scaling_of(scaling, model):
     scaling = model.config.scaling if scaling is None else scaling
     if isinstance(scaling, xr.Dataset):
         at = model.positions_of(scaling.roi.values)
@@ -163,7 +165,7 @@ def _scaling(scaling, model):
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
     model: Model
     keep: tuple
     scaling: tuple | str
@@ -186,7 +188,7 @@ def counts_of(cohort, modality, config) -> np.ndarray:
     return counts
 
 
-def _template(cohort, options):
+def template_of(cohort, options):
     """Latents with every label and no data."""
     model, config = options.model, options.model.config
     n, h = cohort.sizes["subject"], config.harmonizer
@@ -287,6 +289,11 @@ def _block(rows: xr.Dataset, options, shapes):
     half = torch.autocast(model.device.type, torch.bfloat16, options.precision == "bfloat16")
     with _ONE_AT_A_TIME, torch.no_grad(), half:
         done = run_networks(model.networks, readings, model.device, options.keep, options.attention)
+    return filled(done, shapes)
+
+
+def filled(done: list[dict], shapes: dict) -> dict[str, np.ndarray]:
+    """Arrays of several subjects by name, NaN where one is shorter than its shape."""
     out = {n: np.full((len(done), *shape), np.nan, "float32") for n, shape in shapes.items()}
     for i, one in enumerate(done):
         for name in one.keys() & out.keys():

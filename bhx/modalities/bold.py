@@ -12,6 +12,7 @@ from bhx.errors import InputError, listed
 from bhx.modalities.base import Modality
 
 GRID_SECONDS = 0.735  # step of the base kernel: the TR of UK Biobank
+WINDOW = 8  # volumes that a sample on this grid is interpolated from
 # Autocorrelation of resting BOLD at a distance of d seconds: a slow part and white noise, which
 # fades over one grid step. Fitted to HCP scans at TR 0.72 s (1, .57, .49, .42, .35, .28, .22, .17).
 SLOW_SHARE, SLOW_SECONDS, SLOW_POWER = 0.575, 4.38, 1.76
@@ -73,8 +74,8 @@ class Bold(Modality):
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # parcels that are NaN throughout
             varies = np.nanmax(bold, 1) > np.nanmin(bold, 1)
-            if missing == "refuse" and not (varies.all() and finite.all()):
-                _refuse_parcels(varies, finite, names)
+            if missing == "refuse":
+                check_parcels(varies, finite.all(1), names)
             if isinstance(scaling, str):
                 middle = np.nanmean(bold, 1, dtype=np.float64)
                 width = np.nanstd(bold, 1, dtype=np.float64)
@@ -86,7 +87,13 @@ class Bold(Modality):
 
     def cut(self, values, facts, config):
         """Equal windows of at most `max_patches` patches, (roi, patch, sample)."""
-        patches = patchify(values, float(facts["tr"]), config.dynamics)
+        return self._windows(patchify(values, float(facts["tr"]), config.dynamics), config)
+
+    def so_far(self, running, config, middle, width):
+        """What `cut` gives for a scan that is still running, scaled by `middle` and `width`."""
+        return self._windows(running.patches_so_far(middle, width), config)
+
+    def _windows(self, patches, config):
         windows = ceil(patches.shape[1] / config.dynamics.max_patches)
         return np.array_split(patches, windows, axis=1)
 
@@ -138,13 +145,16 @@ def check_tr(tr, where=()) -> None:
         raise InputError(fact, "Set it: cohort.assign_coords(tr=('subject', seconds))")
 
 
-def _refuse_parcels(varies, finite, names):
+def check_parcels(varies, finite, names=()) -> None:
+    """Refuse parcels (roi) that do not vary, or are not finite at all times."""
+    wrong = ~(varies & finite)
+    if not wrong.any():
+        return
     names = np.asarray(names if len(names) else [f"#{i}" for i in range(len(varies))])
-    broken = ~finite.all(1)
-    kind = "NaN or infinite values" if broken.any() else "a constant series"
+    kind = "a constant series" if finite.all() else "NaN or infinite values"
     raise InputError(
-        f"Expected parcels with a signal, found {kind} in {int((~varies | broken).sum())} of "
-        f"{len(varies)} ({listed(names[~varies | broken])})",
+        f"Expected parcels with a signal, found {kind} in {int(wrong.sum())} of "
+        f"{len(varies)} ({listed(names[wrong])})",
         'Leave their tokens out with missing_parcels="leave out", or leave the subject out',
     )
 
@@ -186,19 +196,23 @@ def autocovariance(seconds):
     return slow + (1 - SLOW_SHARE) * np.clip(1 - d / GRID_SECONDS, 0, None)
 
 
+def first_read(samples, tr: float):
+    """The first volume that samples of the 0.735 s grid are interpolated from; below 0 at first."""
+    return np.floor(samples * GRID_SECONDS / tr).astype(int) - WINDOW // 2 + 1
+
+
 @lru_cache(maxsize=64)
-def wiener(tr: float, volumes: int, samples: int, window: int = 8):
-    """Best linear interpolation from volumes at `tr` [s] to the 0.735 s grid.
+def wiener(tr: float, volumes: int, samples: int, start: int = 0):
+    """Best linear interpolation from volumes at `tr` [s] to the 0.735 s grid, from sample `start`.
 
     Returns the volumes each grid sample reads, (samples, window) indices, and their weights
     C_grid,volumes C_volumes,volumes^-1 under `autocovariance`.
     """
-    window = min(window, volumes)
-    grid = np.arange(samples) * GRID_SECONDS
-    first = np.clip(np.floor(grid / tr).astype(int) - window // 2 + 1, 0, volumes - window)
+    window, samples = min(WINDOW, volumes), np.arange(start, start + samples)
+    first = np.clip(first_read(samples, tr), 0, volumes - window)
     index = first[:, None] + np.arange(window)
     among = autocovariance(tr * np.subtract.outer(np.arange(window), np.arange(window)))
-    towards = autocovariance(grid[:, None] - index * tr)
+    towards = autocovariance((samples * GRID_SECONDS)[:, None] - index * tr)
     return index, np.linalg.solve(among, towards.T).T
 
 

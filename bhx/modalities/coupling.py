@@ -35,15 +35,24 @@ class Coupling(Bold):
         whole = np.isfinite(patches).all(-1)
         there = whole.any(1)
         used = patches[there][:, whole[there].all(0)]
-        found = used.shape[1] * bool(len(used))
-        if found < self.least:
-            fact = (
-                f"Expected at least {self.least} patches in which every parcel was measured, found "
-            )
-            raise InputError(f"{fact}{found}", "Leave this scan, or its BOLD, out")
+        self._check_patches(used.shape[1] * bool(len(used)))
         out = np.full((len(values), len(values)), np.nan, np.float32)
         out[np.ix_(there, there)] = flattened(used.reshape(len(used), -1))
         return [out]
+
+    def so_far(self, running, config, middle, width):
+        """What `cut` gives for a scan that is still running."""
+        correlation, patches = running.correlation(middle)
+        self._check_patches(patches)
+        there = np.ix_(width > 0, width > 0)
+        out = np.full(correlation.shape, np.nan, np.float32)
+        out[there] = flatten(correlation[there])
+        return [out]
+
+    def _check_patches(self, found):
+        if found < self.least:
+            fact = f"Expected at least {self.least} patches in which every parcel was measured"
+            raise InputError(f"{fact}, found {found}", "Leave this scan, or its BOLD, out")
 
     def count(self, facts, config):
         """One window, however long the scan is."""
@@ -75,5 +84,10 @@ def flattened(samples) -> np.ndarray:
     x = x - x.mean(1, keepdims=True)
     length = np.linalg.norm(x, axis=1, keepdims=True)
     x = x / np.where(length > 0, length, 1)
-    values, vectors = np.linalg.eigh(x @ x.T)
+    return flatten(x @ x.T)
+
+
+def flatten(correlation) -> np.ndarray:
+    """A correlation matrix (roi, roi) with its eigenvalues to the power 0.35."""
+    values, vectors = np.linalg.eigh(correlation)
     return (vectors * np.clip(values, SMALLEST, None) ** POWER) @ vectors.T
