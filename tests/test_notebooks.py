@@ -37,7 +37,7 @@ NAMES = (
     *("00_start_here", "01_a_cohort_is_a_dataset", "02_structure_as_cubes"),
     *("03_function_at_any_tr", "04_the_shape_of_the_cortex", "05_the_hub", "06_pretrain"),
     *("07_walking_the_latent_space", "08_does_it_beat_the_connectome", "09_fine_tune"),
-    *("10_bring_your_own_scans", "11_released_weights"),
+    *("10_bring_your_own_scans", "11_released_weights", "12_while_the_scan_runs"),
 )
 every_notebook = pytest.mark.parametrize("name", NAMES)
 

@@ -24,6 +24,7 @@ def stream(
     tr: float,
     roi=None,
     t1: xr.DataArray | None = None,
+    subject: str = "stream",
     keep=(),
     scaling: str | xr.Dataset | None = None,
     missing_parcels: str = "refuse",
@@ -36,6 +37,7 @@ def stream(
     tr : repetition time [s]
     roi : names of the parcels in the volumes to come; by default the model's, in its order
     t1 : the person's T1 (x, y, z), as in a cohort, where there is one
+    subject : id that the latents have
     keep, scaling, missing_parcels : as of `bhx.embed`
 
     Returns
@@ -65,7 +67,7 @@ def stream(
         raise InputError(fact + listed(config.modalities), "Take another: bhx.load_model()")
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     options = Options(model, keep, scaling_of(scaling, model), missing_parcels, "last", "float32")
-    return Stream(options, float(tr), model.atlas.roi.values if roi is None else roi, t1)
+    return Stream(options, float(tr), model.atlas.roi.values if roi is None else roi, t1, subject)
 
 
 class Stream:
@@ -77,8 +79,8 @@ class Stream:
     seconds : their time [s]
     """
 
-    def __init__(self, options: Options, tr: float, roi, t1):
-        self._options, self._t1 = options, t1
+    def __init__(self, options: Options, tr: float, roi, t1, subject: str):
+        self._options, self._t1, self._subject = options, t1, subject
         self._index = options.model.positions_of(np.asarray(roi))
         config = options.model.config
         self._here = {k: m for k, m in config.modalities.items() if m.variable == BOLD.variable}
@@ -187,8 +189,9 @@ class Stream:
         """What of a cohort says who and how long this scan is; its BOLD is not kept."""
         atlas, n = self._options.model.atlas, self.volumes
         data = {BOLD.variable: da.empty((1, atlas.sizes["roi"], n), dtype="float32")}
-        subject = {"subject": ["stream"], "participant": ["stream"], "site": [""], "n_volumes": [n]}
-        subject |= {"tr": [self._running.tr], BOLD.has: [True], ANATOMY.has: [self._t1 is not None]}
+        subject = {"subject": [self._subject], "participant": [self._subject], "site": [""]}
+        subject |= {"tr": [self._running.tr], "n_volumes": [n]}
+        subject |= {BOLD.has: [True], ANATOMY.has: [self._t1 is not None]}
         if self._t1 is not None:
             data[ANATOMY.variable] = self._t1.values.reshape(1, *self._t1.shape[-3:])
         about = {"atlas": self._options.model.config.atlas, "source": "stream"}

@@ -52,6 +52,19 @@ def scored(notebook, code, title, chance):
     return beside(figure)
 
 
+def while_it_runs():
+    lines = stored("12_while_the_scan_runs", "Eight synthetic people")["data"]
+    figure, axis = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
+    for line in lines:
+        axis.plot(numbers(line["x"]), numbers(line["y"]), color=line["line"]["color"])
+    axis.set(
+        title="Eight synthetic people, while they are scanned (red: patients)",
+        xlabel="minutes scanned",
+        ylabel="probability of being a patient",
+    )
+    return beside(figure)
+
+
 def right_and_misread():
     atlas, other = (bhx.load_atlas("schaefer400", order=f"{n}networks") for n in (7, 17))
     right = atlas.harmonics.sel(mode=7, drop=True)
@@ -201,6 +214,7 @@ def beside(*figures, height=430):
 
 
 PICTURES = (five_sites, accepted_scans, beside_controls, fine_tune, right_and_misread)
+PICTURES += (while_it_runs,)
 PICTURES += (two_tables, tokens_and_networks, people_and_tokens, hub_on_surface, masked_brain)
 PICTURES += (_02_masked_and_returned, _03_tokens_across_tr)
 
