@@ -51,7 +51,7 @@ ROOMS = {
     ),
     "model": (
         *("layers", "structure", "dynamics", "harmonizer", "hub", "config", "released"),
-        "checkpoints",
+        *("published", "checkpoints"),
     ),
     "encode": ("inputs", "model", "embed", "stream"),
     "train": ("recipes", "processes", "dataset", "objectives", "log", "loop", "pretrain"),

@@ -57,7 +57,7 @@ def test_prescribed_packages_are_there(environment):
 
 
 def test_extras():
-    assert set(EXTRAS) == {*("notebooks", "test", "book"), *("assets", "brainmarks")}
+    assert set(EXTRAS) == {"notebooks", "test", "book", "weights", "assets", "brainmarks"}
 
 
 def test_version_is_said_once():

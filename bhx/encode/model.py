@@ -18,12 +18,10 @@ from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD, check_tr
 from bhx.modalities.t1 import ANATOMY, check_grid
 from bhx.modalities.table import MODALITIES
-from bhx.model.checkpoints import SHIPPED, read_weights, save_weights
+from bhx.model.checkpoints import ATLAS_FILE, SHIPPED, located, read_weights, save_weights
 from bhx.model.config import PRESETS, Harmonix, HarmonixConfig, build
 from bhx.model.hub import HubConfig
 from bhx.schema import ROI_COORDS, who_has
-
-ATLAS_FILE = "atlas.nc"  # beside weights: their atlas, where it is not a shipped one
 
 
 def load_model(source="workshop", *, device: str | None = None) -> Model:
@@ -32,8 +30,10 @@ def load_model(source="workshop", *, device: str | None = None) -> Model:
     Parameters
     ----------
     source : name of shipped weights ("workshop", or "paper" for the architecture of the paper at
-        the same size, with its encoders), a folder that bhx.pretrain wrote, or
-        "release:<folder>" with the published BrainHarmonix files
+        the same size, with its encoders); a folder that bhx.pretrain wrote; "release:<folder>" with
+        the published BrainHarmonix files; "release" for these from the Hugging Face Hub, or
+        "hf:<owner>/<name>" for a folder that somebody uploaded there (`pip install 'bhx[weights]'`;
+        downloaded once, then used offline, and refused when they change)
     device : "cpu", "cuda", or "mps" (untested); by default "cuda" where there is one, else "cpu"
 
     Raises
@@ -41,7 +41,7 @@ def load_model(source="workshop", *, device: str | None = None) -> Model:
     InputError
         The files are missing, cut short, altered, or of another architecture.
     """
-    own_atlas = Path(str(source)) / ATLAS_FILE
+    own_atlas = located(source)[0] / ATLAS_FILE
     if own_atlas.exists():
         load_atlas(own_atlas)
     return Model(read_weights(source), device)

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from bhx.errors import InputError, listed
 from bhx.model.config import Harmonix, HarmonixConfig, load_strictly, sha256
-from bhx.model.released import read_release
+from bhx.model.published import RELEASE, check_as_before, fetch
+from bhx.model.released import RELEASED, SIZES, TABLES, read_release
 from bhx.settings import PACKAGE
 
 SHIPPED = PACKAGE / "weights"
+ATLAS_FILE = "atlas.nc"  # beside weights: their atlas, where it is not a shipped one
 
 
 def save_weights(model: Harmonix, folder, provenance: dict | None = None) -> Path:
@@ -39,13 +41,33 @@ def save_weights(model: Harmonix, folder, provenance: dict | None = None) -> Pat
     return folder
 
 
-def read_weights(source) -> Harmonix:
-    """Networks from shipped weights, a folder of save_weights, or "release:<folder>"."""
+def located(source) -> tuple[Path, str]:
+    """The folder of weights by their name, and the repository it was downloaded from, or ""."""
     source = str(source)
-    if source.startswith("release:"):
-        return read_release(Path(source.removeprefix("release:")).expanduser())
-    own = (SHIPPED / source / "config.json").exists()
-    folder = SHIPPED / source if own else Path(source).expanduser()
+    if source == "release":
+        repository = os.environ.get("BHX_RELEASE", RELEASE)
+        return fetch(repository, [*RELEASED.values(), *TABLES.values(), SIZES]), repository
+    if source.startswith("hf:"):
+        repository = source.removeprefix("hf:")
+        return fetch(repository, ["config.json", "model.safetensors", ATLAS_FILE]), repository
+    if source in [path.parent.name for path in SHIPPED.glob("*/config.json")]:
+        return SHIPPED / source, ""
+    return Path(source.removeprefix("release:")).expanduser(), ""
+
+
+def read_weights(source) -> Harmonix:
+    """Networks from shipped weights, a folder of save_weights, or "release:<folder>"; "release" and
+    "hf:<owner>/<name>" are of the Hugging Face Hub (see `bhx.model.published`)."""
+    folder, repository = located(source)
+    published = str(source) == "release" or str(source).startswith("release:")
+    model = read_release(folder) if published else _read_folder(folder)
+    if repository:
+        check_as_before(repository, model.provenance["weights_sha256"])
+    return model
+
+
+def _read_folder(folder):
+    """Networks that `save_weights` wrote."""
     weights, description = folder / "model.safetensors", folder / "config.json"
     if not (weights.exists() and description.exists()):
         shipped = sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
