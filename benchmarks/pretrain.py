@@ -4,7 +4,8 @@ matrix product that the networks' arithmetic reaches.
     python benchmarks/pretrain.py --preset workshop --out DIR
     python benchmarks/pretrain.py --preset base --device cuda --out DIR
 
-The loop is that of bhx.pretrain; its samples are made in memory, so no disk is measured. Model
+The loop is that of bhx.pretrain; its samples are a few synthetic people who are kept in memory, so
+no disk and no reading is measured (`cohort.py` measures that). Model
 FLOPs count matrix products alone: three times the forward pass of what is trained (one forward,
 two backward), once that of frozen encoders and of the teacher. Nothing recomputed is counted.
 """
@@ -24,19 +25,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import xarray as xr
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bhx.encode.inputs import Reading
+import bhx
+from bhx.encode.embed import aligned_to
 from bhx.encode.model import random_model
 from bhx.modalities.bold import BOLD
-from bhx.modalities.t1 import ANATOMY
 from bhx.model.config import PRESETS
-from bhx.train.dataset import Sample
+from bhx.model.hub import HubConfig
+from bhx.train.dataset import Samples, readable
 from bhx.train.loop import Run
-from bhx.train.objectives import OBJECTIVES
+from bhx.train.objectives import objective_of
 from bhx.train.recipes import STAGES, recipe
 
 WARM_UP, LEAST, MOST = 2, 3, 200  # steps that are not timed, and bounds of those that are
@@ -87,12 +88,14 @@ def arguments():
 def plans(args, config):
     """Settings of the rows: each stage eager and compiled, then other batches and lengths."""
     longest = config.dynamics.max_patches
+    if not any(map(config.encodes, config.modalities.values())):
+        args.stages = ("harmonizer",)
     for stage in args.stages:
         full = full_batch(stage, args.preset, config, longest)
         for choice in args.compile:
             compiled = choice == "yes"
             yield {"stage": stage, "batch": full, "patches": longest, "compiled": compiled}
-    if args.quick:
+    if args.quick or args.stages == ("harmonizer",):
         return
     for stage in args.stages:
         full = full_batch(stage, args.preset, config, longest)
@@ -106,9 +109,12 @@ def plans(args, config):
 
 def full_batch(stage, preset, config, patches):
     """As many subjects as are computed at once."""
+    plan = recipe(stage, preset)
+    if isinstance(config.harmonizer, HubConfig) and stage == "harmonizer":
+        return plan.batch  # people are compared within a batch
     cubes, tokens = config.structure.tokens, config.dynamics.parcels * patches
     cost = {"structure": cubes, "dynamics": tokens, "harmonizer": tokens + cubes}[stage]
-    return max(1, recipe(stage, preset).tokens_at_once // cost)
+    return max(1, plan.tokens_at_once // cost)
 
 
 def measure(model, args, stage, batch, patches, compiled):
@@ -140,10 +146,8 @@ def prepared(model, args, stage, batch, patches, compiled):
         compile=compiled, evaluate_every=10**9, checkpoint_every=10**9, drop_modality=0.0,
     )  # fmt: skip
     networks = deepcopy(model.networks).requires_grad_(True)
-    objective = OBJECTIVES[stage](networks, plan).to(model.device)
-    samples = Memory(model.config, plan, objective, patches)
-    if model.device.type == "cuda":  # as the loader's own thread would
-        samples.samples = [sample.pin_memory() for sample in samples.samples]
+    objective = objective_of(networks, plan).to(model.device)
+    samples = Memory(model, plan, objective, patches)
     everyone = np.arange(batch)
     return Timed(objective, samples, plan, None, everyone, everyone, {}, seconds=args.seconds)
 
@@ -168,31 +172,35 @@ class Timed(Run):
         return self.enough
 
 
-class Memory(torch.utils.data.Dataset):
-    """A few samples made in memory, each read again and again, in place of those of a cohort."""
+class Memory(Samples):
+    """Those of as many synthetic people as a batch has, of which a few are read once and kept."""
 
-    def __init__(self, config, plan, objective, patches, distinct: int = 8):
+    def __init__(self, model, plan, objective, patches, distinct: int = 8):
+        config = model.config
+        minutes = patches * config.dynamics.patch_seconds / 60 + 0.05
+        cohort = bhx.synthetic_cohort(
+            plan.batch, atlas=config.atlas, voxel_mm=config.structure.voxel_mm, tr=2.0,
+            minutes=minutes, missing=0.0,
+        )  # fmt: skip
         names = objective.names or tuple(config.modalities)
-        ids = [f"s{i}" for i in range(plan.batch)]
-        self.labels = xr.Dataset(coords={"subject": ids})
-        self.has = {name: np.ones(len(ids), bool) for name in names}
-        d, s = config.dynamics, config.structure
-        shapes = {BOLD.name: (d.parcels, patches, d.kernel), ANATOMY.name: (s.tokens, s.cube**3)}
-        random, self.samples = np.random.default_rng(0), []
-        for _ in range(min(distinct, plan.batch)):
-            reading = Reading()
-            for name in names:
-                reading.add(name, [random.standard_normal(shapes[name], np.float32)])
-            self.samples.append(Sample(0, "", reading))
-            objective.hide(self.samples[-1], config, plan, random)
+        plan = plan.model_copy(update={"crop": False, "decimate": (1,)})
+        super().__init__(aligned_to(cohort, model), config, plan, names, objective.hide)
+        self.distinct, self.kept, self.pinned = distinct, {}, model.device.type == "cuda"
 
     def __getitem__(self, key):
-        return self.samples[key[1] % len(self.samples)]
+        row = key[1] % self.distinct
+        kept = self.kept.setdefault(tuple(self.modalities), {})  # a teacher reads one of them
+        if row not in kept:
+            sample = readable(super().__getitem__((0, row)))
+            kept[row] = sample.pin_memory() if self.pinned else sample  # as a loader would
+        return kept[row]
 
 
 def work(run, args):
     """Tokens of a step, and TFLOP of one scan: counted in a forward pass that is not compiled."""
-    samples = [sample.to(run.device) for sample in run.samples.samples]
+    samples = [
+        sample.to(run.device) for sample in run.samples.kept[tuple(run.samples.modalities)].values()
+    ]
     for module in run.objective.modules():  # back to eager
         for name in ("before", "after"):
             module.__dict__.pop(name, None)

@@ -13,7 +13,6 @@ import json
 import resource
 import time
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -45,9 +44,9 @@ def measure(model, hours):
         (volumes if came is None else patches).append(took)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "ms_a_volume": round(median(volumes), 3),
-        "ms_a_patch_first_ten": round(median(patches[:10]), 1),
-        "ms_a_patch_last_ten": round(median(patches[-10:]), 1),
+        "ms_a_volume": round(float(np.median(volumes)), 3),
+        "ms_a_patch_first_ten": round(float(np.median(patches[:10])), 1),
+        "ms_a_patch_last_ten": round(float(np.median(patches[-10:])), 1),
         "patches": len(patches) + 1,
         "memory_mb_grown": round((after - before) / 1024, 1),
     }

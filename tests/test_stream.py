@@ -152,6 +152,11 @@ def test_bad_volumes_are_refused_and_the_scan_goes_on(volumes, seconds, says):
     assert stream.volumes == 3
 
 
+def test_many_parcels_and_no_volume_yet():
+    stream = bhx.stream(bhx.random_model("workshop", atlas="schaefer400"), tr=2.0)
+    assert stream.volumes == 0
+
+
 def test_refusals_at_the_start():
     with pytest.raises(bhx.InputError, match="found 2000.*milliseconds"):
         bhx.stream(MODEL, tr=2000)

@@ -188,7 +188,7 @@ class Stream:
     def _cohort(self):
         """What of a cohort says who and how long this scan is; its BOLD is not kept."""
         atlas, n = self._options.model.atlas, self.volumes
-        data = {BOLD.variable: da.empty((1, atlas.sizes["roi"], n), dtype="float32")}
+        data = {BOLD.variable: da.empty((1, atlas.sizes["roi"], n), dtype="float32", chunks=-1)}
         subject = {"subject": [self._subject], "participant": [self._subject], "site": [""]}
         subject |= {"tr": [self._running.tr], "n_volumes": [n]}
         subject |= {BOLD.has: [True], ANATOMY.has: [self._t1 is not None]}

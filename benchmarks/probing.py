@@ -1,7 +1,7 @@
 """What `bhx.probe` and ComBat cost beside plain scikit-learn and neuroCombat's arithmetic.
 
-    OMP_NUM_THREADS=1 python benchmarks/statistics.py --rounds 3
-    OMP_NUM_THREADS=1 python benchmarks/statistics.py --people 14000 --width 5000 --only memory
+    OMP_NUM_THREADS=1 python benchmarks/probing.py --rounds 3
+    OMP_NUM_THREADS=1 python benchmarks/probing.py --people 14000 --width 5000 --only memory
 
 Ratios are medians over rounds, in which each is measured beside what it is compared with. The
 folds, the inner folds and the penalties are the same on both sides. Memory is the largest resident
