@@ -20,6 +20,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,8 @@ def main():
     parser.add_argument("--targets", nargs="*", default=[])
     parser.add_argument("--tr", type=float, help="of all scans [s], where no label says it")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--hubs", type=int, default=64, help="hub tokens")
+    parser.add_argument("--width", type=int, default=192, help="numbers of each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -51,7 +54,7 @@ def main():
     labels = pd.read_csv(args.labels) if args.labels else None
     train, test = people(args, atlas, labels)
     print(f"{len(train.subject)} scans to train on, {len(test.subject)} to test", flush=True)
-    model = trained(train, args.steps, args.seed, args.run)
+    model = trained(train, args)
     print(f"trained, {time.perf_counter() - began:.0f} s", flush=True)
     found = {"scores": [], "identified": identified(test, model)}
     for length, cohort in {"whole": test, "two minutes": first_seconds(test)}.items():
@@ -66,6 +69,7 @@ def main():
         print(table.pivot_table("text", rows, ["target", "folds"], "first", sort=False).to_string())
     print(pd.Series(found["identified"]).round(3).to_string())
     found |= {"train": len(train.subject), "test": len(test.subject), "steps": args.steps}
+    found |= {"hubs": args.hubs, "width": args.width}
     found["seconds"] = round(time.perf_counter() - began)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -125,16 +129,19 @@ def between(cohort, start, stop):
 # What is measured ---
 
 
-def trained(cohort, steps, seed, run):
+def trained(cohort, args):
     """A hub that was trained on those of the people whose parcels all have a signal."""
     if "coverage" in cohort.coords:
         cohort = cohort.isel(subject=np.flatnonzero(cohort.coverage == 1))
-    if run and (Path(run) / "config.json").exists():
-        return bhx.load_model(run)
+    if args.run and (Path(args.run) / "config.json").exists():
+        return bhx.load_model(args.run)
+    preset = bhx.PRESETS["workshop"].on_atlas(cohort.attrs["atlas"], cohort.sizes["roi"])
+    sizes = replace(preset.reading(["coupling"]).harmonizer, hubs=args.hubs, width=args.width)
+    preset = replace(preset, harmonizer=sizes)
     with tempfile.TemporaryDirectory() as out:
-        out = run or out
-        settings = {"steps": steps, "seed": seed, "progress": False, "evaluate_every": steps}
-        return bhx.pretrain(cohort, stage="harmonizer", out=out, **settings)
+        settings = {"steps": args.steps, "seed": args.seed, "evaluate_every": args.steps}
+        settings |= {"stage": "harmonizer", "preset": preset, "progress": False}
+        return bhx.pretrain(cohort, out=args.run or out, **settings)
 
 
 def features(cohort, model):

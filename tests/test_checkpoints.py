@@ -308,6 +308,28 @@ def test_released_weights_can_be_kept_in_our_format(released, tmp_path):
     assert torch.equal(hub(read_weights(own)), hub(networks))
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_stripped_from_released_files(prefix, released):
+    folder, networks = released
+
+    def wrapped(content):
+        return {prefix + key: value for key, value in content.items()}
+
+    for path in folder.rglob("model.pth"):
+        content = torch.load(path, weights_only=False)
+        inner = "model" in content
+        torch.save({"model": wrapped(content["model"])} if inner else wrapped(content), path)
+    assert same(read_weights(f"release:{folder}").dynamics, networks.dynamics)
+
+
+def test_numbers_of_numpy_beside_released_tensors_are_passed_over(released):
+    folder, networks = released
+    for path in folder.rglob("model.pth"):
+        content = torch.load(path, weights_only=False)
+        torch.save({**content, "epoch": np.int64(3), "loss": np.float64(0.5)}, path)
+    assert same(read_weights(f"release:{folder}").dynamics, networks.dynamics)
+
+
 def test_tables_of_positions_in_the_file_replace_ours(released):
     folder, networks = released
     path = folder / "harmonizer" / "model.pth"

@@ -44,6 +44,15 @@ def test_a_planted_effect_is_found_and_noise_is_at_chance(features):
     assert labels.loc[("noise", "auroc"), "low"] < 0.5 < labels.loc[("noise", "auroc"), "high"]
 
 
+def test_codes_of_which_one_is_missing_stay_labels(features):
+    codes = np.where(features.age.values > np.median(features.age), 2.0, 1.0)
+    whole = probe(features.assign_coords(dx=("subject", codes.astype(int))), "dx")
+    codes[3] = np.nan
+    holed = probe(features.assign_coords(dx=("subject", codes)), "dx")
+    assert holed.attrs["task"] == whole.attrs["task"] == "label"
+    assert holed.attrs["positive"] == whole.attrs["positive"] == "2"
+
+
 @pytest.mark.parametrize("groups", [None, "site"])
 @pytest.mark.parametrize("target", ["age", "group"])
 def test_participants_and_groups_never_stand_on_both_sides(features, groups, target):

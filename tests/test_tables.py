@@ -1,5 +1,6 @@
 """Tables of parcels as people have them: read exactly, or refused with the option to give."""
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -169,7 +170,6 @@ def test_files_of_conn_go_by_their_names(tmp_path):
 
 
 def test_matlab_files_of_version_7_3_are_read(tmp_path):
-    h5py = pytest.importorskip("h5py")
     path = tmp_path / "a.mat"
     header = b"MATLAB 7.3 MAT-file".ljust(116) + b" " * 8 + b"\x00\x02IM" + bytes(384)
     with h5py.File(path, "w", userblock_size=512) as file:
@@ -239,3 +239,11 @@ def test_on_one_side_distance_tells_the_order():
     assert distance_effect(labeled(SERIES[:50], left)) < -0.3
     with pytest.raises(InputError, match="hardly falls with distance"):
         check_bold_quality(labeled(SERIES[:50][order], left))
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_the_index_of_a_data_frame_is_no_parcel(indexed, tmp_path):
+    rows = pd.DataFrame(SERIES, columns=[f"timepoint_{i}" for i in range(SERIES.shape[1])])
+    rows.insert(0, "label_name", NAMES)
+    rows.to_csv(tmp_path / "a.csv", index=indexed)
+    np.testing.assert_allclose(read_bold(tmp_path / "a.csv", **SEVEN), SERIES, rtol=1e-6)

@@ -17,7 +17,6 @@ import pandas as pd
 import xarray as xr
 
 from bhx.data.atlas import ATLASES, aliases, centroids, load_atlas, match_names
-from bhx.data.files import attempt
 from bhx.data.quality import homotopy
 from bhx.errors import InputError, check_choice, listed
 from bhx.schema import ROI_COORDS
@@ -45,18 +44,19 @@ def read_text(path: Path) -> Table:
     lines = _first_lines(path)
     separator = next((s for s in "\t;," if s in lines[-1].strip()), None)
     above, first = (_cells(line, separator) for line in lines[-2:])
-    named = not _is_number(first[0].replace(",", "."))
-    header = lines[-2].startswith("#") or not all(map(_is_number, above[named:]))
+    numbered = above[0] == "" and len(first) > 1 and not _is_number(first[1])  # by pandas, too
+    named = not _is_number(first[numbered].replace(",", "."))
+    header = lines[-2].startswith("#") or not all(map(_is_number, above[numbered + named :]))
     header = header or _counts_up(sorted(above, key=float))
     frame = pd.read_csv(
         path,
         sep=separator or r"\s+",
         header=None,
         skiprows=len(lines) - 2 + header,
-        index_col=0 if named else None,
         na_values=MISSING,
         encoding="utf-8-sig",
-    )
+    ).iloc[:, int(numbered) :]
+    frame = frame.set_index(frame.columns[0]) if named else frame
     for column in frame.columns[[kind.kind not in "iuf" for kind in frame.dtypes]]:
         odd = frame[column][pd.to_numeric(frame[column], errors="coerce").isna()].dropna()
         fact = f"Expected numbers in {path.name}, found '{[*odd.astype(str), 'text'][0]}'"
@@ -113,8 +113,8 @@ def read_mat(path: Path) -> Table:
     try:
         content = loadmat(path, simplify_cells=True)
     except NotImplementedError:
-        with attempt(f"h5py to read {path.name} (MATLAB v7.3)", "pip install h5py"):
-            import h5py
+        import h5py
+
         with h5py.File(path) as file:
             content = {key: _from_hdf5(file, file[key]) for key in file if not key.startswith("#")}
     if {"names", "data"} <= content.keys():  # CONN; regions of several series are confounds

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bhx.errors import InputError, listed
-from bhx.model.config import Harmonix, HarmonixConfig, load_strictly, sha256
+from bhx.model.config import Harmonix, HarmonixConfig, load_strictly, sha256, unwrapped
 from bhx.model.published import RELEASE, check_as_before, fetch
 from bhx.model.released import RELEASED, SIZES, TABLES, read_release
 from bhx.settings import PACKAGE
@@ -84,7 +84,7 @@ def _read_folder(folder):
         fact = f"Expected whole weights in '{folder}', found a file cut short or damaged ({error})"
         raise InputError(fact, "Copy or make them again") from error
     model = Harmonix(HarmonixConfig.from_dict(written))
-    state = _unwrapped(state)
+    state = unwrapped(state)
     if not any(k.startswith("structure_decoder.") for k in state):
         model.structure_decoder = None  # as in the release
     load_strictly(model, state, str(weights))
@@ -93,11 +93,3 @@ def _read_folder(folder):
         raise InputError(fact, "The file is not the one its config.json describes: copy both again")
     model.provenance = {**provenance, "weights_sha256": digest}
     return model.eval()
-
-
-def _unwrapped(state):
-    """Weights without the prefixes of DistributedDataParallel and torch.compile."""
-    for prefix in ("module.", "_orig_mod.") * 2:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): values for name, values in state.items()}
-    return state

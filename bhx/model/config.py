@@ -216,6 +216,14 @@ def build(config: HarmonixConfig, harmonics, gradients, seed: int = 0) -> Harmon
         return Harmonix(config, *tables).eval()
 
 
+def unwrapped(state):
+    """Weights without the prefixes of DistributedDataParallel and torch.compile."""
+    for prefix in ("module.", "_orig_mod.") * 2:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): values for name, values in state.items()}
+    return state
+
+
 def load_strictly(module: nn.Module, state: dict, where: str) -> None:
     """Load every key of `state`, or name what is missing, surplus or of another shape."""
     own = module.state_dict()

@@ -13,7 +13,15 @@ import numpy as np
 import torch
 
 from bhx.errors import InputError, listed
-from bhx.model.config import RELEASE, Harmonix, HarmonixConfig, build, load_strictly, sha256
+from bhx.model.config import (
+    RELEASE,
+    Harmonix,
+    HarmonixConfig,
+    build,
+    load_strictly,
+    sha256,
+    unwrapped,
+)
 
 # The released files ------------------------------------------------------------------------------
 
@@ -23,6 +31,8 @@ TABLES = {"harmonics": "schaefer400_roi_eigenmodes.csv", "gradients": "gradient_
 
 
 SIZES = "sizes.json"  # beside files in this layout that are of another size than the published
+# Numbers of numpy beside the tensors, such as an epoch or a loss; they hold no code.
+NUMPY_SCALARS = [np.dtype, np._core.multiarray.scalar, *map(type, map(np.dtype, "?bhilBHILefd"))]
 
 
 def write_release(model: Harmonix, folder) -> Path:
@@ -89,7 +99,7 @@ def _find(folder, path):
 def _tensors(path):
     """The tensors of a released file; anything that would run code on loading is refused."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_SCALARS]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(
@@ -102,7 +112,7 @@ def _tensors(path):
     if not isinstance(loaded, dict):
         fact = f"Expected named tensors at '{path}', found one {type(loaded).__name__}"
         raise InputError(fact, "Is this the file of the release")
-    return {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+    return unwrapped({str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)})
 
 
 def _table(path, header):
