@@ -35,7 +35,7 @@ SHORT = 120.0  # s
 def main():
     """Train, embed, probe, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=Path, required=True, help="a table")
+    parser.add_argument("--train", type=Path, required=True, help="a table, or 'synthetic'")
     parser.add_argument("--test", type=Path, help="another table")
     parser.add_argument("--run", help="folder to keep the trained hub in, or one that holds it")
     parser.add_argument("--labels", type=Path)
@@ -89,7 +89,10 @@ def people(args, atlas, labels):
 
 
 def cohort_of(path, atlas, labels, tr):
-    """A table of arrays as a cohort."""
+    """A table of arrays as a cohort, or 300 synthetic people of no other benchmark."""
+    if str(path) == "synthetic":
+        cohort = bhx.synthetic_cohort(300, seed=77_000, atlas=atlas, missing=0.0)
+        return cohort.assign_coords(has_t1=cohort.has_t1 & False).drop_vars("t1")
     with np.load(path) as table:
         names = [k for k in table if not k.startswith("mean_")]
         arrays = {k: table[k].astype("float32") for k in names}

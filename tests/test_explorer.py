@@ -15,7 +15,7 @@ from bhx.modalities.base import Modality
 from bhx.modalities.t1 import t1_grid
 from bhx.modalities.table import MODALITIES
 from bhx.show.colors import CLEAR
-from bhx.show.panels import GROUPS
+from bhx.show.panels import FADED, GROUPS
 from bhx.show.tokens import token_table
 
 matplotlib.use("agg")
@@ -249,6 +249,29 @@ def test_every_panel_says_what_to_do_and_stands_on_any_theme(panels):
     letters = [a.text for a in panels.slices.layout.annotations]
     assert letters.count("L") == letters.count("R") == 2
     assert [a.text for a in panels.brain.layout.scene.annotations] == ["<b>L</b>", "<b>R</b>"]
+
+
+def test_tokens_that_fail_their_controls_are_faded():
+    data = make_latents()
+    tokens, again = data.token.values, np.linspace(0.5, 1, data.sizes["token"])
+    controls = xr.Dataset(
+        {"agreement": (("control", "token"), again[None]), "passes": ("token", again >= 0.9)},
+        {"control": ["retest"], "token": tokens},
+    )
+    explorer = explore(data, controls=controls)
+    drawn = explorer.panels.strip.data[0].marker.opacity
+    assert [o == 1 for o in drawn] == controls.passes.values.tolist()
+    surface = next(t for t in explorer.panels.brain.data if t.name in explorer.panels.parcels)
+    explorer.select_token(int(tokens[0]))
+    assert "(repeats 0.50, fails its controls)" in explorer.panels.heading.value
+    assert surface.opacity == FADED
+    explorer.select_token(int(tokens[-1]))
+    assert "(repeats 1.00, passes its controls)" in explorer.panels.heading.value
+    assert surface.opacity == 1
+    explorer.select_token(None)
+    assert "repeats" not in explorer.panels.heading.value
+    with pytest.raises(InputError, match="Make them of this model"):
+        explore(data, controls=controls.isel(token=slice(2)))
 
 
 def test_thirty_names_look_different(panels):

@@ -26,20 +26,24 @@ from bhx.show.surface import plot_surface
 LABELS = ("age", "sex", "diagnosis", "site", "tr", "mean_fd")  # what cards say of people
 
 
-def explore(latents: xr.Dataset, cohort: xr.Dataset | None = None) -> Explorer:
+def explore(
+    latents: xr.Dataset, cohort: xr.Dataset | None = None, *, controls: xr.Dataset | None = None
+) -> Explorer:
     """Walk around in a latent space: pick people, tokens, parcels; everything else follows.
 
     Parameters
     ----------
     latents : Dataset of embed(..., keep=("attention",)), lazy or not
     cohort : the same subjects' scans: then a single person's own T1 is shown
+    controls : of `bhx.map_controls`: tokens whose map fails them are drawn faded, and the heading
+        says how well a token's map repeats
 
     Returns
     -------
     Explorer: shows itself in JupyterLab, and answers `select_subjects`, `select_token`,
     `select_parcel`, `select_map`, `compare` and `code` without any browser
     """
-    return Explorer(latents, cohort)
+    return Explorer(latents, cohort, controls)
 
 
 class Explorer:
@@ -51,10 +55,10 @@ class Explorer:
     parcels : mask over parcels; place : their name, or None; places : names of networks and
     parcels; on_roi, on_cubes : modalities with a map on parcels, on cubes; surface_of, cubes_of :
     those of them that are seen; maps, has : each person's maps, and who has them; labels : what
-    cards show
+    cards show; passes : mask over tokens, whose map passes its controls
     """
 
-    def __init__(self, latents: xr.Dataset, cohort: xr.Dataset | None = None):
+    def __init__(self, latents: xr.Dataset, cohort=None, controls=None):
         self.latents = check(latents, "latents")
         self.on_roi, self.on_cubes = maps_in(latents, ("roi",)), maps_in(latents, CUBE_DIMS)
         if not self.on_roi:
@@ -65,7 +69,14 @@ class Explorer:
         self.roi, self.networks = latents.roi.values, latents.network.values
         self.places = [*dict.fromkeys(self.networks.tolist()), *self.roi.tolist()]
         self.modalities, self.points = latents.modality.values.tolist(), project(latents)
-        self.cohort = cohort
+        self.cohort, self.controls = cohort, controls
+        self.passes = np.ones(len(self.tokens), bool)
+        if controls is not None:
+            known = np.isin(self.tokens, controls.token)
+            if not known.all():
+                fact = f"Expected controls of tokens {listed(self.tokens)}, found none of "
+                raise InputError(fact + listed(self.tokens[~known]), "Make them of this model")
+            self.passes = controls.passes.sel(token=self.tokens).values
         if cohort is not None:
             subject_mask(cohort, self.subjects)  # refuses a cohort without one of them
             self.cohort = cohort.sel(subject=self.subjects)
@@ -175,7 +186,20 @@ class Explorer:
         token = ALL_TOKENS if self.token is None else f"token {self.token}"
         if not (self.chosen & self.has[self.surface_of]).any():
             return f"{token}: nobody selected has {self.surface_of}"
-        return f"attention of {token}" + (", group A minus group B" if self.groups else "")
+        return f"attention of {token}{self._badge()}" + (
+            ", group A minus group B" if self.groups else ""
+        )
+
+    def faded(self) -> bool:
+        """Whether the map that is seen is one token's, and fails its controls."""
+        return self.token is not None and not self.passes[self.tokens == self.token][0]
+
+    def _badge(self):
+        """How well the selected token's map repeats, where it is known."""
+        if self.controls is None or self.token is None:
+            return ""
+        again = self.controls.agreement.sel(control="retest", token=self.token).item()
+        return f" (repeats {again:.2f}, {'fails' if self.faded() else 'passes'} its controls)"
 
     def code(self) -> str:
         """The lines that make the same map without the explorer."""

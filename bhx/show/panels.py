@@ -26,6 +26,7 @@ REACH = {"x": (-76, 0, 76), "y": (-110, -20, 74), "z": (-58, 10, 94)}  # mm: fir
 BEYOND = 0.02  # share of a map's values that may lie outside either end of its colors
 GROUPS = {"A": "#B2182B", "B": "#2166AC"}  # as in the difference: red where A has more
 GRAY = "#7a7a7a"  # readable on white and on black
+FADED = 0.35  # opacity of what fails its controls
 
 
 class Fit(AnyWidget):
@@ -127,10 +128,13 @@ class Panels:
     def _strip(self):
         tokens, names = self.explorer.tokens, self.explorer.modalities
         hover = "token %{x}<br>%{y:.3f} of its attention<extra>%{fullData.name}</extra>"
+        opacity = np.where(self.explorer.passes, 1, FADED).tolist()
         bars = [
             go.Bar(x=tokens, name=escape(name), marker_color=color, hovertemplate=hover)
             for name, color in zip(names, CATEGORIES, strict=False)
         ]
+        for bar in bars:
+            bar.marker.opacity = opacity
         line = go.Scatter(x=tokens, name="preference", yaxis="y2", line_color=GRAY, mode="lines")
         line.hovertemplate = "token %{x}<br>%{y:.2f} times its mean attention<extra></extra>"
         figure = _widget([*bars, line], "tokens", 190, "Hub tokens: click a bar")
@@ -188,6 +192,7 @@ class Panels:
             for trace in self.brain.data:
                 if trace.name in self.parcels:
                     trace.intensity = values[self.parcels[trace.name]]
+                    trace.opacity = FADED if self.explorer.faded() else 1
                 elif trace.name in self.dots:
                     trace.marker.color = values[self.dots[trace.name]]
             self._recolor(self.brain, values)
