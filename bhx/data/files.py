@@ -75,8 +75,8 @@ def check_affine(image, path) -> None:
     if isinstance(image, nib.Nifti1Image) and not any(int(image.header[code]) for code in codes):
         fact = f"Expected a position in {name}, found neither a qform nor an sform (codes 0)"
         raise InputError(fact, "Copy the header of the file it was made from, such as by fslcpgeom")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        fact = f"Expected an invertible affine in {name}, found {affine[:3]}"
+    if affine is None or not (np.isfinite(affine).all() and abs(np.linalg.det(affine)) > 1e-6):
+        fact = f"Expected an invertible affine in {name}, found {affine}"
         raise InputError(fact, "Write it again with the affine of the file it was made from")
     steps = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     if (cosine := np.abs(steps).max(0).min()) < 0.999:

@@ -41,18 +41,18 @@ class Table(NamedTuple):
 
 def read_text(path: Path) -> Table:
     """Numbers separated by commas, semicolons, tabs or spaces, with names or without."""
-    lines = _first_lines(path)
+    lines, numbers = _first_lines(path)
     separator = next((s for s in "\t;," if s in lines[-1].strip()), None)
     above, first = (_cells(line, separator) for line in lines[-2:])
     numbered = above[0] == "" and len(first) > 1 and not _is_number(first[1])  # by pandas, too
     named = not _is_number(first[numbered].replace(",", "."))
     header = lines[-2].startswith("#") or not all(map(_is_number, above[numbered + named :]))
-    header = header or _counts_up(sorted(above, key=float))
+    header = header or _counts_up(sorted(above[numbered + named :], key=float))
     frame = pd.read_csv(
         path,
         sep=separator or r"\s+",
         header=None,
-        skiprows=len(lines) - 2 + header,
+        skiprows=numbers[-1] if header else numbers[-2],
         na_values=MISSING,
         encoding="utf-8-sig",
     ).iloc[:, int(numbered) :]
@@ -70,15 +70,18 @@ def read_text(path: Path) -> Table:
 
 
 def _first_lines(path):
-    """The lines up to the second one that is no comment."""
+    """The lines up to the second one that is no comment, empty ones left out, and their numbers."""
     lines: list[str] = []
+    numbers: list[int] = []
     with (gzip.open if path.name.lower().endswith(".gz") else open)(
         path, "rt", encoding="utf-8-sig"
     ) as file:
-        for line in filter(str.strip, file):
-            lines.append(line)
-            if len(lines) > 1 and not line.startswith("#"):
-                return lines
+        for number, line in enumerate(file):
+            if line.strip():
+                lines.append(line)
+                numbers.append(number)
+                if len(lines) > 1 and not line.startswith("#"):
+                    return lines, numbers
     fact = f"Expected lines of numbers in {path.name}, found {len(lines)} line"
     raise InputError(fact, "Write one line of parcel names, then one line for each volume")
 
