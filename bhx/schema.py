@@ -142,6 +142,13 @@ def check(obj: xr.Dataset, kind: str) -> xr.Dataset:
     return obj
 
 
+def check_finished(attrs, kind: str) -> None:
+    """Refuse a store whose attributes say that it is still being written."""
+    if not attrs.get("complete", True):
+        fact = f"Expected finished {kind}, found a store that was still being written"
+        raise InputError(fact, "Run the same call again: it continues where it stopped")
+
+
 def _check_subjects(obj, kind):
     if obj.sizes.get("subject", 0) == 0:
         fact = f"Expected {kind} with at least one subject, found none"
@@ -154,9 +161,7 @@ def _check_subjects(obj, kind):
         twice = index[index.duplicated()].unique()
         fact = f"Expected unique subject ids, found {listed(twice)} more than once"
         raise InputError(fact, "Name each row participant[/session][/run]")
-    if not obj.attrs.get("complete", True):
-        fact = f"Expected finished {kind}, found a store that was still being written"
-        raise InputError(fact, "Run the same call again: it continues where it stopped")
+    check_finished(obj.attrs, kind)
 
 
 def _check_cohort(obj):

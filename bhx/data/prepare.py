@@ -30,6 +30,7 @@ from bhx.data.store import (
     create_store,
     extend_store,
     fill,
+    mend,
     only_writer,
     open_store,
     write_labels,
@@ -171,6 +172,8 @@ def prepare(
     for note in notes:
         warn(note, stacklevel=2)
     with only_writer(out):
+        if (out / "zarr.json").exists():
+            mend(out)
         stored = _stored_labels(out, {**made_by, "task": of_task})
         changed = {row["subject"] for row in rows if _is_changed(row, stored, made_by)}
         if changed and not redo:

@@ -21,7 +21,7 @@ import zarr
 
 from bhx.data.atlas import TRAVELS, atlas_of
 from bhx.errors import InputError, listed
-from bhx.schema import UNITS, check, plain_labels, subject_coords
+from bhx.schema import UNITS, check, check_finished, plain_labels, subject_coords
 
 SHARD_BYTES = 64e6  # of one file of a sharded store; one file a subject chokes file systems
 
@@ -163,6 +163,19 @@ def extend_store(new: xr.Dataset, path) -> None:
             array[:] = np.arange(longest)
 
 
+def mend(path) -> None:
+    """Give all arrays one length again, if `extend_store` was killed between them."""
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)
+    shortest: dict[str, int] = {}
+    for _, array in group.arrays():
+        for dim, n in zip(array.metadata.dimension_names, array.shape, strict=True):
+            shortest[dim] = min(n, shortest.get(dim, n))
+    for _, array in group.arrays():
+        shape = tuple(shortest[dim] for dim in array.metadata.dimension_names)
+        if shape != array.shape:
+            array.resize(shape)
+
+
 def write_labels(path, labels: Mapping) -> None:
     """Write labels (name -> values of every row) where they differ; a new one, or one of another
     type, is made anew."""
@@ -194,6 +207,7 @@ def open_store(path, kind: str = "cohort") -> xr.Dataset:
         fact = f"Expected a zarr v3 store at {path}, found {found}"
         writers = {"cohort": "bhx.save_cohort or bhx.prepare", "latents": "bhx.embed(store=...)"}
         raise InputError(fact, f"Write one with {writers[kind]}")
+    check_finished(zarr.open_group(path, mode="r", use_consolidated=False).attrs, kind)
     data = xr.open_zarr(path, chunks={}, consolidated=False)
     half = [name for name, v in data.data_vars.items() if v.dtype == "float16"]
     data = data.assign({n: data[n].astype("float32") for n in half})
