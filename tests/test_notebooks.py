@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -38,6 +39,7 @@ NAMES = (
     *("03_function_at_any_tr", "04_the_shape_of_the_cortex", "05_the_hub", "06_pretrain"),
     *("07_walking_the_latent_space", "08_does_it_beat_the_connectome", "09_fine_tune"),
     *("10_bring_your_own_scans", "11_released_weights", "12_while_the_scan_runs"),
+    "13_real_people",
 )
 every_notebook = pytest.mark.parametrize("name", NAMES)
 
@@ -410,3 +412,13 @@ def test_another_folder_and_more_threads_change_nothing(copy, monkeypatch):
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     assert f"{len(read('00_start_here').code)} passed" in done.stdout
+
+
+def test_stored_scores_of_real_people_are_those_of_the_benchmark():
+    found = json.loads((REPO / "benchmarks" / "people.json").read_text(encoding="utf-8"))
+    table = pd.read_csv(FOLDER / "real_people.csv")
+    assert table.score.tolist() == [round(row["score"], 4) for row in found["scores"]]
+    assert set(table.columns) == {*("features", "target", "folds", "length", "metric"),
+                                  *("score", "low", "high")}  # fmt: skip
+    sites = pd.read_csv(FOLDER / "real_sites.csv")
+    assert sites.people.min() > 20  # no line stands for a person

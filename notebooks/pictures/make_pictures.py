@@ -52,6 +52,19 @@ def scored(notebook, code, title, chance):
     return beside(figure)
 
 
+def real_people():
+    figure, axis = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
+    for trace in stored("13_real_people", "Diagnosis, ABIDE I")["data"]:
+        bar = trace["error_x"]
+        error = numbers(bar["arrayminus"]), numbers(bar["array"])
+        axis.errorbar(numbers(trace["x"]), trace["y"], xerr=error, fmt="o", label=trace["name"])
+    axis.axvline(0.5, color="gray", linestyle=":")
+    axis.invert_yaxis()
+    axis.legend(frameon=False, loc="upper left")
+    axis.set(title="Diagnosis, real people (ABIDE I)", xlabel="AUROC, 95 % interval")
+    return beside(figure)
+
+
 def while_it_runs():
     lines = stored("12_while_the_scan_runs", "Eight synthetic people")["data"]
     figure, axis = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
@@ -214,7 +227,7 @@ def beside(*figures, height=430):
 
 
 PICTURES = (five_sites, accepted_scans, beside_controls, fine_tune, right_and_misread)
-PICTURES += (while_it_runs,)
+PICTURES += (while_it_runs, real_people)
 PICTURES += (two_tables, tokens_and_networks, people_and_tokens, hub_on_surface, masked_brain)
 PICTURES += (_02_masked_and_returned, _03_tokens_across_tr)
 
