@@ -2,9 +2,9 @@
 
 python tests/killed_runs.py JOB FOLDER SEED KILLS
 
-Prints the digest of what an unbroken run leaves, the digest after so many kills, and how many
-kills there were. Each attempt is a fork of this process, in which nothing has run yet, so it
-starts at once.
+Prints the digest of what an unbroken run leaves, that of what is left after so many kills, and how
+many there were; at first with a full disk instead of a kill. Each attempt is a fork of this
+process, in which nothing has run yet, so it starts at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -73,13 +74,14 @@ def tune(out: Path):
 JOBS = {"prepare": prepare, "embed": embed, "train": train, "tune": tune}
 
 
-def start(job, out: Path) -> int:
-    """Fork, do the job and end; the process's number."""
+def start(job, out: Path, largest: int = -1) -> int:
+    """Fork, do the job and end; the process's number. No file may be larger than so many bytes."""
     out.mkdir(exist_ok=True)
     child = os.fork()
     if not child:
         try:
             warnings.simplefilter("ignore")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
             job(out)
             os._exit(0)
         except BaseException as error:
@@ -102,6 +104,10 @@ def main(name, folder, seed, kills):
     began = time.monotonic()
     assert os.waitpid(start(job, folder / "whole"), 0)[1] == 0
     took = time.monotonic() - began
+    full = folder / "full"  # the disk, it seems, for a while
+    assert os.waitpid(start(job, full, 300), 0)[1] != 0
+    assert os.waitpid(start(job, full), 0)[1] == 0
+    print(json.dumps([digest(folder / "whole"), digest(full), 0]), flush=True)
     killed = 0
     while killed < int(kills):
         out = folder / f"broken{killed}"

@@ -1,10 +1,12 @@
-"""Killed twenty times at random moments and started again, each job leaves what it leaves unbroken.
+"""Killed twenty times at random moments and started again, each job leaves what it leaves unbroken;
+and so it does after a disk that was full, which is said.
 
 `killed_runs.py` kills and compares every byte of what is left, but for checkpoints and locks.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,4 +30,7 @@ def test_what_is_left_after_twenty_kills_is_what_an_unbroken_run_leaves(job, tmp
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert found[-1][2] >= KILLS
+    assert re.search(
+        "ended by InputError: Expected to write .*File too large.*Make room", done.stderr
+    )
     assert all(whole == broken for whole, broken, _ in found), found

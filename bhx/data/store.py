@@ -125,7 +125,9 @@ def fill(path, arrays_of: Callable) -> None:
 
 
 def finish(path) -> None:
-    """Declare a store complete; from then on it opens."""
+    """Declare a store complete; from then on it opens. What killed writers left half is removed."""
+    for part in Path(path).rglob("*.partial"):
+        part.unlink(missing_ok=True)
     group = zarr.open_group(path, mode="r+", use_consolidated=False)
     group.attrs.update(complete=True, rows_written=group["subject"].shape[0])
     shutil.rmtree(_markers(path), ignore_errors=True)
@@ -220,7 +222,7 @@ def open_store(path, kind: str = "cohort") -> xr.Dataset:
 
 @contextmanager
 def only_writer(path):
-    """Hold the lock of a store, which the system frees when a process dies."""
+    """Hold the lock of a store, which the system frees when a process dies; a full disk is said."""
     from filelock import FileLock, Timeout
 
     path = Path(path)
@@ -231,6 +233,10 @@ def only_writer(path):
     except Timeout as error:
         fact = f"Expected to be the only writer of {path}, found another process"
         raise InputError(fact, "Run this again when that process has ended") from error
+    except OSError as error:
+        fact = f"Expected to write {path}, found {error}"
+        help = "Make room, and run the same call again: it continues where it stopped"
+        raise InputError(fact, help) from error
 
 
 def as_text(coord: xr.DataArray) -> xr.Variable:

@@ -21,7 +21,15 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from bhx.data.atlas import check_same_places, with_atlas
-from bhx.data.store import create_store, finish, open_store, unwritten, write_labels, write_rows
+from bhx.data.store import (
+    create_store,
+    finish,
+    only_writer,
+    open_store,
+    unwritten,
+    write_labels,
+    write_rows,
+)
 from bhx.encode.inputs import in_turns, read_subject, run_networks
 from bhx.encode.model import Model, check_model
 from bhx.errors import InputError, check_choice, listed
@@ -318,25 +326,26 @@ def _lazy(cohort, options, template, blocks):
 
 def _stored(cohort, options, template, blocks, path, progress):
     """Write block by block; blocks whose rows are all written are not computed again."""
-    if not path.exists():
-        create_store(template, path, sharded=False)
-    _check_same(path, template)
-    missing = {row for rows in unwritten(path) for row in range(rows.start, rows.stop)}
-    total = cohort.sizes["subject"]
-    bar = {"total": total, "initial": total - len(missing), "unit": "subject"}
-    with tqdm(desc="embed", disable=not progress, **bar) as shown:
-        for block in blocks:
-            rows = [row for row in range(block.start, block.stop) if row in missing]
-            if rows:
-                read = cohort.isel(subject=rows).compute()
-                done = _block(read, options, _shapes_of(template))
-                for i, row in enumerate(rows):
-                    one = {name: values[i : i + 1] for name, values in done.items()}
-                    write_rows(path, slice(row, row + 1), one)
-                shown.update(len(rows))
-    finish(path)
-    labels = subject_coords(template.drop_vars("subject"))  # as they are now
-    write_labels(path, {name: c.values for name, c in labels.items()})
+    with only_writer(path):
+        if not path.exists():
+            create_store(template, path, sharded=False)
+        _check_same(path, template)
+        missing = {row for rows in unwritten(path) for row in range(rows.start, rows.stop)}
+        total = cohort.sizes["subject"]
+        bar = {"total": total, "initial": total - len(missing), "unit": "subject"}
+        with tqdm(desc="embed", disable=not progress, **bar) as shown:
+            for block in blocks:
+                rows = [row for row in range(block.start, block.stop) if row in missing]
+                if rows:
+                    read = cohort.isel(subject=rows).compute()
+                    done = _block(read, options, _shapes_of(template))
+                    for i, row in enumerate(rows):
+                        one = {name: values[i : i + 1] for name, values in done.items()}
+                        write_rows(path, slice(row, row + 1), one)
+                    shown.update(len(rows))
+        finish(path)
+        labels = subject_coords(template.drop_vars("subject"))  # as they are now
+        write_labels(path, {name: c.values for name, c in labels.items()})
     return open_store(path, "latents")
 
 
