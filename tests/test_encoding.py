@@ -603,7 +603,7 @@ def test_a_store_killed_at_its_birth_is_begun_again(quick, model, tmp_path):
     (tmp_path / "a.zarr.part" / "zarr.json").write_text("{")
     kept = embed(quick, model, store=tmp_path / "a.zarr", progress=False)
     assert kept.hub.notnull().all()
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+    assert {p.name for p in tmp_path.iterdir()} == {"a.zarr", ".a.zarr.lock"}
 
 
 OTHERS = {
@@ -727,3 +727,31 @@ def test_models_need_no_grid_of_their_own():
     assert isinstance(random_model("paper", device="cpu"), Model)
     with pytest.raises(InputError, match="Shipped weights are"):
         bhx.load_model("no such model")
+
+
+# Many workers ---
+
+
+def bytes_of(store):
+    return {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file()}
+
+
+def test_workers_write_what_one_process_writes(cohort, model, tmp_path):
+    from distributed import Client
+
+    how = {"keep": ("attention",), "tokens_at_once": 1, "progress": False}
+    embed(cohort, model, store=tmp_path / "alone.zarr", **how)
+    with Client(n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
+        embed(cohort, model, store=tmp_path / "shared.zarr", client=client, **how)
+        address = client.scheduler.address
+        embed(cohort, model, store=tmp_path / "again.zarr", client=address, **how)
+    alone = bytes_of(tmp_path / "alone.zarr")
+    assert bytes_of(tmp_path / "shared.zarr") == alone
+    assert bytes_of(tmp_path / "again.zarr") == alone
+
+
+def test_a_cluster_that_does_not_answer_is_said(cohort, model, tmp_path):
+    with pytest.raises(InputError, match="a Dask cluster that answers, found .*correct the addr"):
+        embed(cohort, model, store=tmp_path / "a.zarr", client="tcp://127.0.0.1:9", progress=False)
+    with pytest.raises(InputError, match="a store for the workers"):
+        embed(cohort, model, client="tcp://127.0.0.1:9")

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from warnings import warn
 
@@ -26,6 +25,7 @@ from bhx.data.derivatives import FACTS, find_scans
 from bhx.data.files import READERS, attempt, file_columns, readable
 from bhx.data.labels import as_words, tidy
 from bhx.data.store import (
+    compute_each,
     count_written,
     create_store,
     extend_store,
@@ -328,24 +328,8 @@ def _stage(rows, parts, options, workers, client):
     given = read_by["labels"]  # not those of the atlas, which are no file of the user's
     tasks = [dask.delayed(_stage_one)(row, parts[row["subject"]], options, given) for row in todo]
     with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="prepare", unit="scan") as bar:
-        reasons = _compute(tasks, workers, client, bar.update)
+        reasons = compute_each(tasks, client, bar.update, workers)
     return {row["subject"]: why for row, why in zip(todo, reasons, strict=True) if why}
-
-
-def _compute(tasks, workers, client, tick):
-    """Results of Dask tasks on threads or on a cluster, calling `tick` as each one ends."""
-    from dask.callbacks import Callback
-
-    if client is None:
-        with Callback(posttask=lambda *_: tick()):
-            return dask.compute(*tasks, scheduler="threads", num_workers=workers)
-    from distributed import Client, as_completed
-
-    with Client(client) if isinstance(client, str) else nullcontext(client) as cluster:
-        futures = cluster.compute(tasks)
-        for _ in as_completed(futures, raise_errors=False):
-            tick()
-        return [str(f.exception()) if f.status == "error" else f.result() for f in futures]
 
 
 def _stage_one(row, part, options, labels):

@@ -13,15 +13,19 @@ from collections.abc import Callable, Hashable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import dask
 import dask.array as da
 import numpy as np
 import pandas as pd
 import xarray as xr
 import zarr
+from dask.callbacks import Callback
 
 from bhx.data.atlas import TRAVELS, atlas_of
+from bhx.data.files import attempt
 from bhx.errors import InputError, listed
 from bhx.schema import UNITS, check, check_finished, plain_labels, subject_coords
+from bhx.settings import __version__
 
 SHARD_BYTES = 64e6  # of one file of a sharded store; one file a subject chokes file systems
 
@@ -237,6 +241,41 @@ def only_writer(path):
         fact = f"Expected to write {path}, found {error}"
         help = "Make room, and run the same call again: it continues where it stopped"
         raise InputError(fact, help) from error
+
+
+def compute_each(tasks, client, tick: Callable, workers: int = 1) -> list:
+    """Results of Dask tasks, calling `tick` as each one ends; of one that failed on a cluster, what
+    it says.
+
+    Parameters
+    ----------
+    client : a dask.distributed Client, the address of a cluster, or None for `workers` threads
+    """
+    if client is None:
+        with Callback(posttask=lambda *_: tick()):
+            return list(dask.compute(*tasks, scheduler="threads", num_workers=workers))
+    from distributed import Client, as_completed
+
+    own = isinstance(client, str)
+    with attempt("a Dask cluster that answers", "Start one, or correct the address"):
+        cluster = Client(client, timeout="10s") if own else client
+        with attempt(f"bhx {__version__} on every worker", "Install the same version there"):
+            versions = {*cluster.run(_version).values()} - {__version__}
+    try:
+        if versions:
+            fact = f"Expected bhx {__version__} on every worker, found {listed(versions)}"
+            raise InputError(fact, "Install the same version there")
+        futures = cluster.compute(list(tasks))
+        for _ in as_completed(futures, raise_errors=False):
+            tick()
+        return [str(f.exception()) if f.status == "error" else f.result() for f in futures]
+    finally:
+        if own:
+            cluster.close()
+
+
+def _version():
+    return __version__
 
 
 def as_text(coord: xr.DataArray) -> xr.Variable:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from bhx.data.atlas import check_same_places, with_atlas
 from bhx.data.store import (
+    compute_each,
     create_store,
     finish,
     only_writer,
@@ -53,6 +54,7 @@ def embed(
     attention: str = "last",
     precision: str = "float32",
     tokens_at_once: int = 16384,
+    client=None,
     progress: bool = True,
 ) -> xr.Dataset:
     """Send every subject of a cohort through a model.
@@ -74,6 +76,10 @@ def embed(
     attention : which attention is kept: of the "last" layer, or the "mean" of all
     precision : "float32" or "bfloat16"
     tokens_at_once : bound of a batch, and so of memory
+    client : a dask.distributed Client, or the address of a Dask cluster, whose workers see the
+        cohort's files and the store: each encodes and writes blocks of its own. A worker that is
+        lost costs its block, which another does again. The store is the same, bit for bit on one
+        kind of processor.
     progress : show a bar while a store is written
 
     Returns
@@ -105,9 +111,12 @@ def embed(
     blocks = _blocks(cohort, model.config, tokens_at_once)
     read = {m.variable for m in model.config.modalities.values()}
     cohort = cohort[[name for name in cohort.data_vars if name in read]]
+    if client is not None and store is None:
+        fact = "Expected a store for the workers to write into, found none"
+        raise InputError(fact, "Give embed(store=) on a disk that they all see, or no client")
     if store is None:
         return _lazy(cohort, options, template, blocks)
-    return _stored(cohort, options, template, blocks, Path(store), progress)
+    return _stored(cohort, options, template, blocks, Path(store), progress, client)
 
 
 def robust_scaling(cohort: xr.Dataset) -> xr.Dataset:
@@ -324,7 +333,7 @@ def _lazy(cohort, options, template, blocks):
     return out
 
 
-def _stored(cohort, options, template, blocks, path, progress):
+def _stored(cohort, options, template, blocks, path, progress, client):
     """Write block by block; blocks whose rows are all written are not computed again."""
     with only_writer(path):
         if not path.exists():
@@ -333,20 +342,37 @@ def _stored(cohort, options, template, blocks, path, progress):
         missing = {row for rows in unwritten(path) for row in range(rows.start, rows.stop)}
         total = cohort.sizes["subject"]
         bar = {"total": total, "initial": total - len(missing), "unit": "subject"}
+        todo = [[row for row in range(b.start, b.stop) if row in missing] for b in blocks]
+        todo = list(filter(None, todo))
+        shapes = _shapes_of(template)
         with tqdm(desc="embed", disable=not progress, **bar) as shown:
-            for block in blocks:
-                rows = [row for row in range(block.start, block.stop) if row in missing]
-                if rows:
-                    read = cohort.isel(subject=rows).compute()
-                    done = _block(read, options, _shapes_of(template))
-                    for i, row in enumerate(rows):
-                        one = {name: values[i : i + 1] for name, values in done.items()}
-                        write_rows(path, slice(row, row + 1), one)
+            if client is None:
+                for rows in todo:
+                    _write_block(cohort.isel(subject=rows), options, shapes, path, rows)
                     shown.update(len(rows))
+            else:
+                sent, here = dask.delayed(options), path.resolve()
+                tasks = [
+                    dask.delayed(_write_block)(cohort.isel(subject=rows), sent, shapes, here, rows)
+                    for rows in todo
+                ]
+                failed = list(filter(None, compute_each(tasks, client, shown.update)))
+                if failed:
+                    fact = f"Expected workers to encode {len(todo)} blocks, found {len(failed)} "
+                    fact += f"that failed; the first: {failed[0]}"
+                    raise InputError(fact, "Mend that, and run the same call again")
         finish(path)
         labels = subject_coords(template.drop_vars("subject"))  # as they are now
         write_labels(path, {name: c.values for name, c in labels.items()})
     return open_store(path, "latents")
+
+
+def _write_block(cohort, options, shapes, path, rows) -> None:
+    """Encode these rows of a cohort and write them into a store, here or on a worker."""
+    done = _block(cohort.compute(scheduler="threads"), options, shapes)
+    for i, row in enumerate(rows):
+        one = {name: values[i : i + 1] for name, values in done.items()}
+        write_rows(path, slice(row, row + 1), one)
 
 
 def _read_from_others(there, template) -> list[str]:
