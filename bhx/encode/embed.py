@@ -169,6 +169,7 @@ def _check_atlas(cohort, model):
 
 
 def scaling_of(scaling, model):
+    """What `embed(scaling=)` means: "zscore", or median and range of each parcel of the model."""
     scaling = model.config.scaling if scaling is None else scaling
     if isinstance(scaling, xr.Dataset):
         at = model.positions_of(scaling.roi.values)
@@ -183,6 +184,8 @@ def scaling_of(scaling, model):
 
 @dataclass(frozen=True)
 class Options:
+    """How scans are read and what is kept of them, as `embed` was asked."""
+
     model: Model
     keep: tuple
     scaling: tuple | str

@@ -124,6 +124,10 @@ class Modality:
         places = self.places(config) if len(shape) > 1 else shape
         return np.arange(prod(places)).reshape(places)[tuple(map(slice, shape))].ravel()
 
+    def so_far(self, running, config, middle, width) -> list[np.ndarray]:
+        """What `cut` gives for a scan that is still running (`modalities.running`)."""
+        raise NotImplementedError(self.name)
+
     def join(self, windows: list[np.ndarray], config) -> np.ndarray:
         """Tokens of all windows (*shape, feature) as one array (*token dims, feature)."""
         return windows[0].reshape(*self.places(config), -1)

@@ -32,7 +32,8 @@ TABLES = {"harmonics": "schaefer400_roi_eigenmodes.csv", "gradients": "gradient_
 
 SIZES = "sizes.json"  # beside files in this layout that are of another size than the published
 # Numbers of numpy beside the tensors, such as an epoch or a loss; they hold no code.
-NUMPY_SCALARS = [np.dtype, np._core.multiarray.scalar, *map(type, map(np.dtype, "?bhilBHILefd"))]
+NUMPY_SCALARS = [np.float64(0).__reduce__()[0], np.dtype]  # type: ignore[index]
+NUMPY_SCALARS += map(type, map(np.dtype, "?bhilBHILefd"))
 
 
 def write_release(model: Harmonix, folder) -> Path:
