@@ -139,5 +139,7 @@ def test_without_the_package(monkeypatch):
 
 def test_folders_and_shipped_names_as_before(tmp_path):
     assert bhx.load_model("workshop").config.name == "workshop"
+    with pytest.raises(bhx.InputError, match="folder of weights, found HarmonixConfig.*preset="):
+        bhx.load_model(bhx.PRESETS["workshop"])
     with pytest.raises(bhx.InputError, match="Shipped weights are: paper, workshop"):
         bhx.load_model(Path(tmp_path) / "none")

@@ -43,6 +43,9 @@ def save_weights(model: Harmonix, folder, provenance: dict | None = None) -> Pat
 
 def located(source) -> tuple[Path, str]:
     """The folder of weights by their name, and the repository it was downloaded from, or ""."""
+    if not isinstance(source, str | os.PathLike):
+        fact = f"Expected the name or folder of weights, found {type(source).__name__}"
+        raise InputError(fact, "A configuration without weights goes to preset=, or random_model")
     source = str(source)
     if source == "release":
         repository = os.environ.get("BHX_RELEASE", RELEASE)
