@@ -462,7 +462,7 @@ def test_a_cohort_that_does_not_fit_is_refused_unread(cohort, model, name, tmp_p
         ({"keep": ("dynamics", 3)}, "found 3"),
         ({"missing_parcels": "ignore"}, "missing_parcels to be refuse, leave out, found 'ignore'"),
         ({"precision": "float16"}, "precision to be float32, bfloat16, found 'float16'"),
-        ({"attention": "first"}, "attention to be last, mean, found 'first'"),
+        ({"attention": "first"}, "attention to be last, mean, rollout, found 'first'"),
         ({"scaling": "robust"}, "'zscore' or a Dataset of robust_scaling, found 'robust'"),
     ],
 )

@@ -178,7 +178,7 @@ def test_a_subject_without_tokens_is_refused(hub):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["last", "mean"])
+@pytest.mark.parametrize("method", ["last", "mean", "rollout"])
 def test_attention_sums_to_one_over_all_modalities(hub, method):
     batch = subjects_of()
     del batch[0]["coupling"]

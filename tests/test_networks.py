@@ -660,11 +660,15 @@ def full_attention(harmonizer, subject):
     return torch.stack(maps).mean(1)
 
 
-@pytest.mark.parametrize("method", ["last", "mean"])
+@pytest.mark.parametrize("method", ["last", "mean", "rollout"])
 def test_attention_is_that_of_the_forward_pass(harmonizer, batch, method):
     for subject, kept in zip(batch, harmonizer.attention(batch, method), strict=True):
         each = full_attention(harmonizer, subject)
-        whole = {"last": each[-1], "mean": each.mean(0)}[method]
+        if method == "rollout":
+            unit = torch.eye(each.shape[-1])
+            whole = torch.linalg.multi_dot([(a + unit) / 2 for a in each.flip(0)])
+        else:
+            whole = {"last": each[-1], "mean": each.mean(0)}[method]
         data, ours = whole[-3:, 1:-3], torch.cat(list(kept.values()), 1)
         assert list(kept) == list(subject)
         torch.testing.assert_close(ours, data / data.sum(1, keepdim=True), atol=1e-5, rtol=1e-4)
@@ -673,7 +677,7 @@ def test_attention_is_that_of_the_forward_pass(harmonizer, batch, method):
 
 @pytest.mark.parametrize("method", ["first", 0, None])
 def test_unknown_attention_is_refused(harmonizer, batch, method):
-    with pytest.raises(InputError, match="attention to be last, mean, found"):
+    with pytest.raises(InputError, match="attention to be last, mean, rollout, found"):
         harmonizer.attention(batch, method)
 
 

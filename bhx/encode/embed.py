@@ -73,7 +73,7 @@ def embed(
         `robust_scaling` for the released rule; the model's own by default
     missing_parcels : "refuse" parcels that are flat or not finite, or "leave out" their tokens.
         Volumes and voxels that are NaN leave out the tokens that would read them.
-    attention : which attention is kept: of the "last" layer, or the "mean" of all
+    attention : which attention is kept: of the "last" layer, the "mean" of all, or their "rollout"
     precision : "float32" or "bfloat16"
     tokens_at_once : bound of a batch, and so of memory
     client : a dask.distributed Client, or the address of a Dask cluster, whose workers see the

@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from bhx.errors import InputError, check_choice
-from bhx.model.layers import ATTENTIONS, Block, TokenPlaces, initialize, normalized, run, sincos
+from bhx.model.layers import (
+    ATTENTIONS,
+    Block,
+    TokenPlaces,
+    attention_weights,
+    initialize,
+    normalized,
+    run,
+    sincos,
+)
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,9 @@ class Harmonizer(nn.Module):
     def attention(self, subjects, method: str = "last"):
         """How much each hub token reads each data token: [modality -> (hubs, n)] of each subject.
 
-        `method` is "last" (layer) or "mean" (over layers). Heads are averaged; over all modalities
-        each row sums to 1. Only hub rows are ever held.
+        `method` is "last" (layer), "mean" (over layers), or "rollout" (Abnar & Zuidema, arXiv
+        2005.00928). Heads are averaged; over all modalities each row sums to 1. Only hub rows, or
+        for the rollout blocks of rows, are ever held.
         """
         check_choice("attention", method, ATTENTIONS)
         x, lengths = self.sequence(subjects)
@@ -129,10 +139,13 @@ class Harmonizer(nn.Module):
         for block in self.blocks:
             inputs.append(x)
             x = block(x, lengths)
-        hub, first = slice(-self.config.hubs, None), 0 if method == "mean" else -1
-        layers = zip(self.blocks[first:], inputs[first:], strict=True)
-        each = zip(*(block.weights(x, lengths, hub) for block, x in layers), strict=True)
-        maps = [torch.stack([w.mean(0) for w in one]).mean(0) for one in each]
+        if method == "rollout":
+            maps = self._rollout(inputs, lengths)
+        else:
+            hub, first = slice(-self.config.hubs, None), 0 if method == "mean" else -1
+            layers = zip(self.blocks[first:], inputs[first:], strict=True)
+            each = zip(*(block.weights(x, lengths, hub) for block, x in layers), strict=True)
+            maps = [torch.stack([w.mean(0) for w in one]).mean(0) for one in each]
         out = []
         for whole, subject in zip(maps, subjects, strict=True):
             data = whole[:, 1 : -self.config.hubs]
@@ -140,6 +153,18 @@ class Harmonizer(nn.Module):
             parts = data.split([len(places) for _, places in subject.values()], 1)
             out.append(dict(zip(subject, parts, strict=True)))
         return out
+
+    def _rollout(self, inputs, lengths, rows_at_once: int = 512):
+        hubs = self.config.hubs
+        own = torch.eye(hubs, device=inputs[0].device)
+        flows = [nn.functional.pad(own, (n - hubs, 0)) for n in lengths]
+        for block, x in zip(reversed(self.blocks), reversed(inputs), strict=True):
+            for i, (sequence, flow) in enumerate(zip(x.split(lengths), flows, strict=True)):
+                q, k, _ = block.before(sequence)
+                parts = zip(q.split(rows_at_once), flow.split(rows_at_once, 1), strict=True)
+                through = sum(f @ attention_weights(part, k).mean(0) for part, f in parts)
+                flows[i] = (flow + through) / 2
+        return flows
 
     def decode(self, hub, rows):
         """Data tokens at the positions `rows` [(n_i,)] of each subject, from its hub tokens.

@@ -168,17 +168,23 @@ class Hub(nn.Module):
         """How much each hub token reads each data token: [modality -> (hubs, n)] of each subject.
 
         The attention to each modality, times the share that its reading has in the length of all
-        readings; so over all modalities each row sums to 1. `method` is "last" (layer) or "mean"
-        (over layers).
+        readings; so over all modalities each row sums to 1. `method` is "last" (layer), "mean"
+        (over layers), or "rollout": what hub tokens read of each other is traced, too.
         """
         check_choice("attention", method, ATTENTIONS)
         data, hub = self.gather(subjects), self.tokens.expand(len(subjects), -1, -1)
-        layers = []
-        for block in self.blocks:
-            layers.append(self._shares(block, hub, data))
-            hub = block(hub, data)
-        kept = zip(*(layers[-1:] if method == "last" else layers), strict=True)
-        return [{name: sum(x[name] for x in one) / len(one) for name in one[0]} for one in kept]
+        out: list[dict] = [{} for _ in subjects]
+        for _depth, block in enumerate(self.blocks):
+            if method == "last":
+                out = [{} for _ in subjects]
+            each = self._shares(block, hub, data)
+            new, mixing = block(hub, data), self._mixing(block, hub, data, method)
+            for i, maps in enumerate(each):
+                for name, weights in maps.items():
+                    out[i][name] = mixing[i] @ (out[i].get(name, 0) + weights)
+            hub = new
+        layers = 1 if method == "last" else len(self.blocks)
+        return [{name: x / layers for name, x in one.items()} for one in out]
 
     def _shares(self, block, hub, data):
         """Attention of one layer by subject and modality, weighted by what was taken from each."""
@@ -194,6 +200,17 @@ class Hub(nn.Module):
             for row, weight, part in zip(rows.tolist(), weights, share, strict=True):
                 out[row][name] = weight * part
         return out
+
+    def _mixing(self, block, hub, data, method):
+        """How hub tokens pass on what they read within a layer: (hubs, hubs) of each subject."""
+        own = torch.eye(hub.shape[1], device=hub.device)
+        if method != "rollout":
+            return [own] * len(hub)
+        for rows, read in block.read(hub, data).values():
+            hub = hub.index_add(0, rows, read)
+        lengths = (hub.shape[1],) * len(hub)
+        weights = block.block.weights(hub.flatten(0, 1), lengths, slice(None))
+        return [(own + w.mean(0)) / 2 for w in weights]
 
     def losses(self, hub, targets):
         """The mean squared error of tokens that are decoded from hub tokens (B, hubs, width), by

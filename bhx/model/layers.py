@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-ATTENTIONS = ("last", "mean")
+ATTENTIONS = ("last", "mean", "rollout")
 
 
 @dataclass(frozen=True)
