@@ -119,8 +119,8 @@ class Stream:
         Raises
         ------
         InputError
-            The volumes do not fit the parcels, the time or one another. Nothing is taken then, and
-            the scan goes on.
+            The volumes do not fit the parcels, the time or one another: then nothing is taken, and
+            the scan goes on. Or a patch has become whole and parcels have no signal as yet.
         """
         volumes = np.atleast_2d(np.asarray(volumes, float))
         self._check(volumes, seconds)
