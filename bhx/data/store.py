@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import dask
@@ -239,7 +239,7 @@ def only_writer(path):
         raise InputError(fact, "Run this again when that process has ended") from error
     except OSError as error:
         fact = f"Expected to write {path}, found {error}"
-        help = "Make room, and run the same call again: it continues where it stopped"
+        help = "Make room, or mend what this says; the same call then continues where it stopped"
         raise InputError(fact, help) from error
 
 
@@ -256,12 +256,11 @@ def compute_each(tasks, client, tick: Callable, workers: int = 1) -> list:
             return list(dask.compute(*tasks, scheduler="threads", num_workers=workers))
     from distributed import Client, as_completed
 
-    own = isinstance(client, str)
     with attempt("a Dask cluster that answers", "Start one, or correct the address"):
-        cluster = Client(client, timeout="10s") if own else client
+        own = Client(client, timeout="10s") if isinstance(client, str) else nullcontext(client)
+    with own as cluster:
         with attempt(f"bhx {__version__} on every worker", "Install the same version there"):
             versions = {*cluster.run(_version).values()} - {__version__}
-    try:
         if versions:
             fact = f"Expected bhx {__version__} on every worker, found {listed(versions)}"
             raise InputError(fact, "Install the same version there")
@@ -269,9 +268,6 @@ def compute_each(tasks, client, tick: Callable, workers: int = 1) -> list:
         for _ in as_completed(futures, raise_errors=False):
             tick()
         return [str(f.exception()) if f.status == "error" else f.result() for f in futures]
-    finally:
-        if own:
-            cluster.close()
 
 
 def _version():
