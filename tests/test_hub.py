@@ -336,6 +336,18 @@ def test_gradients_of_parts_are_those_of_the_whole_batch(cohort, tmp_path):
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-7, rtol=1e-4)
 
 
+def test_it_trains_in_half_precision(cohort, tmp_path):
+    whole, half = (
+        begun(cohort, tmp_path / p, precision=p)._gradients for p in ("float32", "bfloat16")
+    )
+    samples = whole.__self__.samples
+    one, other = (
+        step([samples[0, int(i)] for i in whole.__self__.batch(0)])[0] for step in (whole, half)
+    )
+    assert one["loss_relations"] != other["loss_relations"]
+    assert one["loss_relations"] == pytest.approx(other["loss_relations"], abs=0.02)
+
+
 def test_the_loss_and_its_gradient_are_those_of_plain_autograd(cohort, tmp_path):
     run = begun(cohort, tmp_path, reconstruction=0.0, drop_modality=0.0)
     samples, rows = [run.samples[0, int(i)] for i in run.batch(0)], run.batch(0)

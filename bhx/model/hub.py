@@ -76,7 +76,7 @@ class HubLayer(nn.Module):
     def forward(self, hub, data):
         """Hub tokens (B, hubs, width); `data` is what `Hub.gather` gives."""
         for rows, read in self.read(hub, data).values():
-            hub = hub.index_add(0, rows, read)
+            hub = hub.index_add(0, rows, read.to(hub.dtype))
         return self.block(hub.flatten(0, 1), len(hub) * (hub.shape[1],)).view_as(hub)
 
     def read(self, hub, data):
@@ -207,7 +207,7 @@ class Hub(nn.Module):
         if method != "rollout":
             return [own] * len(hub)
         for rows, read in block.read(hub, data).values():
-            hub = hub.index_add(0, rows, read)
+            hub = hub.index_add(0, rows, read.to(hub.dtype))
         lengths = (hub.shape[1],) * len(hub)
         weights = block.block.weights(hub.flatten(0, 1), lengths, slice(None))
         return [(own + w.mean(0)) / 2 for w in weights]
