@@ -15,6 +15,7 @@ import torch
 import xarray as xr
 import zarr
 from test_checkpoints import TINY
+from tiny_runs import HUB, tiny_cohort
 
 import bhx
 from bhx.data.atlas import load_atlas
@@ -263,6 +264,58 @@ def test_half_precision_is_near(cohort, full, model):
     assert rough.attrs["precision"] == "bfloat16"
 
 
+def test_a_relational_hub_in_half_precision_is_near(cohort):
+    hub = random_model(HUB, device="cpu")
+    whole, rough = (embed(tiny_cohort(), hub, precision=p).hub for p in ("float32", "bfloat16"))
+    close(rough, whole, 0.1)
+    assert not np.array_equal(rough, whole)
+
+
+@pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_faster_precision_is_taken_if_hub_tokens_stay_alike(
+    cohort, model, tmp_path, monkeypatch, faster, alike
+):
+    clock = iter([0, 1, 0, 2] if faster == "float32" else [0, 2, 0, 1])
+    monkeypatch.setattr(embed_file, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(embed_file, "computes_bfloat16", lambda device: True)
+    monkeypatch.setattr(embed_file, "ALIKE", 0.9 if alike else 1.1)
+    chosen = faster if alike else "float32"
+    store = tmp_path / "a.zarr"
+    found = embed(cohort, model, precision="auto", store=store, progress=False)
+    assert found.attrs["precision"] == chosen
+    again = embed(cohort, model, precision="auto", store=store, progress=False)  # asks no clock
+    xr.testing.assert_identical(again.load(), found.load())
+    xr.testing.assert_equal(found, embed(cohort, model, precision=chosen).compute())
+
+
+def test_a_processor_without_half_precision_keeps_the_whole(cohort, model, monkeypatch):
+    monkeypatch.setattr(embed_file, "computes_bfloat16", lambda device: False)
+    assert embed(cohort, model, precision="auto").attrs["precision"] == "float32"
+
+
+def test_a_batch_without_room_is_halved_and_said(cohort, full, model, monkeypatch):
+    encode = embed_file.run_networks
+    monkeypatch.setattr(embed_file, "run_networks", with_room_for(2, encode))
+    with pytest.warns(UserWarning, match="no room for a whole batch, which was halved"):
+        found = embed(cohort, model, tokens_at_once=10**6).hub.compute()
+    close(found, full.hub)
+    monkeypatch.setattr(embed_file, "run_networks", with_room_for(0, encode))
+    with pytest.raises(InputError, match="room for one subject on cpu, found too little: CUDA out"):
+        embed(cohort.isel(subject=[0]), model).compute()
+
+
+def with_room_for(few, encode):
+    """Networks on a device that has room for so many subjects."""
+
+    def run(networks, readings, *more):
+        if len(readings) > few:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return encode(networks, readings, *more)
+
+    return run
+
+
 # What is left out --------------------------------------------------------------------------------
 
 
@@ -461,7 +514,7 @@ def test_a_cohort_that_does_not_fit_is_refused_unread(cohort, model, name, tmp_p
         ({"keep": "tokens"}, "keep to be dynamics, structure, attention, found 'tokens'"),
         ({"keep": ("dynamics", 3)}, "found 3"),
         ({"missing_parcels": "ignore"}, "missing_parcels to be refuse, leave out, found 'ignore'"),
-        ({"precision": "float16"}, "precision to be float32, bfloat16, found 'float16'"),
+        ({"precision": "float16"}, "precision to be float32, bfloat16, auto, found 'float16'"),
         ({"attention": "first"}, "attention to be last, mean, rollout, found 'first'"),
         ({"scaling": "robust"}, "'zscore' or a Dataset of robust_scaling, found 'robust'"),
     ],

@@ -7,6 +7,7 @@ import json
 import math
 import resource
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -319,6 +320,29 @@ def test_a_batch_in_small_parts_is_the_batch(cohort, model, stage, tmp_path):
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_a_batch_without_room_is_trained_in_smaller_parts(cohort, model, tmp_path, monkeypatch):
+    """The step is the one of a device with room, up to rounding; one person too large is said."""
+    found, forward = [], Run._gradients
+    for room in (10**6, 400, 1):
+
+        def gradients(run, samples, room=room):
+            if run.at_once > room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return forward(run, samples)
+
+        monkeypatch.setattr(Run, "_gradients", gradients)
+        run = run_of(cohort, model, "structure", tmp_path / str(room), tokens_at_once=800)
+        if room == 1:
+            with pytest.raises(InputError, match="Expected room for .* Set tokens_at_once= lower"):
+                run._gradients_in_memory(batch_of(run))
+            break
+        with nullcontext() if room > 800 else pytest.warns(UserWarning, match="now on 400 tokens"):
+            run._gradients_in_memory(batch_of(run))
+        found.append(torch.cat([p.grad.flatten() for p in run.learning]))
+    assert run.at_once < 400
+    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
+
+
 def test_biases_and_single_rows_do_not_decay(cohort, model, tmp_path):
     run = run_of(cohort, model, "dynamics", tmp_path)
     decays, still = (g["params"] for g in run.optimizer.param_groups)
@@ -327,7 +351,7 @@ def test_biases_and_single_rows_do_not_decay(cohort, model, tmp_path):
     assert all(p.ndim <= 1 or names[id(p)].endswith("bias") for p in still)
     assert {id(p) for p in (*decays, *still)} == {id(p) for p in run.learning}
     assert not {id(p) for p in run.learning} & {id(p) for p in run.objective.teacher.parameters()}
-    run._advance(batch_of(run))
+    run._gradients_in_memory(batch_of(run))
     assert run.optimizer.param_groups[0]["weight_decay"] == run.plan.decay[0]
     assert run.optimizer.param_groups[1]["weight_decay"] == 0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import HUB, QUICK, TINY, tiny_cohort
+from tiny_runs import HUB, QUICK, TINY, embed_tiny, tiny_cohort
 
 from bhx.data.store import save_cohort
 from bhx.encode.model import load_model
@@ -162,6 +162,21 @@ def test_people_are_compared_over_all_processes(tmp_path):
         for (name, a), b in zip(next(pairs).items(), next(pairs).values(), strict=True):
             bound = 2e-4 if "decoder" in name else 1e-5  # a decoder's first gradients are near 0
             assert torch.allclose(a, b, atol=bound, rtol=0), (how, name)
+
+
+def test_processes_share_the_subjects_to_embed(store, tmp_path):
+    """The store that torchrun's processes write is the one that this process writes."""
+    in_two_processes(store, [(tmp_path / "two.zarr", None)])
+    alone, shared = embed_tiny(store, tmp_path / "one.zarr"), tmp_path / "two.zarr"
+    files = sorted(p.relative_to(shared) for p in shared.rglob("*") if p.is_file())
+    assert len(files) > alone.sizes["subject"]
+    assert files == sorted(
+        p.relative_to(tmp_path / "one.zarr")
+        for p in (tmp_path / "one.zarr").rglob("*")
+        if p.is_file()
+    )
+    for file in files:
+        assert (shared / file).read_bytes() == (tmp_path / "one.zarr" / file).read_bytes(), file
 
 
 def test_a_sharded_checkpoint_is_whole(shared):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -260,8 +261,10 @@ def compute_each(tasks, client, tick: Callable, workers: int = 1) -> list:
         own = Client(client, timeout="10s") if isinstance(client, str) else nullcontext(client)
     with own as cluster:
         with attempt(f"bhx {__version__} on every worker", "Install the same version there"):
-            versions = {*cluster.run(_version).values()} - {__version__}
-        if versions:
+            found = cluster.run(_version).values()
+        if not found:
+            warnings.warn("The Dask cluster has no worker yet; waits for one", stacklevel=2)
+        if versions := {*found} - {__version__}:
             fact = f"Expected bhx {__version__} on every worker, found {listed(versions)}"
             raise InputError(fact, "Install the same version there")
         futures = cluster.compute(list(tasks))

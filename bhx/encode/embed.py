@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
+from time import perf_counter
 
 import dask
 import dask.array as da
 import numpy as np
 import torch
 import xarray as xr
+import zarr
 from tqdm.auto import tqdm
 
 from bhx.data.atlas import check_same_places, with_atlas
@@ -33,6 +36,7 @@ from bhx.data.store import (
 )
 from bhx.encode.inputs import in_turns, read_subject, run_networks
 from bhx.encode.model import Model, check_model
+from bhx.encode.processes import Processes, computes_bfloat16
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD
 from bhx.modalities.table import MODALITIES
@@ -40,6 +44,8 @@ from bhx.model.layers import ATTENTIONS
 from bhx.schema import ATTENTION, VERSION, check, dims_of, subject_coords, who_has
 from bhx.settings import __version__
 
+PRECISIONS = ("float32", "bfloat16")
+ALIKE, TRIED = 0.999, 8  # cosine of mean hub tokens in both precisions; people it is tried on
 _ONE_AT_A_TIME = Lock()  # the networks use all cores, so threads of Dask take turns
 
 
@@ -74,12 +80,15 @@ def embed(
     missing_parcels : "refuse" parcels that are flat or not finite, or "leave out" their tokens.
         Volumes and voxels that are NaN leave out the tokens that would read them.
     attention : which attention is kept: of the "last" layer, the "mean" of all, or their "rollout"
-    precision : "float32" or "bfloat16"
-    tokens_at_once : bound of a batch, and so of memory
+    precision : "float32", "bfloat16", or "auto": bfloat16 where the first eight people's scans are
+        encoded faster in it, and their mean hub tokens, less the average of the eight, keep a
+        cosine of 0.999 to those of float32. `attrs["precision"]` says which it was.
+    tokens_at_once : bound of a batch, and so of memory; a batch that a GPU has no room for is
+        halved
     client : a dask.distributed Client, or the address of a Dask cluster, whose workers see the
         cohort's files and the store: each encodes and writes blocks of its own. A worker that is
         lost costs its block, which another does again. The store is the same, bit for bit on one
-        kind of processor.
+        kind of processor. Under torchrun the processes share the blocks, each on its own GPU.
     progress : show a bar while a store is written
 
     Returns
@@ -101,12 +110,15 @@ def embed(
     for name in keep:
         check_choice("keep", name, [*kept, "attention"])
     check_choice("missing_parcels", missing_parcels, ("refuse", "leave out"))
-    check_choice("precision", precision, ("float32", "bfloat16"))
+    check_choice("precision", precision, (*PRECISIONS, "auto"))
     check_choice("attention", attention, ATTENTIONS)
     cohort = aligned_to(check(cohort, "cohort"), model)
     options = Options(
         model, keep, scaling_of(scaling, model), missing_parcels, attention, precision
     )
+    if precision == "auto":
+        precision = _agreed_precision(cohort, options, store, tokens_at_once)
+        options = replace(options, precision=precision)
     template = template_of(cohort, options)
     blocks = _blocks(cohort, model.config, tokens_at_once)
     read = {m.variable for m in model.config.modalities.values()}
@@ -194,6 +206,33 @@ class Options:
     precision: str
 
 
+def _agreed_precision(cohort, options, store, tokens_at_once) -> str:
+    """That of a store which is continued, or the fastest; the same in all processes."""
+    begun = store is not None and Path(store, "zarr.json").exists()
+    chosen = zarr.open_group(store, mode="r").attrs.get("precision") if begun else None
+    chosen = chosen or _fastest(cohort, options, tokens_at_once)
+    processes = Processes.join(options.model.device)
+    return PRECISIONS[processes.most(PRECISIONS.index(chosen))]
+
+
+def _fastest(cohort, options, tokens_at_once) -> str:
+    """The precision that is faster on the first people; bfloat16 only if hub tokens stay alike."""
+    if not computes_bfloat16(options.model.device):
+        return "float32"
+    first = cohort.isel(subject=slice(TRIED)).compute()
+    blocks = _blocks(first, options.model.config, tokens_at_once)
+    shapes, tokens, seconds = {"hub": _hub_shape(options.model)}, {}, {}
+    for precision in PRECISIONS:
+        how = replace(options, keep=(), precision=precision)
+        _block(first.isel(subject=[0]), how, shapes)  # what is slow once only
+        began = perf_counter()
+        made = [_block(first.isel(subject=b), how, shapes)["hub"].mean(1) for b in blocks]
+        seconds[precision], tokens[precision] = perf_counter() - began, np.concatenate(made)
+    one, other = (each - each.mean(0) for each in tokens.values())
+    cosine = (one * other).sum(1) / np.sqrt((one**2).sum(1) * (other**2).sum(1)).clip(1e-30)
+    return min(seconds, key=lambda p: seconds[p]) if cosine.min() >= ALIKE else "float32"
+
+
 # What will be there ---
 
 
@@ -227,7 +266,7 @@ def template_of(cohort, options):
     if "attention" in options.keep:
         shapes[ATTENTION] = (h.hubs, len(h.modalities))
         coords["modality"] = list(h.modalities)
-    shapes["hub"] = (h.hubs, h.width)
+    shapes["hub"] = _hub_shape(model)
     dims = dims_of("latents")
     coords |= model.coords({d for name in shapes for d in dims[name]})
     types = dict.fromkeys(shapes, "float32") | {"valid": "bool"}
@@ -237,6 +276,10 @@ def template_of(cohort, options):
     }
     latents = xr.Dataset(data, coords, _describe(cohort, options))
     return with_atlas(latents, model.atlas) if "roi" in latents.dims else latents
+
+
+def _hub_shape(model):
+    return model.config.harmonizer.hubs, model.config.harmonizer.width
 
 
 def _onsets(cohort, config, patches):
@@ -308,8 +351,24 @@ def _block(rows: xr.Dataset, options, shapes):
             raise InputError(f"Subject '{subject}': {error.fact}", error.help) from error
     half = torch.autocast(model.device.type, torch.bfloat16, options.precision == "bfloat16")
     with _ONE_AT_A_TIME, torch.no_grad(), half:
-        done = run_networks(model.networks, readings, model.device, options.keep, options.attention)
-    return filled(done, shapes)
+        return filled(_in_memory(readings, options), shapes)
+
+
+def _in_memory(readings, options) -> list[dict]:
+    """What the networks make of these subjects: of all at once, or of as many as there is room."""
+    model = options.model
+    try:
+        return run_networks(model.networks, readings, model.device, options.keep, options.attention)
+    except torch.OutOfMemoryError as error:
+        few, found = len(readings) // 2, str(error).partition(".")[0]
+    if not few:
+        fact = f"Expected room for one subject on {model.device}, found too little: {found}"
+        raise InputError(fact, "Free it of other programs, or load_model(device='cpu')")
+    warnings.warn(
+        "The device had no room for a whole batch, which was halved; tokens_at_once= sets its size",
+        stacklevel=2,
+    )
+    return _in_memory(readings[:few], options) + _in_memory(readings[few:], options)
 
 
 def filled(done: list[dict], shapes: dict) -> dict[str, np.ndarray]:
@@ -338,17 +397,21 @@ def _lazy(cohort, options, template, blocks):
 
 def _stored(cohort, options, template, blocks, path, progress, client):
     """Write block by block; blocks whose rows are all written are not computed again."""
-    with only_writer(path):
-        if not path.exists():
+    processes = Processes.join(options.model.device)
+    first = processes.rank == 0
+    with only_writer(path) if first else nullcontext():
+        if first and not path.exists():
             create_store(template, path, sharded=False)
+        processes.wait()
         _check_same(path, template)
         missing = {row for rows in unwritten(path) for row in range(rows.start, rows.stop)}
         total = cohort.sizes["subject"]
         bar = {"total": total, "initial": total - len(missing), "unit": "subject"}
         todo = [[row for row in range(b.start, b.stop) if row in missing] for b in blocks]
-        todo = list(filter(None, todo))
+        processes.wait()  # until all have seen what is missing
+        todo = processes.share_of(list(filter(None, todo)))
         shapes = _shapes_of(template)
-        with tqdm(desc="embed", disable=not progress, **bar) as shown:
+        with tqdm(desc="embed", disable=not (progress and first), **bar) as shown:
             if client is None:
                 for rows in todo:
                     _write_block(cohort.isel(subject=rows), options, shapes, path, rows)
@@ -364,9 +427,12 @@ def _stored(cohort, options, template, blocks, path, progress, client):
                     fact = f"Expected workers to encode {len(todo)} blocks, found {len(failed)} "
                     fact += f"that failed; the first: {failed[0]}"
                     raise InputError(fact, "Mend that, and run the same call again")
-        finish(path)
-        labels = subject_coords(template.drop_vars("subject"))  # as they are now
-        write_labels(path, {name: c.values for name, c in labels.items()})
+        processes.wait()
+        if first:
+            finish(path)
+            labels = subject_coords(template.drop_vars("subject"))  # as they are now
+            write_labels(path, {name: c.values for name, c in labels.items()})
+        processes.wait()
     return open_store(path, "latents")
 
 

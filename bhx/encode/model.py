@@ -14,6 +14,7 @@ import xarray as xr
 
 from bhx.data.atlas import ATLASES, load_atlas, match_names
 from bhx.encode.inputs import Reading, as_array, encode_readings, made_before
+from bhx.encode.processes import own_device
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.bold import BOLD, check_tr
 from bhx.modalities.t1 import ANATOMY, check_grid
@@ -124,7 +125,8 @@ class Model:
     """
 
     def __init__(self, networks: Harmonix, device: str | None = None):
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = own_device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device)
         self.networks = networks.to(self.device).eval()
         self.config = networks.config
         self.provenance = networks.provenance

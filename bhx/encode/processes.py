@@ -1,4 +1,4 @@
-"""Several processes that train one model: who one is, what is exchanged, what is split."""
+"""Several processes that share one job: who one is, what is exchanged, what is split."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import atexit
 import contextlib
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from bhx.model.layers import Block
+
+LONGEST_WAIT = timedelta(hours=12)  # of processes of which one has more to embed than another
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Processes:
         if world == 1:
             return cls(0, 1, device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=LONGEST_WAIT)
             atexit.register(dist.destroy_process_group)
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
@@ -64,7 +68,7 @@ class Processes:
         return int(value)
 
     def share_of(self, subjects):
-        """This process's part of a batch."""
+        """This process's part of a batch, or of a list of jobs."""
         return subjects[self.rank :: self.world]
 
     def parallel(self, objective: nn.Module, shard: bool) -> nn.Module:
@@ -98,6 +102,14 @@ def own_device(device: str | None) -> str | None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     return device
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16 by itself, and so gains from it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and has
 
 
 def _sharded(objective, device, world):

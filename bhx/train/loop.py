@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 
 import numpy as np
 import torch
@@ -16,11 +17,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from bhx.encode.inputs import in_turns
+from bhx.encode.processes import Processes, gathered, split_like
 from bhx.errors import InputError, listed
 from bhx.train.dataset import Samples, readable
 from bhx.train.log import append, collapse, cut_after, names_what_failed, warn_of_collapse
 from bhx.train.objectives import FEWEST, Objective, compile_blocks
-from bhx.train.processes import Processes, gathered, split_like
 from bhx.train.recipes import Recipe, cosine, learning_rate, linear
 
 AT_ONCE = 4  # subjects that a worker reads for one message
@@ -59,7 +60,7 @@ class Run:
         on_gpu = self.device.type == "cuda"
         groups = objective.groups(plan)
         self.optimizer = torch.optim.AdamW(groups, plan.rate[0], plan.betas, fused=on_gpu)
-        self.step = 0
+        self.step, self.at_once = 0, plan.tokens_at_once
         self.lowest, self.kept, self.best = math.inf, 0, None  # for stopping early
         quiet = not progress or self.processes.rank > 0
         self.bar = tqdm(total=plan.steps, desc=plan.stage, unit="step", disable=quiet)
@@ -113,8 +114,7 @@ class Run:
         decay = cosine(*plan.decay, share)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = rate * group["scale"], decay * group["decays"]
-        torch.manual_seed(int(np.random.default_rng([plan.seed, self.step]).integers(2**31)))
-        losses, tokens, norm = self._gradients(samples)
+        losses, tokens, norm = self._gradients_in_memory(samples)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.follow(linear(*plan.momentum, share))
@@ -170,11 +170,33 @@ class Run:
             samples += next(batches)
         return [readable(sample) for sample in samples]
 
+    def _gradients_in_memory(self, samples):
+        """The gradients, from fewer tokens at once where the device has no room for as many."""
+        seed = int(np.random.default_rng([self.plan.seed, self.step]).integers(2**31))
+        while True:
+            torch.manual_seed(seed)
+            try:
+                return self._gradients(samples)
+            except torch.OutOfMemoryError as error:
+                alone = self.processes.world == 1  # others would wait for this one
+                if not alone or self.at_once <= max(s.cost for s in samples):
+                    fact = f"Expected room for {self.at_once} tokens on {self.device}, found too "
+                    fact += f"little: {str(error).partition('.')[0]}"
+                    raise InputError(
+                        fact, "Set tokens_at_once= lower, or free the device"
+                    ) from error
+            self.at_once //= 2
+            self.optimizer.zero_grad(set_to_none=True)
+            warnings.warn(
+                f"The device had no room for a batch: from now on {self.at_once} tokens at once",
+                stacklevel=2,
+            )
+
     def _gradients(self, samples):
         """Accumulate the gradient of the batch's mean loss, clipped; losses, tokens and norm of
         the whole batch."""
         counts, costs, found = self._counts(self.batch(self.step)), [s.cost for s in samples], []
-        parts = [samples[turn] for turn in in_turns(costs, self.plan.tokens_at_once)]
+        parts = [samples[turn] for turn in in_turns(costs, self.at_once)]
         rounds = self.processes.most(len(parts)) if self.plan.shard else len(parts)
         if self.objective.compares:
             self._relate(parts, self.batch(self.step), rounds)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bhx.encode.inputs import Sequences, encode_readings, sequences
+from bhx.encode.processes import local
 from bhx.errors import InputError, check_choice, listed
 from bhx.modalities.base import Modality
 from bhx.modalities.bold import BOLD, jepa_masks
@@ -26,7 +27,6 @@ from bhx.model.hub import Hub
 from bhx.model.layers import Block, LinearEmbedding, skip
 from bhx.model.structure import mae_loss
 from bhx.train.dataset import readable
-from bhx.train.processes import local
 
 FEWEST = 16  # people that a relational loss compares
 FITTED = 1000  # training people at most whom teachers are fitted on

@@ -11,6 +11,7 @@ import torch
 from bhx.data.atlas import atlas_of
 from bhx.encode.embed import aligned_to
 from bhx.encode.model import Model, config_of, load_model, random_model, reading_all_of, save_model
+from bhx.encode.processes import gathered, own_device
 from bhx.errors import InputError, listed
 from bhx.model.checkpoints import read_weights
 from bhx.model.config import PRESETS, Harmonix, HarmonixConfig
@@ -20,7 +21,6 @@ from bhx.train.dataset import Samples, held_out_rows, is_as_stored, opened
 from bhx.train.log import read_log
 from bhx.train.loop import Run, differences
 from bhx.train.objectives import digest, objective_of
-from bhx.train.processes import gathered, own_device
 from bhx.train.recipes import recipe
 
 
