@@ -18,7 +18,7 @@ from ast import literal_eval
 from pathlib import Path
 
 import bhx
-from bhx.errors import InputError, listed
+from bhx.errors import InputError, check_choice, listed
 from bhx.settings import PACKAGE
 
 # Repeated here, where nothing heavy is imported; tests/test_commands.py compares them.
@@ -111,8 +111,15 @@ def _embed(cohort, out, model, keep=(), reparcellate=False, device=None):
     example:
       python -m bhx embed sample latents.zarr --reparcellate --keep attention
     """
+    read = _config_of(model).get("harmonizer", {}).get("modalities", ())
+    if keep and read:
+        from bhx.modalities.table import MODALITIES
+
+        kept = [*(MODALITIES[name].tokens for name in read if name in MODALITIES), "attention"]
+        for name in keep:
+            check_choice("--keep", name, kept)
     if not reparcellate:
-        _check_parcels(_parcels_of(cohort), _parcels_of(model), model)
+        _check_parcels(_parcels_of(cohort), _config_of(model).get("atlas", ""), model)
     data, network = bhx.open_cohort(cohort), bhx.load_model(model, device=device)
     found, wanted = data.attrs.get("atlas") if "roi" in data.dims else "", network.config.atlas
     if found and found != wanted and reparcellate:
@@ -129,14 +136,20 @@ def _check_parcels(found, wanted, model):
 
 
 def _parcels_of(source):
-    """The atlas of a store or of weights as their JSON has it; "" where more must be read."""
-    store, weights = Path(source, "zarr.json"), PACKAGE / "weights" / source / "config.json"
+    """The atlas of a store as its JSON has it, or of an entry; "" where more must be read."""
+    store = Path(source, "zarr.json")
     if store.is_file():
         attrs = json.loads(store.read_text("utf-8"))["attributes"]
         return attrs.get("atlas", "") if Path(source, "roi").is_dir() else ""
-    if weights.is_file():  # shipped ones, or those in a folder of another place
-        return json.loads(weights.read_text("utf-8"))["config"]["atlas"]
     return ENTRY_ATLAS.get(source, "")
+
+
+def _config_of(model):
+    """The configuration of weights in a folder, or of shipped ones; empty where more is read."""
+    for folder in (PACKAGE / "weights" / model, Path(model)):
+        if (folder / "config.json").is_file():
+            return json.loads((folder / "config.json").read_text("utf-8"))["config"]
+    return {}
 
 
 def _evaluate(latents, cohort, target, groups=None):
@@ -195,12 +208,21 @@ def _is_store(text):
     return Path(text, "zarr.json").is_file()
 
 
+def _is_latents(text):
+    return _is_store(text) and Path(text, "hub").is_dir()
+
+
 def _is_source(text):
     return text in catalog_names() or Path(text).is_dir()
 
 
+def _is_stored_cohort(text):
+    return _is_store(text) and not _is_latents(text)
+
+
 def _is_cohort(text):
-    return _is_store(text) if Path(text).suffix == ".zarr" else _is_source(text)
+    stored = Path(text).suffix == ".zarr" or _is_store(text)
+    return _is_stored_cohort(text) if stored else _is_source(text)
 
 
 def _are_weights(text):
@@ -227,9 +249,10 @@ COUNT_OR_0 = _of("a whole number of at least 0", "Give 0, 1 or more", lambda n: 
 ABOVE_0 = _of("a number above 0", "Give one such as 2", lambda x: 0 < x < float("inf"), float)
 FILE = _of("a file", THERE, os.path.isfile)
 FOLDER = _of("a folder", THERE, os.path.isdir)
-STORE = _of("a zarr store", "Name a folder that prepare or embed wrote", _is_store)
+STORE = _of("a stored cohort", "Name a folder that prepare wrote", _is_stored_cohort)
+LATENTS = _of("stored latents", "Name a folder that embed wrote", _is_latents)
 SOURCE = _of("a catalog entry or a folder", ENTRIES, _is_source)
-COHORT = _of("a zarr store, a catalog entry or a folder", ENTRIES, _is_cohort)
+COHORT = _of("a stored cohort, a catalog entry or a folder", ENTRIES, _is_cohort)
 MODEL = _of("weights", WEIGHTS, _are_weights)
 IS_DEVICE = re.compile(r"cpu|cuda(:\d+)?|mps").fullmatch
 DEVICE = _of("cpu, cuda, cuda:N or mps", "Name one of these devices", IS_DEVICE)
@@ -346,13 +369,13 @@ def _parser():
     add("--device", type=DEVICE, help="cpu, cuda, cuda:N or mps; a GPU where there is one")
 
     add = command(_evaluate)
-    add("latents", type=STORE, help="store that embed wrote")
+    add("latents", type=LATENTS, help="store that embed wrote")
     add("cohort", type=COHORT, help="the cohort that it was made from")
     add("--target", required=True, nargs="+", help="labels to predict, such as age")
     add("--groups", help="label whose groups are held out whole, such as site")
 
     add = command(_explore)
-    add("latents", type=STORE, help="store that embed wrote with --keep attention")
+    add("latents", type=LATENTS, help="store that embed wrote with --keep attention")
     add("--out", type=_output, default="explorer.html", help="page to write; it needs no network")
     return parser
 

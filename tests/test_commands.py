@@ -42,9 +42,11 @@ def refused(line, folder, capsys) -> str:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with an empty store and a text file."""
+    """A folder with an empty cohort, empty latents and a text file."""
     (tmp_path / "store.zarr").mkdir()
     (tmp_path / "store.zarr" / "zarr.json").write_text('{"attributes": {}}')
+    (tmp_path / "latents.zarr" / "hub").mkdir(parents=True)
+    (tmp_path / "latents.zarr" / "zarr.json").write_text('{"attributes": {}}')
     (tmp_path / "note.txt").write_text("not a folder")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
@@ -52,16 +54,21 @@ def folder(tmp_path):
 
 
 REFUSED = {  # command line -> what its sentence says
-    "evaluate missing.zarr synthetic --target age": "a zarr store, found 'missing.zarr'",
-    "evaluate store.zarr missing.zarr --target age": "a zarr store, .* found 'missing.zarr'",
-    "evaluate store.zarr synthetic": "arguments are required: --target",
+    "evaluate missing.zarr synthetic --target age": "stored latents, found 'missing.zarr'",
+    "evaluate store.zarr synthetic --target age": "stored latents, found 'store.zarr'",
+    "evaluate latents.zarr missing.zarr --target age": "a stored cohort, .* found 'missing.zarr'",
+    "evaluate latents.zarr latents.zarr --target age": "a stored cohort, .* found 'latents.zarr'",
+    "evaluate latents.zarr synthetic": "arguments are required: --target",
     "embed synthetic note.txt/out.zarr": r"write 'note.txt/out.zarr', found '.*note.txt'",
     "embed synthetik out.zarr": "found 'synthetik'. Name a folder that exists, or one of abcd, .*",
     "embed sample out.zarr": "parcels of schaefer100.*found schaefer400. Add --reparcellate",
     "embed synthetic out.zarr --model shop": "weights, found 'shop'. Name paper, workshop, a fo",
     "embed synthetic out.zarr --keep hub": "invalid choice: 'hub'.*coupling.*attention",
+    "embed synthetic out.zarr --keep dynamics": "keep to be coupling, cubes, attention, found 'dyn",
     "embed synthetic out.zarr --device gpu": "Expected cpu, cuda, cuda:N or mps, found 'gpu'",
-    "pretrain missing.zarr --stage structure --out o": "a zarr store, found 'missing.zarr'",
+    "pretrain missing.zarr --stage structure --out o": "a stored cohort, found 'missing.zarr'",
+    "pretrain latents.zarr --stage structure --out o": "a stored cohort, found 'latents.zarr'",
+    "explore store.zarr": "stored latents, found 'store.zarr'. Name a folder that embed wrote",
     "pretrain store.zarr --stage hub --out o": "invalid choice: 'hub'.*harmonizer",
     "pretrain store.zarr --stage dynamics --out note.txt/o": "write 'note.txt/o'",
     "pretrain store.zarr --stage dynamics --out o --preset big": "invalid choice: 'big'.*workshop",

@@ -27,6 +27,7 @@ from small_files import (
     volume,
 )
 
+import bhx
 from bhx.data import bold as bold_file
 from bhx.data import catalog as catalog_file
 from bhx.data import cohort as cohort_file
@@ -115,6 +116,18 @@ def test_an_open_age_is_a_number_with_a_note(tmp_path):
     cohort = prepare(rows, tmp_path / "c.zarr", atlas=ATLAS)
     assert cohort.age.values.tolist() == [71, 89, 90]
     assert "'age': 2 written as 89+, >90" in cohort.attrs["notes"][0]
+
+
+def test_scores_say_that_a_label_has_an_open_end(tmp_path):
+    """As target and as confound, through latents and through a connectome."""
+    ages = ["71", "89+", *(str(60 + i) for i in range(18))]
+    rows = rows_of(tmp_path, "abcdefghijklmnopqrst", age=ages, iq=[100.0 + i for i in range(20)])
+    cohort = prepare(rows, tmp_path / "c.zarr", atlas=ATLAS)
+    latents = bhx.embed(cohort, bhx.load_model(device="cpu"), progress=False)
+    for features in (bhx.pool(latents), bhx.connectome(cohort)):
+        for target, how in (("age", {}), ("iq", {"confounds": ("age",)}), ("iq", {})):
+            notes = bhx.probe(features, target, folds=3, **how).attrs["notes"]
+            assert ("1 written as 89+ read as a number" in notes) == (target == "age" or bool(how))
 
 
 def test_bins_dates_and_ids_stay_words():

@@ -57,6 +57,7 @@ def connectome(cohort: xr.Dataset, kind: str = "correlation") -> xr.Dataset:
             name=name,
             atlas=cohort.attrs.get("atlas", ""),
             without_bold=int((~who_has(cohort, BOLD.variable)).sum()),
+            notes=cohort.attrs.get("notes", []),
             in_fold="tangent" if kind == "tangent" else "",
         )
     )

@@ -6,6 +6,8 @@ there and are numbers.
 
 from __future__ import annotations
 
+import json
+from ast import literal_eval
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,6 +126,21 @@ def _loaded(features):
         fact = f"Expected finite numbers in {name}, or NaN, found infinite ones"
         raise InputError(fact, "Put NaN: those are filled with the training mean")
     return features.assign(features=values)
+
+
+def said_of(data: list, names) -> list[str]:
+    """What was noted of these labels when their cohort was made, such as 89+ that was read as 89.
+
+    A cohort has its notes in its attributes, latents their cohort's attributes as JSON.
+    """
+    found: dict = {}
+    for one in data:
+        kept = one.attrs.get("notes", ())
+        if str(cohort := one.attrs.get("cohort", "")).startswith("{"):
+            kept = literal_eval(json.loads(cohort).get("notes", "[]"))
+        about = tuple(f"'{name}':" for name in names)
+        found |= dict.fromkeys(note for note in kept if str(note).startswith(about))
+    return [*found]
 
 
 def as_words(labels) -> np.ndarray:

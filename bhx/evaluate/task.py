@@ -15,7 +15,7 @@ import xarray as xr
 from bhx.evaluate import metrics
 from bhx.evaluate.folds import Design, Splits, inner_splits, tied_units
 from bhx.evaluate.options import check_name
-from bhx.evaluate.rows import Rows, as_codes, common_rows, truth_of
+from bhx.evaluate.rows import Rows, as_codes, common_rows, said_of, truth_of
 from bhx.schema import subject_coords
 
 
@@ -199,7 +199,9 @@ def make_task(data, target: str, *, task=None, classes=None, needed=(), **design
     values = rows.labels[target].values
     values = as_codes(values) if f"no {target}" in rows.excluded else values
     names, truth = truth_of(values, target, task, classes)
-    return Task(names, target, rows, truth, design.splits(rows, truth, names), design)
+    splits = design.splits(rows, truth, names)
+    splits.notes += said_of(data, dict.fromkeys((target, *needed)))
+    return Task(names, target, rows, truth, splits, design)
 
 
 # Scores, read ---
