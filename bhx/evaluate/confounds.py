@@ -50,10 +50,11 @@ class ComBat(TransformerMixin, BaseEstimator):
         features, covariates, site = self._parts(validate_data(self, x, dtype=float))
         self.sites_, at = np.unique(site, return_inverse=True)
         onehot = np.eye(len(self.sites_))[at]
-        self._fit_pooled(features, covariates, onehot)
-        z, self.counts_ = self._standardized(features, covariates), onehot.sum(0)
+        z = self._fit_pooled(features, covariates, onehot)
+        self.counts_ = onehot.sum(0)
         self.found_ = onehot.T @ z / self.counts_[:, None]
-        squares = onehot.T @ (z - self.found_[at]) ** 2 / (self.counts_[:, None] - 1).clip(1)
+        z -= self.found_[at]
+        squares = onehot.T @ np.square(z, out=z) / (self.counts_[:, None] - 1).clip(1)
         self.spread_ = np.where(self.counts_[:, None] > 1, squares.clip(1e-12), 1)
         share_priors([self])
         return self
@@ -62,11 +63,17 @@ class ComBat(TransformerMixin, BaseEstimator):
         """Features (row, feature) as if every row came from the average training site."""
         check_is_fitted(self)
         features, covariates, site = self._parts(validate_data(self, x, dtype=float, reset=False))
-        out = self._standardized(features, covariates)
+        out = features.copy()
         for known, shift, scale in zip(self.sites_, self.shift_, self.scale_, strict=True):
-            out[site == known] = (out[site == known] - shift) / np.sqrt(scale)
-        rest = np.where(self.flat_, features, self._mean(covariates))
-        return np.where(self.moves_, out * self.deviation_ + self._mean(covariates), rest)
+            rows = site == known
+            level = self._mean(covariates[rows])
+            moved = features[rows] - (level + shift * self.deviation_)
+            moved /= np.sqrt(scale)
+            out[rows] = moved + level
+        still = ~self.moves_
+        level = self._mean(covariates)[..., still]
+        out[:, still] = np.where(self.flat_[still], features[:, still], level)
+        return out
 
     def _parts(self, x):
         width = x.shape[1] - 1 - self.covariates
@@ -76,25 +83,30 @@ class ComBat(TransformerMixin, BaseEstimator):
         return x[:, :width], x[:, width:-1], x[:, -1]
 
     def _fit_pooled(self, features, covariates, onehot):
-        """Least squares on sites and covariates: grand mean, covariate effects, deviation."""
+        """Least squares on sites and covariates: grand mean, covariate effects, deviation; the
+        features standardized by them."""
         design, n_sites = np.hstack([onehot, covariates]), onehot.shape[1]
         varied = np.linalg.matrix_rank(np.insert(covariates, 0, 1, axis=1)) - 1
         if np.linalg.matrix_rank(design) < n_sites + varied:
             fact = "Expected covariates that vary within sites, found one that the sites determine"
             raise InputError(fact, "Leave it out: its effect cannot be told from the site's")
-        effects = np.linalg.lstsq(design, features, rcond=None)[0]
+        effects = np.linalg.pinv(design) @ features
         self.grand_mean_ = onehot.mean(0) @ effects[:n_sites]
         self.effects_ = effects[n_sites:]
-        self.deviation_ = np.sqrt(((features - design @ effects) ** 2).mean(0))
-        self.flat_ = np.ptp(features, 0) == 0  # nothing that a site could have shifted
-        self.moves_ = self.deviation_ > 1e-12 * np.abs(features).max(0)
+        z = features - design @ effects
+        self.deviation_ = np.sqrt(np.einsum("rf,rf->f", z, z) / len(z))
+        low, high = features.min(0), features.max(0)
+        self.flat_ = low == high  # nothing that a site could have shifted
+        self.moves_ = self.deviation_ > 1e-12 * np.maximum(-low, high)
+        z += onehot @ (effects[:n_sites] - self.grand_mean_)
+        z /= np.where(self.moves_, self.deviation_, 1)
+        return z
 
     def _mean(self, covariates):
+        """The average site's features of these rows; one row for all where there are none."""
+        if not covariates.shape[1]:
+            return self.grand_mean_
         return self.grand_mean_ + covariates @ self.effects_
-
-    def _standardized(self, features, covariates):
-        deviation = np.where(self.moves_, self.deviation_, 1)
-        return (features - self._mean(covariates)) / deviation
 
 
 def share_priors(combats: list[ComBat]) -> None:
