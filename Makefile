@@ -26,7 +26,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_N
 # figures as plotly's JSON alone, so that stored and fresh outputs can be compared
 IN_NOTEBOOKS := $(ONE_THREAD) PLOTLY_RENDERER=plotly_mimetype
 
-.PHONY: help env demo doctor test lint unit nbval nbmake lab voila book brainmarks weights assets notebooks clean
+.PHONY: help env demo doctor test lint unit nbval nbmake lab voila book brainmarks bench weights assets notebooks clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -83,6 +83,9 @@ brainmarks: env  ## the Brainmarks suite's own smoke test, with bhx as its plugi
 	$(PY) -m pip install -qq --editable '.[$(EXTRAS),brainmarks]'
 	$(PY) -m pip install -qq --no-deps brainmarks==0.1.1
 	$(PY) -m brainmarks.models.test_models bhx
+
+bench: env  ## every benchmark of speed, small, to one table beside the last kept one
+	$(ONE_THREAD) $(PY) benchmarks/bench.py
 
 weights: env  ## train the shipped workshop weights again
 	$(PY) bhx/weights/make_weights.py
