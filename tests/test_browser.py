@@ -308,7 +308,7 @@ def test_click_on_a_token_changes_cortex_and_slices(page):
 
 def test_click_on_the_cortex_selects_the_parcel_under_it(page):
     x, y, w, h = box_of(page, "brain")
-    parcel = page.get_by_label("parcel")
+    parcel = page.get_by_role("combobox", name="parcel")
     for at in (0.41, 0.43, 0.39, 0.44):  # from the middle of the left hemisphere's usual place
         page.mouse.move(x + w * at - 20, y + h * 0.5)
         page.mouse.move(x + w * at, y + h * 0.5, steps=4)
@@ -325,8 +325,8 @@ def test_click_on_the_cortex_selects_the_parcel_under_it(page):
 
 def test_typed_network_and_its_code(page):
     tokens = state(page, "tokens")
-    page.get_by_label("parcel").fill("Default")
-    page.get_by_label("parcel").press("Enter")
+    page.get_by_role("combobox", name="parcel").fill("Default")
+    page.get_by_role("combobox", name="parcel").press("Enter")
     changed(page, "tokens", tokens)
     page.get_by_role("button", name="Show code").click()
     page.wait_for_function(
@@ -387,7 +387,7 @@ def test_the_saved_explorer_works_without_python(browser, tmp_path):
     page.wait_for_timeout(1000)
     explorer.select_subjects(explorer.subjects[seen()["chosen"]])
     np.testing.assert_allclose(seen()["map"], explorer.surface_map(), atol=1e-6)
-    assert page.get_by_text(f"{explorer.chosen.sum()} of 40").is_visible()
+    assert page.get_by_role("cell", name=f"{explorer.chosen.sum()} of 40").is_visible()
 
     x, y, w, h = box_of(page, "tokens")
     page.mouse.click(x + w * 5.5 / 8, y + h * 0.97)
@@ -402,7 +402,36 @@ def test_the_saved_explorer_works_without_python(browser, tmp_path):
     assert set(np.float32(drawn_map)) <= set(np.float32(seen()["map"]))
     shot(page, "offline")
 
-    page.get_by_role("button", name="Reset", exact=True).click()
+    # two groups, compared; and back again
+    press = lambda name: page.get_by_role("button", name=name, exact=True).click()  # noqa: E731
+    first = explorer.subjects[explorer.chosen]
+    press("Set group A")
+    page.get_by_label("People: arrows").focus()
+    page.keyboard.press("Escape")
+    press("Set group B")
+    assert page.get_by_text("people in common").is_visible()
+    chosen = next(i for i in range(40) if not explorer.chosen[i] and explorer.has["bold"][i])
+    for _ in range(chosen + 1):
+        page.get_by_label("People: arrows").focus()
+        page.keyboard.press("ArrowRight")
+    assert seen()["chosen"] == [chosen]
+    press("Set group B")
+    explorer.compare(first, explorer.subjects[[chosen]])
+    np.testing.assert_allclose(seen()["map"], explorer.surface_map(), atol=1e-6)
+    ends = explorer.panels.brain.layout.coloraxis
+    np.testing.assert_allclose(seen()["ends"], (ends.cmin, ends.cmax), atol=1e-6)
+    drawn_scale = page.evaluate(
+        f"() => ({FIGURES})().find(g => g.layout.meta === 'brain').layout.coloraxis.colorscale"
+    )
+    assert drawn_scale == [list(step) for step in ends.colorscale]
+    shot(page, "offline-groups")
+    press("Undo")
+    assert seen()["chosen"] == [chosen]
+    page.get_by_label("Hub tokens: arrows").focus()
+    page.keyboard.press("ArrowLeft")
+    assert seen()["token"] == 4
+
+    press("Reset")
     page.wait_for_function("() => window.explorer.chosen.length === 40")
     assert seen()["token"] is None
     assert not page.reached

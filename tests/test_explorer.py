@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 from small_latents import make_latents
 
-from bhx import explore, plot_tokens, pool, region_map, register
+from bhx import contrast, explore, neighbours, plot_tokens, pool, region_map, register
 from bhx.errors import InputError
 from bhx.modalities.base import Modality
 from bhx.modalities.t1 import t1_grid
@@ -487,3 +487,137 @@ def test_bad_input_is_named(explorer, call, says):
     with pytest.raises(InputError) as caught:
         call(explorer)
     assert says in str(caught.value)
+
+
+# the way back, and what is taken on ---------------------------------------------------------------
+
+
+def test_undo_walks_back_through_what_was_selected(explorer, panels):
+    seen = [explorer.state()]
+    for act in (
+        lambda: explorer.select_token(3),
+        lambda: explorer.select_subjects(["sub-01", "sub-02"]),
+        lambda: explorer.select_parcel("Limbic"),
+        lambda: explorer.compare(["sub-01"], ["sub-05", "sub-06"]),
+    ):
+        act()
+        seen.append(explorer.state())
+    for before in seen[-2::-1]:
+        panels.controls["undo"].click()
+        assert explorer.state() == before
+    explorer.undo()  # at the beginning
+    assert explorer.state() == seen[0]
+
+
+def test_a_saved_state_is_taken_up_by_another_explorer(explorer, tmp_path):
+    explorer.select_parcel("Limbic")
+    explorer.compare(["sub-01", "sub-04"], ["sub-05"])
+    other = explore(make_latents())
+    other.restore(explorer.save(tmp_path / "state.json"))
+    assert other.state() == explorer.state()
+    np.testing.assert_array_equal(other.surface_map(), explorer.surface_map())
+    np.testing.assert_array_equal(other.parcels, explorer.parcels)
+    assert other.heading() == explorer.heading()
+    explorer.reset()
+    other.restore(explorer.state())
+    assert other.chosen.all()
+    assert other.groups is None
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"explorer": 0}, "a state of the explorer, version 1"),
+        ({"token": 99}, "the token"),
+        ({"place": "Nowhere"}, "the place"),
+        ({"subjects": [["sub-99"]]}, "sub-99"),
+        ({"surface_of": "dance"}, "the surface_of"),
+    ],
+)
+def test_a_state_of_something_else_changes_nothing(explorer, change, says):
+    explorer.select_token(3)
+    before = explorer.state()
+    with pytest.raises(InputError, match=says):
+        explorer.restore(before | {"token": 2} | change)
+    assert explorer.state() == before
+
+
+def test_files_that_are_no_state_are_named(explorer, tmp_path):
+    (tmp_path / "old.json").write_text('{"picked": [1, 2]}')
+    with pytest.raises(InputError, match="found picked. Save one with this version"):
+        explorer.restore(tmp_path / "old.json")
+    (tmp_path / "cut.json").write_text('{"explorer": 1, "sub')
+    with pytest.raises(InputError, match="cut.json"):
+        explorer.restore(tmp_path / "cut.json")
+
+
+def test_a_selection_becomes_a_label(explorer):
+    explorer.select_subjects(["sub-01", "sub-04"])
+    assert explorer.picked().to_series().value_counts().to_dict() == {"": 18, "picked": 2}
+    explorer.compare(["sub-01"], ["sub-05", "sub-06"])
+    labelled = explorer.latents.assign_coords(picked=explorer.picked())
+    assert labelled.subject.values[labelled.picked == "B"].tolist() == ["sub-05", "sub-06"]
+
+
+def test_groups_are_tested_with_a_word_of_caution(explorer, panels):
+    with pytest.raises(InputError, match="Expected two groups, found one selection"):
+        explorer.differences()
+    panels.controls["test"].click()
+    assert "Expected two groups" in panels.message.value
+    a, b = explorer.subjects[:6], explorer.subjects[10:]
+    explorer.compare(a, b)
+    panels.controls["test"].click()
+    group = np.array([*"aaaaaa", *("" for _ in range(4)), *"bbbbbbbbbb"], object)
+    expected = contrast(explorer.latents.assign_coords(half=("subject", group)), "half")
+    np.testing.assert_array_equal(explorer.differences().p, expected.p)
+    assert f"{int((expected.q < 0.05).sum())} of 8 tokens differ" in panels.message.value
+    assert "test a label instead" in panels.message.value
+
+
+def test_typed_letters_find_the_one_they_are_in(explorer, panels):
+    panels.controls["parcel"].value = "limbi"
+    assert "Expected" in panels.message.value  # a network, and parcels of it
+    panels.controls["parcel"].value = explorer.roi[7].lower()
+    assert explorer.place == explorer.roi[7]
+    panels.controls["subject"].value = "07"
+    assert explorer.subjects[explorer.chosen].tolist() == ["sub-07"]
+
+
+def test_another_map_of_the_people(explorer):
+    other = explorer.points[::-1] * 2
+    other.attrs["long_name"] = "UMAP"
+    theirs = explore(make_latents(), points=other.drop_vars([*other.coords]).assign_coords(
+        subject=other.subject.values, component=[1, 2]))  # fmt: skip
+    np.testing.assert_allclose(theirs.points, 2 * explorer.points, rtol=1e-6)
+    assert theirs.panels.people.layout.xaxis.title.text == "UMAP 1"
+    with pytest.raises(InputError, match="points \\(subject, component\\) of two components"):
+        explore(make_latents(), points=explorer.points[:, :1])
+    with pytest.raises(InputError, match="found others of sub-03"):
+        explore(
+            make_latents(), points=explorer.points.where(explorer.subjects[:, None] != "sub-03")
+        )
+
+
+def test_one_person_is_shown_with_their_nearest_series_and_connectome():
+    latents = make_latents()
+    rng = np.random.default_rng(0)
+    series = rng.standard_normal((20, 100, 60)).astype("f4") * 7 + 100
+    series[0, :, 50:] = np.nan
+    coords = {"subject": latents.subject.values, "roi": latents.roi.values}
+    coords |= {"has_bold": ("subject", latents.has_bold.values)}
+    cohort = xr.Dataset({"bold": (("subject", "roi", "time"), series)}, coords)
+    explorer = explore(latents, cohort)
+    panels = explorer.panels
+    assert not panels.own.children
+    explorer.select_subjects(["sub-00"])
+    carpet, pairs = panels.person.data
+    assert panels.own.children == (panels.person,)
+    np.testing.assert_allclose(pairs.z, np.corrcoef(series[0, :, :50]), atol=1e-5)
+    expected = series[0, :, :50] - series[0, :, :50].mean(1, keepdims=True)
+    expected /= series[0, :, :50].std(1, keepdims=True)
+    np.testing.assert_allclose(carpet.z, expected, atol=1e-4)
+    near = neighbours(latents, "sub-00").neighbour.values
+    assert explorer.nearest() == near.tolist()
+    assert all(name in panels.card.value for name in near)
+    explorer.select_subjects(["sub-03"])  # without BOLD
+    assert not panels.own.children

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property, lru_cache
 from html import escape
 from pathlib import Path
@@ -12,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from bhx.data.files import reading
 from bhx.errors import InputError, check_choice, listed
 from bhx.latents.maps import SHARE, maps_in
-from bhx.latents.pool import project, subject_mask
+from bhx.latents.pool import pool, project, subject_mask
+from bhx.latents.similarity import contrast, neighbours
+from bhx.modalities.bold import BOLD
 from bhx.modalities.t1 import CUBE_DIMS
 from bhx.modalities.table import by_variable, modality
 from bhx.schema import ATTENTION, check, subject_coords, who_has
@@ -23,27 +27,37 @@ from bhx.show.offline import offline_page
 from bhx.show.panels import ALL_TOKENS, GROUPS, Panels
 from bhx.show.surface import plot_surface
 
+STATE = 1  # the version of what `Explorer.state` returns
+KEPT = ("token", "place", "surface_of", "cubes_of")
 LABELS = ("age", "sex", "diagnosis", "site", "tr", "mean_fd")  # what cards say of people
 
 
 def explore(
-    latents: xr.Dataset, cohort: xr.Dataset | None = None, *, controls: xr.Dataset | None = None
+    latents: xr.Dataset,
+    cohort: xr.Dataset | None = None,
+    *,
+    controls: xr.Dataset | None = None,
+    points: xr.DataArray | None = None,
 ) -> Explorer:
     """Walk around in a latent space: pick people, tokens, parcels; everything else follows.
 
     Parameters
     ----------
     latents : Dataset of embed(..., keep=("attention",)), lazy or not
-    cohort : the same subjects' scans: then a single person's own T1 is shown
+    cohort : the same subjects' scans: then a single person's own T1, series and connectome are
+        shown
     controls : of `bhx.map_controls`: tokens whose map fails them are drawn faded, and the heading
         says how well a token's map repeats
+    points : another map of the people than `bhx.project`'s, (subject, component), such as one of
+        UMAP; `attrs["long_name"]` names its axes
 
     Returns
     -------
     Explorer: shows itself in JupyterLab, and answers `select_subjects`, `select_token`,
-    `select_parcel`, `select_map`, `compare` and `code` without any browser
+    `select_parcel`, `select_map`, `compare`, `undo`, `picked`, `differences`, `nearest`, `save`,
+    `restore` and `code` without any browser
     """
-    return Explorer(latents, cohort, controls)
+    return Explorer(latents, cohort, controls, points)
 
 
 class Explorer:
@@ -58,7 +72,7 @@ class Explorer:
     cards show; passes : mask over tokens, whose map passes its controls
     """
 
-    def __init__(self, latents: xr.Dataset, cohort=None, controls=None):
+    def __init__(self, latents: xr.Dataset, cohort=None, controls=None, points=None):
         self.latents = check(latents, "latents")
         self.on_roi, self.on_cubes = maps_in(latents, ("roi",)), maps_in(latents, CUBE_DIMS)
         if not self.on_roi:
@@ -68,7 +82,9 @@ class Explorer:
         self.subjects, self.tokens = latents.subject.values, latents.token.values
         self.roi, self.networks = latents.roi.values, latents.network.values
         self.places = [*dict.fromkeys(self.networks.tolist()), *self.roi.tolist()]
-        self.modalities, self.points = latents.modality.values.tolist(), project(latents)
+        self.modalities = latents.modality.values.tolist()
+        self.pooled = pool(latents).compute()
+        self.points = project(self.pooled) if points is None else self._checked(points)
         self.cohort, self.controls = cohort, controls
         self.passes = np.ones(len(self.tokens), bool)
         if controls is not None:
@@ -87,8 +103,23 @@ class Explorer:
         self._mean = lru_cache(8)(self._weighted)
         coords = subject_coords(latents)
         self.labels = {_with_units(coords[name]): coords[name] for name in LABELS if name in coords}
-        self.followers = []
+        self.followers: list = []
+        self._past: list[dict] = []
         self.reset()
+
+    def _checked(self, points):
+        """Another map of the same people, with their labels."""
+        dims = getattr(points, "dims", "no dims")
+        if dims != ("subject", "component") or points.sizes["component"] < 2:
+            fact = f"Expected points (subject, component) of two components, found {dims}"
+            raise InputError(fact, "Name the dims so: xr.DataArray(values, {...}, dims)")
+        subject_mask(points, self.subjects)  # refuses points without one of them
+        points = points.sel(subject=self.subjects).assign_coords(subject_coords(self.pooled))
+        if not np.isfinite(points).all():
+            who = self.subjects[~np.isfinite(points).all("component").values]
+            fact = f"Expected points of finite coordinates, found others of {listed(who)}"
+            raise InputError(fact, "Leave these subjects out of the latents, or place them")
+        return points
 
     def reset(self):
         """Everyone, all tokens, no parcel."""
@@ -137,6 +168,46 @@ class Explorer:
         self.groups, self.chosen = (first, second), first | second
         self._announce()
 
+    def undo(self):
+        """What was selected before; at the beginning nothing happens."""
+        if len(self._past) > 1:
+            self._past.pop()
+            self.restore(self._past[-1])
+
+    def state(self) -> dict:
+        """What is selected, in words and numbers that JSON holds."""
+        everyone = self.groups is None and self.chosen.all()
+        people = None if everyone else [self.subjects[w].tolist() for w in self._selected()]
+        kept = {name: getattr(self, name) for name in KEPT}
+        return {"explorer": STATE, "subjects": people, **kept}
+
+    def restore(self, state):
+        """Select what a state says: one of `state`, or a JSON file of it that `save` wrote."""
+        if not isinstance(state, dict):
+            with reading(state, "a state of the explorer"):
+                state = json.loads(Path(state).read_text(encoding="utf-8"))
+        if state.get("explorer") != STATE or not {*KEPT, "subjects"} <= {*state}:
+            fact = f"Expected a state of the explorer, version {STATE}, found {listed(state)}"
+            raise InputError(fact, "Save one with this version: explorer.save('state.json')")
+        people = [subject_mask(self.latents, who) for who in state["subjects"] or [None]]
+        options = (self.tokens, self.places, self.on_roi, self.on_cubes)
+        for name, known in zip(KEPT, options, strict=True):
+            check_choice(f"the {name}", state[name], [None, *known])
+        self.token, self.place, self.surface_of, self.cubes_of = (state[name] for name in KEPT)
+        self.parcels = (self.roi == self.place) | (self.networks == self.place)
+        self.groups = tuple(people) if len(people) == 2 else None
+        self.chosen = np.any(people, 0)
+        self._announce()
+
+    def picked(self) -> xr.DataArray:
+        """The selection as a label (subject): "A" and "B" of two groups, else "picked"; the others
+        are "". `latents.assign_coords(picked=explorer.picked())` takes it on, and
+        `explorer.picked().to_series().to_csv(path)` writes it."""
+        label = np.full(len(self.subjects), "", object)
+        for name, who in zip(GROUPS if self.groups else ["picked"], self._selected(), strict=False):
+            label[who] = name
+        return xr.DataArray(label, {"subject": self.subjects}, ["subject"], "picked")
+
     # what is seen ---------------------------------------------------------------------------
 
     def surface_map(self) -> np.ndarray:
@@ -169,6 +240,37 @@ class Explorer:
                 return one[name].isel(subject=0)
         return None
 
+    def own_series(self) -> xr.DataArray | None:
+        """The BOLD (roi, time) of the one person selected, each parcel z-scored, where the cohort
+        has it."""
+        if self.cohort is None or self.chosen.sum() != 1 or BOLD.variable not in self.cohort:
+            return None
+        one = self.cohort.isel(subject=np.flatnonzero(self.chosen)[0])
+        if not bool(one[BOLD.has]):
+            return None
+        series = one[BOLD.variable].dropna("time", how="all").compute()
+        return (series - series.mean("time")) / series.std("time").clip(1e-9)
+
+    def nearest(self, k: int = 5) -> list[str]:
+        """The people whose mean hub tokens are most like those of the one person selected."""
+        if self.chosen.sum() != 1 or len(self.subjects) < 2:
+            return []
+        k = min(k, len(self.subjects) - 1)
+        (one,) = self.subjects[self.chosen]
+        return list(neighbours(self.pooled, one, k=k).neighbour.values)
+
+    def differences(self, n_permutations: int = 1000) -> xr.Dataset:
+        """Which hub tokens differ between groups A and B: `bhx.contrast` of them.
+
+        Groups that were drawn around people in this space differ in it by the way they were made:
+        then p says nothing of whatever else they differ in.
+        """
+        if not self.groups:
+            fact = "Expected two groups, found one selection"
+            raise InputError(fact, "Give both first: explorer.compare(first, second)")
+        both = self.latents.assign_coords(picked=self.picked())
+        return contrast(both, "picked", n_permutations=n_permutations)
+
     def card(self) -> str:
         """Who is selected, or is in each of the groups, as an HTML table; names are escaped."""
         rows = [("", "subjects", *self.labels)]
@@ -176,6 +278,8 @@ class Explorer:
             one = self.subjects[who][0] if who.sum() == 1 else f"{who.sum()} of {len(who)}"
             rows.append((name, one, *(_summary(v.values[who]) for v in self.labels.values())))
         cell, table = '<td style="padding-right: 1em">', '<table style="border-collapse: collapse">'
+        if near := self.nearest():
+            rows = [(*rows[0], "nearest in hub tokens"), (*rows[1], listed(near))]
         for name, *row in rows:
             table += f'<tr style="border-left: 6px solid {GROUPS.get(name, CLEAR)}">'
             table += "".join(f"{cell}{escape(str(one))}</td>" for one in (name, *row)) + "</tr>"
@@ -220,8 +324,11 @@ class Explorer:
         return plot_surface(values, static=True, title=self.heading())
 
     def save(self, path="explorer.html") -> Path:
-        """Write one HTML page of people, cortex and bars that opens without Python or a network."""
-        Path(path).write_text(offline_page(self), encoding="utf-8")
+        """Write one HTML page of people, cortex and bars that opens without Python or a network;
+        or, to a path that ends in .json, what is selected, for `restore`."""
+        is_state = Path(path).suffix.lower() == ".json"
+        text = json.dumps(self.state(), indent=1) if is_state else offline_page(self)
+        Path(path).write_text(text, encoding="utf-8")
         return Path(path)
 
     def _ipython_display_(self):
@@ -243,6 +350,8 @@ class Explorer:
         return self.groups or (self.chosen,)
 
     def _announce(self):
+        now = self.state()
+        self._past += [] if self._past[-1:] == [now] else [now]
         for follow in self.followers:
             follow()
 
@@ -270,7 +379,8 @@ def _with_units(coord):
 
 def _summary(values):
     """One value, the range of numbers, or names."""
-    names = np.unique([str(v) for v in values.tolist()])
+    plain = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in values.tolist()]
+    names = np.unique(plain)
     if len(names) > 1 and values.dtype.kind in "fi":
         return f"{np.nanmin(values):.3g} to {np.nanmax(values):.3g}"
     return listed(names)

@@ -12,10 +12,20 @@ const traces = (parcels) =>
 const [surfaces, dots] = [traces(data.parcels), traces(data.dots)] // on the cortex and off it
 const colors = (shown, map) => shown.map(([, parcel]) => Array.from(parcel, (p) => map[p]))
 const everyone = data.subjects.map((_, i) => i)
+const past = []
 let chosen = everyone
+let groups = {} // A and B, as far as they are set
 let token = null
 
-// mean over people of what lies behind one another for each of them
+// mean over people of what lies behind one another for each of them, or A's mean minus B's
+function average(values, size, counts) {
+  if (!compared()) return mean(values, size, chosen.filter(counts))
+  const [a, b] = ['A', 'B'].map((name) => mean(values, size, groups[name].filter(counts)))
+  return a.map((v, i) => v - b[i])
+}
+
+const compared = () => 'A' in groups && 'B' in groups
+
 function mean(values, size, who) {
   const sum = new Float64Array(size)
   for (const i of who) for (let j = 0; j < size; j++) sum[j] += values[i * size + j]
@@ -24,7 +34,7 @@ function mean(values, size, who) {
 
 // attention to each parcel, of a token or of all together
 function surfaceMap() {
-  const each = mean(maps, data.layers * data.parcelCount, chosen.filter((i) => data.has[i]))
+  const each = average(maps, data.layers * data.parcelCount, (i) => data.has[i])
   if (token !== null) return each.slice(token * data.parcelCount, (token + 1) * data.parcelCount)
   const out = new Float64Array(data.parcelCount)
   each.forEach((v, i) => (out[i % out.length] += v / data.layers))
@@ -38,7 +48,8 @@ function quantile(sorted, share) {
 }
 
 function summary(values) {
-  const names = [...new Set(values.map(String))].sort()
+  const plain = (v) => (typeof v === 'number' ? +v.toPrecision(4) : v)
+  const names = [...new Set(values.map((v) => String(plain(v))))].sort()
   if (names.length > 1 && values.every((v) => typeof v === 'number' || v === null)) {
     const known = values.filter((v) => v !== null)
     return `${+Math.min(...known).toPrecision(3)} to ${+Math.max(...known).toPrecision(3)}`
@@ -49,26 +60,34 @@ function summary(values) {
 function update() {
   const map = surfaceMap()
   const sorted = map.slice().sort()
-  const ends = [quantile(sorted, data.beyond), quantile(sorted, 1 - data.beyond)]
-  const title = `Attention of ${token === null ? 'all tokens' : `token ${data.tokens[token]}`}`
+  let ends = [quantile(sorted, data.beyond), quantile(sorted, 1 - data.beyond)]
+  const signed = ends[0] < 0 && ends[1] > 0
+  if (signed) ends = [-Math.max(-ends[0], ends[1]), Math.max(-ends[0], ends[1])]
+  const title = `Attention of ${token === null ? 'all tokens' : `token ${data.tokens[token]}`}${compared() ? ', A minus B' : ''}`
+  const scale = { 'coloraxis.colorscale': data.scales[signed ? 'signed' : 'plain'] }
   const band = { type: 'rect', x0: data.tokens[token] - 0.5, x1: data.tokens[token] + 0.5, y0: 0, y1: 1 }
   const size = data.tokens.length * data.modalities
-  const share = mean(shares, size, chosen)
+  const share = average(shares, size, () => true)
   const bars = Array.from({ length: data.modalities }, (_, m) =>
     Array.from(data.tokens, (_, t) => share[t * data.modalities + m]),
   )
   Plotly.update(
     brain,
     { intensity: colors(surfaces, map) },
-    { 'coloraxis.cmin': ends[0], 'coloraxis.cmax': ends[1], 'title.text': title },
+    { 'coloraxis.cmin': ends[0], 'coloraxis.cmax': ends[1], 'title.text': title, ...scale },
     surfaces.map(([i]) => i),
   )
   if (dots.length) Plotly.restyle(brain, { 'marker.color': colors(dots, map) }, dots.map(([i]) => i))
   const shapes = token === null ? [] : [{ ...band, yref: 'paper', fillcolor: '#7a7a7a', opacity: 0.4, line: { width: 0 } }]
-  Plotly.update(strip, { y: bars }, { shapes }, bars.map((_, m) => m))
+  const range = compared() ? null : [0, 1]
+  Plotly.update(strip, { y: bars }, { shapes, 'yaxis.range': range, 'yaxis.autorange': !range }, bars.map((_, m) => m))
   mark()
-  const rows = [['subjects', chosen.length === 1 ? data.subjects[chosen[0]] : `${chosen.length} of ${everyone.length}`]]
-  for (const [name, values] of Object.entries(data.labels)) rows.push([name, summary(chosen.map((i) => values[i]))])
+  const columns = compared() ? ['A', 'B'].map((name) => groups[name]) : [chosen]
+  const rows = [['subjects', ...columns.map((who) => (who.length === 1 ? data.subjects[who[0]] : `${who.length} of ${everyone.length}`))]]
+  if (compared()) rows.unshift(['', 'A', 'B'])
+  for (const [name, values] of Object.entries(data.labels)) {
+    rows.push([name, ...columns.map((who) => summary(who.map((i) => values[i])))])
+  }
   card.replaceChildren(
     ...rows.map((row) => {
       const line = document.createElement('tr')
@@ -76,15 +95,37 @@ function update() {
       return line
     }),
   )
-  window.explorer = { map: Array.from(map), chosen, token, ends } // what is seen, for tests
+  document.getElementById('said').textContent = `${title}, ${rows[0][1] === 'A' ? rows[1].slice(1).join(' and ') : rows[0][1]}`
+  window.explorer = { map: Array.from(map), chosen, token, groups, ends } // what is seen, for tests
 }
 
 function mark() {
-  Plotly.restyle(people, { selectedpoints: [chosen.length === everyone.length ? null : chosen] })
+  const ring = everyone.map((i) => Object.keys(groups).find((name) => groups[name].includes(i)))
+  const line = { color: ring.map((name) => data.groups[name] ?? 'rgba(0,0,0,0)'), width: ring.some(Boolean) ? 2.5 : 0 }
+  Plotly.restyle(people, { selectedpoints: [chosen.length === everyone.length ? null : chosen], 'marker.line': line })
 }
 
-function select(who) {
-  chosen = who
+// every change goes through here, so that it can be undone
+function change(next) {
+  past.push({ chosen, token, groups })
+  ;({ chosen, token, groups } = { chosen, token, groups, ...next })
+  update()
+}
+
+const select = (who) => change({ chosen: who, groups: compared() ? {} : groups })
+
+function setGroup(name) {
+  if (compared()) return
+  const next = { ...groups, [name]: chosen }
+  const both = 'A' in next && 'B' in next
+  if (both && next.A.some((i) => next.B.includes(i))) {
+    document.getElementById('said').textContent = 'Groups have people in common: select others'
+  } else change({ groups: next, chosen: both ? [...next.A, ...next.B].sort((a, b) => a - b) : chosen })
+}
+
+function undo() {
+  if (!past.length) return
+  ;({ chosen, token, groups } = past.pop())
   update()
 }
 
@@ -97,14 +138,32 @@ people.on('plotly_selected', (event) => {
 })
 people.on('plotly_click', (event) => select(where(event)))
 people.on('plotly_deselect', () => select(everyone))
-if (data.layers > 1) {
-  strip.on('plotly_click', (event) => {
-    token = event.points[0].pointIndex
-    update()
+if (data.layers > 1) strip.on('plotly_click', (event) => change({ token: event.points[0].pointIndex }))
+const click = (id, act) => (document.getElementById(id).onclick = act)
+click('reset', () => change({ token: null, chosen: everyone, groups: {} }))
+click('undo', undo)
+click('groupA', () => setGroup('A'))
+click('groupB', () => setGroup('B'))
+
+// by keyboard: the arrows walk through people, or through tokens, Escape takes all
+function walk(panel, name, count, at, go) {
+  panel.tabIndex = 0
+  panel.setAttribute('role', 'application')
+  panel.setAttribute('aria-label', name)
+  panel.addEventListener('keydown', (event) => {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key]
+    if (step) go((at() + step + count) % count)
+    else if (event.key === 'Escape') go(null)
+    else return
+    event.preventDefault()
   })
 }
-document.getElementById('reset').onclick = () => {
-  token = null
-  select(everyone)
+walk(people, 'People: arrows walk through them, Escape selects all', everyone.length,
+  () => (chosen.length === 1 ? chosen[0] : -1), (i) => select(i === null ? everyone : [i]))
+if (data.layers > 1) {
+  walk(strip, 'Hub tokens: arrows walk through them, Escape takes all together', data.tokens.length,
+    () => token ?? -1, (i) => change({ token: i }))
 }
+brain.setAttribute('role', 'img')
+brain.setAttribute('aria-label', 'Cortex: attention to each parcel')
 update()

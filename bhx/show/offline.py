@@ -13,10 +13,12 @@ import numpy as np
 
 from bhx.data.page import drawn, page
 from bhx.schema import ATTENTION
-from bhx.show.panels import BEYOND
+from bhx.show.colors import Scale
+from bhx.show.panels import BEYOND, GROUPS
 
 SCRIPT = Path(__file__).with_suffix(".js")
 AT_MOST = 600_000  # values of single tokens in a page; beyond, it has their mean alone
+SIGNS = {"plain": (0, 1), "signed": (-1, 1)}  # of a map's values
 STYLE = "display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr)"
 
 
@@ -38,13 +40,17 @@ def offline_page(explorer) -> str:
         "dots": {name: _bytes(parcel, "<u2") for name, parcel in panels.dots.items()},
         "labels": {name: _values(coord) for name, coord in explorer.labels.items()},
         "beyond": BEYOND,
+        "groups": GROUPS,
+        "scales": {name: Scale.of(ends).color_axis()["colorscale"] for name, ends in SIGNS.items()},
     }
     words = json.dumps(content).replace("<", "\\u003c")
     shown = [panels.people, panels.brain, panels.strip]  # which the script knows by place
     figures = "".join(drawn(shown))
     hint = "Drag around people, or click one" + ("; click a bar" if maps.shape[1] > 1 else "")
     hint += ". Attention says what was read, not what mattered."
-    body = f"<p>{hint} <button id='reset'>Reset</button> {panels.legend.value}</p>"
+    names = {"groupA": "Set group A", "groupB": "Set group B", "undo": "Undo", "reset": "Reset"}
+    buttons = " ".join(f"<button id='{key}'>{name}</button>" for key, name in names.items())
+    body = f"<p>{hint} {buttons} {panels.legend.value}</p><p id='said' aria-live='polite'></p>"
     body += f'<div style="{STYLE}">{figures}<table id="card"></table></div>'
     body += f'<script type="application/json" id="explorer">{words}</script>'
     script = SCRIPT.read_text(encoding="utf-8")

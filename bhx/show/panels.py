@@ -12,8 +12,9 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 from anywidget import AnyWidget
+from plotly.subplots import make_subplots
 
-from bhx.errors import InputError
+from bhx.errors import InputError, listed
 from bhx.latents.maps import SHARE
 from bhx.schema import subject_coords
 from bhx.show.colors import CATEGORIES, CLEAR, SHAPES, Scale, finish
@@ -30,10 +31,16 @@ FADED = 0.35  # opacity of what fails its controls
 
 
 class Fit(AnyWidget):
-    """Nothing to see: tells figures when their page gives them another width."""
+    """Nothing to see: tells figures when their page gives them another width, and screen readers
+    what each figure is."""
 
     _esm = """export default { render({ el }) {
-        new ResizeObserver(() => window.dispatchEvent(new Event("resize"))).observe(el)
+        const name = (g) => { g.setAttribute("role", "img"); g.setAttribute("aria-label",
+            `${g.layout?.title?.text ?? "figure"}. The boxes above do the same by keyboard.`) }
+        new ResizeObserver(() => {
+            window.dispatchEvent(new Event("resize"))
+            document.querySelectorAll(".js-plotly-plot").forEach(name)
+        }).observe(el)
     } }"""
 
 
@@ -49,7 +56,8 @@ class Panels:
         self.sliders = {axis: self._slider(axis) for axis in REACH}
         self.people, self.strip = self._people(), self._strip()
         self.brain, self.slices = self._brain(), self._slices()
-        for figure in (self.people, self.strip, self.brain, self.slices):
+        self.person, self.own = self._person(), widgets.VBox([])
+        for figure in (self.people, self.strip, self.brain, self.slices, self.person):
             _keep_state(figure)
         self.card, self.heading, self.message, self.legend = (widgets.HTML() for _ in range(4))
         self.controls = self._controls()
@@ -70,6 +78,7 @@ class Panels:
         self._update_strip()
         self._update_brain()
         self._update_slices()
+        self._update_person()
 
     # people ---------------------------------------------------------------------------------
 
@@ -243,6 +252,34 @@ class Panels:
             if cubes is not None:
                 self._recolor(self.slices, cubes.values, faded=True)
 
+    # one person -----------------------------------------------------------------------------
+
+    def _person(self):
+        figure = make_subplots(1, 2, column_widths=[0.78, 0.22])
+        look = {"coloraxis": "coloraxis", "name": ""}
+        series, pairs = "parcel %{y}<br>volume %{x}<br>z %{z:.2f}", "%{x}, %{y}<br>r %{z:.2f}"
+        figure.add_trace(go.Heatmap(hovertemplate=series, **look), 1, 1)
+        figure.add_trace(go.Heatmap(hovertemplate=pairs, coloraxis="coloraxis2", name=""), 1, 2)
+        hint = "One person's BOLD: each parcel in time [z], and correlations of parcels"
+        figure = _widget(figure, "person", 280, hint)
+        for axis, limit in (("coloraxis", 3), ("coloraxis2", 1)):
+            scale = Scale.of([-limit, limit]).color_axis() | {"showscale": False}
+            figure.update_layout({axis: scale})
+        figure.update_xaxes(title="volume", col=1).update_yaxes(title="parcel")
+        figure.update_xaxes(
+            title="parcel", showticklabels=False, col=2
+        )  # names are under the mouse
+        return figure.update_yaxes(autorange="reversed", showticklabels=False)
+
+    def _update_person(self):
+        series, (carpet, pairs) = self.explorer.own_series(), self.person.data
+        if series is not None:
+            with self.person.batch_update():
+                carpet.z, carpet.y = series.values.astype("f4"), series.roi.values
+                pairs.z = np.corrcoef(series.values).astype("f4")
+                pairs.x = pairs.y = series.roi.values
+        self.own.children = [] if series is None else [self.person]
+
     # controls -------------------------------------------------------------------------------
 
     def _controls(self):
@@ -259,21 +296,23 @@ class Panels:
             "second": widgets.Button(description="Set group B"),
             "lock": widgets.ToggleButton(description="Lock colors"),
             "reset": widgets.Button(description="Reset"),
+            "undo": widgets.Button(description="Undo"),
+            "test": widgets.Button(description="Test A, B"),
             "code": widgets.Button(description="Show code"),
         }
         known = ("age", "site", "diagnosis", "subject")
         controls["color"].value = next(c for c in known if c in coords)
         for name in ("color", "map"):
             controls[name].style.description_width, controls[name].layout.width = "50px", "180px"
-        for name in ("first", "second", "lock", "reset", "code"):
-            controls[name].layout.width = "100px"
+        for name in ("first", "second", "lock", "reset", "undo", "test", "code"):
+            controls[name].layout.width = "92px"
         if max(len(e.on_roi), len(e.on_cubes)) < 2:  # nothing to choose
             controls["map"].layout.display = "none"
         controls["color"].observe(self.color_people, "value")
         acts = {
             "token": lambda v: e.select_token(tokens.get(v, v or None)),
-            "parcel": lambda v: e.select_parcel(v or None),
-            "subject": lambda v: e.select_subjects([v] if v else None),
+            "parcel": lambda v: e.select_parcel(_meant(v, e.places) or None),
+            "subject": lambda v: e.select_subjects([_meant(v, e.subjects)] if v else None),
             "map": e.select_map,
             "lock": lambda _: self.update(),
         }
@@ -282,6 +321,8 @@ class Panels:
         controls["reset"].on_click(self._reset)
         controls["first"].on_click(self._answering(lambda _: self._set_group("A")))
         controls["second"].on_click(self._answering(lambda _: self._set_group("B")))
+        controls["undo"].on_click(lambda _: e.undo())
+        controls["test"].on_click(self._answering(self._test))
         controls["code"].on_click(self._answering(self._show_code))
         return controls
 
@@ -326,6 +367,16 @@ class Panels:
             self._update_people()
             self.message.value = f"Group {which}: {groups[which].sum()} subjects. Now set {other}."
 
+    def _test(self, _):
+        """Say which tokens differ between the groups, and what that is worth."""
+        found = self.explorer.differences()
+        differ = [str(t) for t in found.token.values[found.q < 0.05]]
+        self.message.value = (
+            f"{len(differ)} of {found.sizes['token']} tokens differ (q < 0.05): {listed(differ)}."
+            f" Smallest p {float(found.p.min()):.3f} of {found.n_permutations} permutations. Groups"
+            " drawn in this space differ in it by how they were drawn: test a label instead."
+        )
+
     def _show_code(self, _):
         self.written.value, self.written.layout.display = self.explorer.code(), ""
 
@@ -337,7 +388,7 @@ class Panels:
         cells += [widgets.HTML(), sliders]
         grid = {"grid_template_columns": columns, "grid_gap": "0 12px", "width": "100%"}
         figures = widgets.GridBox(cells, layout=grid)
-        return widgets.VBox([controls, self.card, figures, self.written, Fit()])
+        return widgets.VBox([controls, self.card, figures, self.own, self.written, Fit()])
 
 
 def _widget(data, name, height, hint):
@@ -361,6 +412,12 @@ def _band(token):
     """A band around a token of the strip."""
     ends = {"x0": token - 0.5, "x1": token + 0.5, "y0": 0, "y1": 1, "yref": "paper"}
     return {"type": "rect", "fillcolor": GRAY, "opacity": 0.4, "line_width": 0} | ends
+
+
+def _meant(typed, options):
+    """The option that was typed, or the only one that has these letters in it."""
+    like = [option for option in options if typed.casefold() in option.casefold()]
+    return like[0] if typed not in options and len(like) == 1 else typed
 
 
 def _typed_in(name, options, width):
