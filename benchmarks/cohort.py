@@ -1,9 +1,10 @@
 """Speed and memory of cohorts: preparing them, reading them, and how both grow.
 
-Three parts, each measured within one run so that its ratios hold on a loaded machine:
+Four parts, each measured within one run so that its ratios hold on a loaded machine:
   prepare   small fMRIPrep-like folders (parcel tables and 2 mm T1) with 1 and with 2 workers
   read      subjects of a store, one at a time, beside numpy reading one .npy a subject of the same
             values; warm (files in memory) and cold (the system told to forget them)
+  train     a training step of the workshop preset on a store, beside one on data in memory
   scale     opening, selecting and writing stores of 100 to 10,000 subjects, each in a process of
             its own; peak memory of that process
 
@@ -41,6 +42,7 @@ def main():
         report = {
             "prepare": prepare_rates(Path(folder), args.subjects),
             "read": read_ratios(Path(folder)),
+            "train": step_ratio(Path(folder)),
             "scale": [scale(n) for n in args.sizes],
         }
     report["corpus"] = corpus(report)
@@ -91,6 +93,28 @@ def read_ratios(folder, n=24):
         stored = sum(f.stat().st_size for f in shards)
         out[f"{name}: stored / in memory"] = round(stored / sum(f.stat().st_size for f in files), 2)
     return out
+
+
+def step_ratio(folder, people=96, rounds=3):
+    """Seconds of a step of the harmonizer's stage whose scans lie in a store, over those of one
+    whose scans lie in memory, after a first pass over the people."""
+    import bhx
+
+    cohort = bhx.synthetic_cohort(people, seed=5).compute()
+    sources = {"store": bhx.save_cohort(cohort, folder / "t.zarr", half=["t1"]), "memory": cohort}
+    how = {"stage": "harmonizer", "batch": 16, "progress": False, "held_out": 0.1}
+    how |= {"evaluate_every": 1000, "checkpoint_every": 1000}
+    found = {name: [] for name in sources}
+    for i in range(rounds):
+        for name, source in sources.items():
+            ends = []
+            for steps in (8, 72):
+                start = time.process_time()
+                bhx.pretrain(source, out=folder / f"{name}{i}{steps}", steps=steps, **how)
+                ends.append(time.process_time() - start)
+            found[name].append((ends[1] - ends[0]) / 64)
+    store, memory = (float(np.median(found[name])) for name in ("store", "memory"))
+    return {"store / memory": round(store / memory, 2), "ms a step in memory": round(1e3 * memory)}
 
 
 def _timed(read, keys, forget):

@@ -351,7 +351,7 @@ def test_biases_and_single_rows_do_not_decay(cohort, model, tmp_path):
     assert all(p.ndim <= 1 or names[id(p)].endswith("bias") for p in still)
     assert {id(p) for p in (*decays, *still)} == {id(p) for p in run.learning}
     assert not {id(p) for p in run.learning} & {id(p) for p in run.objective.teacher.parameters()}
-    run._gradients_in_memory(batch_of(run))
+    run._advance(batch_of(run))
     assert run.optimizer.param_groups[0]["weight_decay"] == run.plan.decay[0]
     assert run.optimizer.param_groups[1]["weight_decay"] == 0
 

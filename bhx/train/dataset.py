@@ -22,6 +22,8 @@ from bhx.errors import InputError, listed
 from bhx.schema import check, who_has
 from bhx.train.recipes import Recipe
 
+KEPT_BYTES = 1e9  # about as much of a store is held in memory once it was read, in each process
+
 
 @dataclass
 class Sample:
@@ -92,6 +94,7 @@ class Samples(torch.utils.data.Dataset):
         self.labels = cohort.drop_vars(list(cohort.data_vars)).compute()
         self.source = path or cohort if tokens is None else tokens
         self.tokens, self._arrays, self._ready = tokens is not None, {}, {}
+        self._kept: dict = {}  # what was read of a store once, as far as there is room
         self.has = {
             name: who_has(cohort, m.variable) & (m.variable in cohort)
             for name, m in self.modalities.items()
@@ -158,7 +161,13 @@ class Samples(torch.utils.data.Dataset):
             if not self._arrays:
                 self._arrays = dict(zarr.open_group(self.source, mode="r").arrays())
                 self._rows = {str(s): row for row, s in enumerate(self._arrays["subject"][:])}
-            return self._arrays[variable][self._rows[subject]]
+            if (variable, i) not in self._kept:
+                found = self._arrays[variable][self._rows[subject]]
+                found = found.astype("float32") if found.dtype == "float16" else found
+                if len(self._kept) * found.nbytes > KEPT_BYTES:
+                    return found
+                self._kept[variable, i] = found
+            return self._kept[variable, i]
         except InputError:
             raise
         except Exception as error:
@@ -195,7 +204,7 @@ class Samples(torch.utils.data.Dataset):
         return other
 
     def __getstate__(self):  # zarr arrays are opened again in each worker
-        return self.__dict__ | {"_arrays": {}}
+        return self.__dict__ | {"_arrays": {}, "_kept": {}}
 
 
 def readable(sample: Sample | InputError) -> Sample:
