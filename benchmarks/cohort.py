@@ -1,7 +1,7 @@
 """Speed and memory of cohorts: preparing them, reading them, and how both grow.
 
 Four parts, each measured within one run so that its ratios hold on a loaded machine:
-  prepare   small fMRIPrep-like folders (parcel tables and 2 mm T1) with 1 and with 2 workers
+  prepare   small fMRIPrep-like folders (parcel tables and 1 mm T1) with 1 and with 2 workers
   read      subjects of a store, one at a time, beside numpy reading one .npy a subject of the same
             values; warm (files in memory) and cold (the system told to forget them)
   train     a training step of the workshop preset on a store, beside one on data in memory
@@ -58,7 +58,7 @@ def prepare_rates(folder, n):
     from bhx.data.derivatives import write_derivatives
     from bhx.data.prepare import prepare
 
-    cohort = bhx.synthetic_cohort(n, atlas="schaefer400", voxel_mm=2.0, missing=0)
+    cohort = bhx.synthetic_cohort(n, atlas="schaefer400", voxel_mm=1.0, missing=0)
     write_derivatives(cohort, folder / "study", surface=False)
     rates = {}
     for workers in (1, 2):

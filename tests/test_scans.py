@@ -29,8 +29,9 @@ from bhx.data import anatomy as anatomy_file
 from bhx.data import bold as bold_file
 from bhx.data import quality as quality_file
 from bhx.data.atlas import load_atlas, load_sample
+from bhx.data.files import MNI_AFFINE
 from bhx.errors import InputError
-from bhx.modalities.t1 import t1_grid
+from bhx.modalities.t1 import CROP, MNI_SHAPE, t1_grid
 
 SERIES = parcel_series()
 NAMES = load_atlas(ATLAS).roi.values
@@ -324,6 +325,31 @@ def test_t1_voxels_are_block_means_of_the_1_mm_grid(tmp_path):
     fine, coarse = (anatomy_file.read_t1(path, voxel_mm=v)[0] for v in (1, 16))
     blocks = fine.coarsen(x=16, y=16, z=16).mean()
     xr.testing.assert_allclose(coarse, blocks.astype("float32"))
+
+
+@pytest.mark.parametrize("shift", [(0, 0, 0), (7, -11, 3), (-20, 5, -9), (0.5, 0, 0), (400, 0, 0)])
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("shape", [(182, 218, 182), (60, 70, 50), (193, 229, 193)])
+def test_an_image_on_whole_voxels_is_copied_as_nilearn_resamples_it(
+    shape, flipped, shift, monkeypatch
+):
+    """Of a cut-out, shifted, flipped image; half voxels alone are interpolated."""
+    from nilearn import image as nilearn_image
+
+    values = np.random.default_rng(0).uniform(1, 9, shape).astype("float32")
+    affine = np.diag([1.0, 1, 1, 1]) if not flipped else np.diag([-1.0, 1, 1, 1])
+    affine[:3, 3] = np.array([90 if flipped else -90, -126, -72]) + shift
+    image, calls = nib.Nifti1Image(values, affine), []
+    grid = MNI_AFFINE @ np.array([[-1, 0, 0, MNI_SHAPE[0] - 1], *np.eye(4)[1:]])
+    resample = nilearn_image.resample_img
+    expected = resample(image, grid, MNI_SHAPE, interpolation="linear").get_fdata()[::-1]
+    crop = tuple(slice(c, n - c) for c, n in zip(CROP, MNI_SHAPE, strict=True))
+    monkeypatch.setattr(
+        nilearn_image, "resample_img", lambda *a, **k: (calls.append(1), resample(*a, **k))[1]
+    )
+    found = anatomy_file.t1_to_grid(image)
+    np.testing.assert_allclose(found, expected[crop].astype("float32"), rtol=1e-5)
+    assert bool(calls) == (shift[0] == 0.5)
 
 
 # --- fuzzing: whatever is in a file, the answer is an array or an InputError ---

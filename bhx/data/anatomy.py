@@ -16,6 +16,7 @@ from bhx.errors import InputError
 from bhx.modalities.t1 import ANATOMY, CROP, MNI_SHAPE, block_mean, t1_grid
 
 RIM = 0.01  # of the highest intensities
+WHOLE = 1e-4  # how far from a whole number of voxels a shift may be that is a copy
 
 
 @reader_of(ANATOMY)
@@ -77,8 +78,15 @@ def t1_to_grid(image, mask=None) -> np.ndarray:
 
     ras = MNI_AFFINE @ np.array([[-1, 0, 0, MNI_SHAPE[0] - 1], *np.eye(4)[1:]])
 
-    def on_grid(img, how):  # both sides left to right: a shift by whole voxels is then a copy
-        out = resample_img(as_closest_canonical(img), ras, MNI_SHAPE, interpolation=how)
+    def on_grid(img, how):  # both sides left to right
+        img = as_closest_canonical(img)
+        step = np.linalg.inv(img.affine) @ ras
+        if (
+            np.abs(step - np.round(step)).max() < WHOLE
+            and (step[:3, :3].round() == np.eye(3)).all()
+        ):
+            return _moved(np.asarray(img.dataobj, "float32"), step[:3, 3].round().astype(int))[::-1]
+        out = resample_img(img, ras, MNI_SHAPE, interpolation=how)
         return np.asarray(out.dataobj, dtype="float32")[::-1]
 
     t1 = on_grid(image, "linear")
@@ -88,6 +96,16 @@ def t1_to_grid(image, mask=None) -> np.ndarray:
         inside = on_grid(mask, "nearest") > 0.5
     crop = tuple(slice(c, n - c) for c, n in zip(CROP, MNI_SHAPE, strict=True))
     return np.where(inside, t1, 0).astype("float32")[crop]
+
+
+def _moved(values, shift):
+    """Values (x, y, z) of the voxels `shift` further on, on the MNI grid; 0 outside."""
+    out = np.zeros(MNI_SHAPE, "float32")
+    ends = zip(shift, values.shape, MNI_SHAPE, strict=True)
+    here = [slice(max(0, -by), max(0, min(wanted, n - by))) for by, n, wanted in ends]
+    there = tuple(slice(s.start + by, s.stop + by) for s, by in zip(here, shift, strict=True))
+    out[tuple(here)] = values[there]
+    return out
 
 
 @cache

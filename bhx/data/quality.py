@@ -210,11 +210,13 @@ def check_t1_quality(t1: np.ndarray, template: np.ndarray, name: str = "a T1") -
         help = "Skull-strip it or give its brain mask; if it is not registered to MNI, run fMRIPrep"
         raise InputError(fact, f"{help} or sMRIPrep")
 
-    def likeness(volume):
-        return float(np.corrcoef(*(block_mean(v, 8).ravel() for v in (volume, template)))[0, 1])
+    coarse, known = block_mean(t1, 8), block_mean(template, 8)
 
-    r = likeness(t1)
-    turned = {"back to front": np.flip(t1, 1), "upside down": np.flip(t1, 2)}
+    def likeness(volume):
+        return float(np.corrcoef(volume.ravel(), known.ravel())[0, 1])
+
+    r = likeness(coarse)
+    turned = {"back to front": np.flip(coarse, 1), "upside down": np.flip(coarse, 2)}
     better = [how for how, volume in turned.items() if likeness(volume) > r]
     overlap, apart, within = _fit(t1, template)
     outline = overlap >= MIN_OVERLAP or (within >= SURE_INSIDE and apart <= SURE_PLACE)
