@@ -803,18 +803,6 @@ def test_workers_write_what_one_process_writes(cohort, model, tmp_path):
     assert bytes_of(tmp_path / "again.zarr") == alone
 
 
-def test_a_cluster_without_workers_is_said_and_waited_for(cohort, model, tmp_path):
-    from distributed import Client, LocalCluster
-
-    few, how = cohort.isel(subject=[0, 1]), {"progress": False}
-    inside = {"n_workers": 0, "processes": False, "dashboard_address": None}
-    with LocalCluster(**inside) as cluster, Client(cluster) as client:
-        cluster.adapt(minimum=0, maximum=1, interval="100ms")  # makes one when there is work
-        with pytest.warns(UserWarning, match="has no worker yet; waits for one"):
-            found = embed(few, model, store=tmp_path / "a.zarr", client=client, **how)
-    xr.testing.assert_allclose(found.load(), embed(few, model).compute())
-
-
 def test_a_cluster_that_does_not_answer_is_said(cohort, model, tmp_path):
     with pytest.raises(InputError, match="a Dask cluster that answers, found .*correct the addr"):
         embed(cohort, model, store=tmp_path / "a.zarr", client="tcp://127.0.0.1:9", progress=False)
