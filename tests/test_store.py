@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from threading import Timer
 
 import dask.array as da
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import xarray as xr
 
 from bhx.data import store as store_file
+from bhx.data.store import compute_each
 from bhx.errors import InputError
 
 
@@ -92,3 +94,16 @@ def test_several_processes_write_different_blocks(tmp_path):
     assert [process.wait(60) for process in both] == [0, 0]
     store_file.finish(path)
     assert files_of(path) == files_of(written_in_order(tmp_path / "b.zarr", 4))
+
+
+def test_a_cluster_without_workers_is_said_and_waited_for():
+    from dask import delayed
+    from distributed import Client, LocalCluster
+
+    cluster = LocalCluster(n_workers=0, processes=False, dashboard_address=None)
+    with cluster, Client(cluster) as client:
+        later = Timer(2, cluster.scale, [1])
+        later.start()
+        with pytest.warns(UserWarning, match="has no worker yet; waits for one"):
+            assert compute_each([delayed(sum)([1, 2])], client, lambda: None) == [3]
+        later.join()
