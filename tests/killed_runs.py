@@ -36,6 +36,18 @@ from bhx.encode.model import random_model
 from bhx.train.pretrain import pretrain
 
 NAMES = load_atlas("schaefer100").roi.values
+KILLS = 20
+
+
+def after_kills(job: str, folder: Path, processes: int = 1) -> tuple[list, str]:
+    """What this file, run as a script, prints of a job: (digests and kills), and what it said."""
+    command = [sys.executable, __file__, job, folder, "7", str(KILLS), str(processes)]
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    how = {"env": os.environ | one_thread, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run(command, **how)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    return [json.loads(line) for line in lines], done.stderr
 
 
 def rows_of(folder: Path, n: int) -> pd.DataFrame:
