@@ -1,5 +1,6 @@
 """Laws of the row store: rows in any order, by any process, and no trace of an interruption."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -107,3 +108,20 @@ def test_a_cluster_without_workers_is_said_and_waited_for():
         with pytest.warns(UserWarning, match="has no worker yet; waits for one"):
             assert compute_each([delayed(sum)([1, 2])], client, lambda: None) == [3]
         later.join()
+
+
+def perish(here):
+    """End this process, unless it is the one that asks."""
+    if os.getpid() != here:
+        os._exit(9)
+
+
+def test_a_task_that_kills_its_worker_takes_no_other_with_it():
+    from dask import delayed
+    from distributed import Client
+
+    tasks = [delayed(abs)(-1), delayed(perish)(os.getpid()), delayed(abs)(-2)]
+    with Client(n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        one, killed, two = compute_each(tasks, client, lambda: None)
+    assert (one, two) == (1, 2)
+    assert "all those workers died" in killed

@@ -255,7 +255,7 @@ def compute_each(tasks, client, tick: Callable, workers: int = 1) -> list:
     if client is None:
         with Callback(posttask=lambda *_: tick()):
             return list(dask.compute(*tasks, scheduler="threads", num_workers=workers))
-    from distributed import Client, as_completed
+    from distributed import Client, KilledWorker, as_completed, wait
 
     with attempt("a Dask cluster that answers", "Start one, or correct the address"):
         own = Client(client, timeout="10s") if isinstance(client, str) else nullcontext(client)
@@ -270,6 +270,10 @@ def compute_each(tasks, client, tick: Callable, workers: int = 1) -> list:
         futures = cluster.compute(list(tasks))
         for _ in as_completed(futures, raise_errors=False):
             tick()
+        for future in futures:  # alone: who shared a worker with its killer is not to blame
+            if future.status == "error" and isinstance(future.exception(), KilledWorker):
+                cluster.retry([future])
+                wait([future])
         return [str(f.exception()) if f.status == "error" else f.result() for f in futures]
 
 
