@@ -14,7 +14,8 @@ import pytest
 import torch
 from tiny_runs import HUB, QUICK, TINY, embed_tiny, tiny_cohort
 
-from bhx.data.store import save_cohort
+from bhx.data.store import open_store, save_cohort
+from bhx.encode.embed import PRECISIONS
 from bhx.encode.model import load_model
 from bhx.train.log import read_log
 from bhx.train.pretrain import pretrain
@@ -177,6 +178,17 @@ def test_processes_share_the_subjects_to_embed(store, tmp_path):
     )
     for file in files:
         assert (shared / file).read_bytes() == (tmp_path / "one.zarr" / file).read_bytes(), file
+
+
+def test_processes_that_embed_agree_on_a_precision(store, tmp_path):
+    in_two_processes(store, [(tmp_path / "two.zarr", "auto")])
+    found = open_store(tmp_path / "two.zarr", "latents")
+    assert found.attrs["precision"] == "bfloat16"
+    far = {
+        p: abs(embed_tiny(store, tmp_path / p, p).hub - found.hub).max(("token", "feature"))
+        for p in PRECISIONS
+    }
+    assert (far["bfloat16"] < far["float32"] / 2).all()  # one's rows as another's
 
 
 def test_a_sharded_checkpoint_is_whole(shared):

@@ -1,16 +1,19 @@
 """A tiny model and a tiny cohort on disk, and runs of them that another process can start.
 
 python tests/tiny_runs.py STORE OUT '{"stage": "dynamics", ...}', or null to embed
+(or "auto": so that each process finds another precision faster)
 """
 
 import json
+import os
 import sys
 
 import numpy as np
 
 from bhx.data.atlas import load_atlas
 from bhx.data.store import open_store
-from bhx.encode.embed import embed
+from bhx.encode import embed as embed_file
+from bhx.encode.embed import PRECISIONS, embed
 from bhx.encode.model import random_model
 from bhx.modalities.t1 import t1_grid
 from bhx.model.config import HarmonixConfig
@@ -71,9 +74,9 @@ def tiny_cohort(n=12, seed=0, t1_only=(3,), bold_only=(5,)):
     return build_cohort({"bold": bold, "t1": t1.astype(np.float32)}, subject, roi, attrs)
 
 
-def embed_tiny(store, out):
+def embed_tiny(store, out, precision="float32"):
     """Hub tokens and attention of a stored cohort, one block a person."""
-    how = {"keep": ("attention",), "tokens_at_once": 1, "precision": "auto", "progress": False}
+    how = {"keep": ("attention",), "tokens_at_once": 1, "precision": precision, "progress": False}
     return embed(open_store(store), random_model(TINY, device="cpu"), store=out, **how)
 
 
@@ -84,6 +87,10 @@ if __name__ == "__main__":
     for out, settings in zip(runs[::2], runs[1::2], strict=True):
         if settings == "null":
             embed_tiny(store, out)
+            continue
+        if settings == '"auto"':
+            embed_file._fastest = lambda *_: PRECISIONS[int(os.environ["RANK"])]
+            embed_tiny(store, out, "auto")
             continue
         given = {**QUICK, **json.loads(settings)}
         given["preset"] = HUB if given["preset"] == "hub" else given["preset"]
