@@ -33,19 +33,20 @@ def neighbours(data: xr.Dataset, subject: str | None = None, *, k: int = 5) -> x
     -------
     Dataset with `neighbour` (subject ids) and `similarity`, (subject, rank), nearest first
     """
-    near = similarity(data)
-    n = near.sizes["subject"]
+    rows = slice(None) if subject is None else [row_of(data, subject)]
+    near = similarity(data.isel(subject=rows), data)
+    n = near.sizes["subject_other"]
     if not 1 <= k < n:
         fact = f"Expected 1 to {n - 1} neighbours of {n} subjects, found k={k}"
         raise InputError(fact, "Ask for fewer")
-    np.fill_diagonal(near.values, -np.inf)
+    near.values[near.subject.values[:, None] == near.subject_other.values] = -np.inf
     order = np.argsort(-near.values, axis=1, kind="stable")[:, :k]
     dims, values = ("subject", "rank"), np.take_along_axis(near.values, order, 1)
     out = xr.Dataset(
-        {"neighbour": (dims, near.subject.values[order]), "similarity": (dims, values)},
+        {"neighbour": (dims, near.subject_other.values[order]), "similarity": (dims, values)},
         {"subject": near.subject.values, "rank": np.arange(1, k + 1)},
     )
-    return out if subject is None else out.isel(subject=row_of(near, subject))
+    return out if subject is None else out.isel(subject=0)
 
 
 def fingerprint(data: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
