@@ -621,3 +621,20 @@ def test_one_person_is_shown_with_their_nearest_series_and_connectome():
     assert all(name in panels.card.value for name in near)
     explorer.select_subjects(["sub-03"])  # without BOLD
     assert not panels.own.children
+
+
+def test_a_scan_is_read_once_however_often_its_person_is_looked_at(monkeypatch):
+    latents = make_latents()
+    series = np.random.default_rng(0).standard_normal((20, 100, 30)).astype("f4")
+    coords = {"subject": latents.subject.values, "roi": latents.roi.values}
+    coords |= {"has_bold": ("subject", latents.has_bold.values)}
+    explorer = explore(latents, xr.Dataset({"bold": (("subject", "roi", "time"), series)}, coords))
+    panels, read, asked = explorer.panels, explorer.own_series, []
+    monkeypatch.setattr(explorer, "own_series", lambda: (asked.append(1), read())[1])
+    explorer.select_subjects(["sub-00"])
+    for token in range(4):
+        explorer.select_token(token)
+    assert len(asked) == 1
+    assert panels.own.children
+    explorer.select_subjects(["sub-01"])
+    np.testing.assert_allclose(panels.person.data[1].z, np.corrcoef(series[1]), atol=1e-5)

@@ -53,6 +53,7 @@ class Panels:
         self._groups = {}  # A and B, as far as they are set
         self._follows = True  # whether boxes act: not while they are brought up to date
         self._lasso = False  # whether the page shows a loop around people
+        self._whose: list = []  # the people whose scan was looked for last
         self.sliders = {axis: self._slider(axis) for axis in REACH}
         self.people, self.strip = self._people(), self._strip()
         self.brain, self.slices = self._brain(), self._slices()
@@ -266,12 +267,14 @@ class Panels:
             scale = Scale.of([-limit, limit]).color_axis() | {"showscale": False}
             figure.update_layout({axis: scale})
         figure.update_xaxes(title="volume", col=1).update_yaxes(title="parcel")
-        figure.update_xaxes(
-            title="parcel", showticklabels=False, col=2
-        )  # names are under the mouse
+        figure.update_xaxes(title="parcel", showticklabels=False, col=2)  # names: under the mouse
         return figure.update_yaxes(autorange="reversed", showticklabels=False)
 
     def _update_person(self):
+        who = self.explorer.subjects[self.explorer.chosen].tolist()
+        if who == self._whose:  # their scan is not read and sent again
+            return
+        self._whose = who
         series, (carpet, pairs) = self.explorer.own_series(), self.person.data
         if series is not None:
             with self.person.batch_update():
