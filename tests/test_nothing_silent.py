@@ -3,6 +3,7 @@
 Labels and files of people; what is inside scans is in test_scans.py and test_bad_input_scans.py.
 """
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 import yaml
 import zarr
 from small_cohorts import make_cohort
@@ -37,6 +39,7 @@ from bhx.data.atlas import load_atlas
 from bhx.data.derivatives import find_scans, join_phenotypes
 from bhx.data.prepare import prepare, read_scan
 from bhx.errors import InputError
+from bhx.evaluate.rows import said_of
 from bhx.schema import check
 
 NAMES = load_atlas(ATLAS).roi.values
@@ -128,6 +131,13 @@ def test_scores_say_that_a_label_has_an_open_end(tmp_path):
         for target, how in (("age", {}), ("iq", {"confounds": ("age",)}), ("iq", {})):
             notes = bhx.probe(features, target, folds=3, **how).attrs["notes"]
             assert ("1 written as 89+ read as a number" in notes) == (target == "age" or bool(how))
+
+
+def test_a_single_note_that_a_file_format_made_a_word_is_read():
+    note = "'age': 1 written as 89+ read as a number"
+    for notes in (note, str([note, "'sex': other"])):
+        latents = xr.Dataset(attrs={"cohort": json.dumps({"notes": notes})})
+        assert said_of([latents], ["age"]) == [note]
 
 
 def test_bins_dates_and_ids_stay_words():

@@ -137,7 +137,8 @@ def said_of(data: list, names) -> list[str]:
     for one in data:
         kept = one.attrs.get("notes", ())
         if str(cohort := one.attrs.get("cohort", "")).startswith("{"):
-            kept = literal_eval(json.loads(cohort).get("notes", "[]"))
+            kept = json.loads(cohort).get("notes", "[]")
+            kept = literal_eval(kept) if kept.startswith("[") else [kept]
         about = tuple(f"'{name}':" for name in names)
         found |= dict.fromkeys(note for note in kept if str(note).startswith(about))
     return [*found]
