@@ -83,7 +83,7 @@ def cells_of(text):
 
 
 def encode(folder):
-    """A subject at base size, in times of the released computation; no ratio to this is in time."""
+    """Seconds of a subject at base size, over those of what the release computes."""
     output_of("encode.py", "--rounds", 1, "--out", folder / "e.json")
     seconds = json.loads((folder / "e.json").read_text())["seconds"]
     for name in ("relational", "hub alone", "paper"):

@@ -111,15 +111,15 @@ def _embed(cohort, out, model, keep=(), reparcellate=False, device=None):
     example:
       python -m bhx embed sample latents.zarr --reparcellate --keep attention
     """
-    read = _config_of(model).get("harmonizer", {}).get("modalities", ())
-    if keep and read:
+    config = _config_of(model)
+    if keep and (read := config.get("harmonizer", {}).get("modalities", ())):
         from bhx.modalities.table import MODALITIES
 
         kept = [*(MODALITIES[name].tokens for name in read if name in MODALITIES), "attention"]
         for name in keep:
             check_choice("--keep", name, kept)
     if not reparcellate:
-        _check_parcels(_parcels_of(cohort), _config_of(model).get("atlas", ""), model)
+        _check_parcels(_parcels_of(cohort), config.get("atlas", ""), model)
     data, network = bhx.open_cohort(cohort), bhx.load_model(model, device=device)
     found, wanted = data.attrs.get("atlas") if "roi" in data.dims else "", network.config.atlas
     if found and found != wanted and reparcellate:

@@ -81,11 +81,9 @@ def t1_to_grid(image, mask=None) -> np.ndarray:
     def on_grid(img, how):  # both sides left to right
         img = as_closest_canonical(img)
         step = np.linalg.inv(img.affine) @ ras
-        if (
-            np.abs(step - np.round(step)).max() < WHOLE
-            and (step[:3, :3].round() == np.eye(3)).all()
-        ):
-            return _moved(np.asarray(img.dataobj, "float32"), step[:3, 3].round().astype(int))[::-1]
+        shift = np.round(step[:3, 3]).astype(int)
+        if np.abs(step - nib.affines.from_matvec(np.eye(3), shift)).max() < WHOLE:
+            return _moved(np.asarray(img.dataobj, "float32"), shift)[::-1]
         out = resample_img(img, ras, MNI_SHAPE, interpolation=how)
         return np.asarray(out.dataobj, dtype="float32")[::-1]
 

@@ -221,7 +221,8 @@ def _fastest(cohort, options, tokens_at_once) -> str:
         return "float32"
     first = cohort.isel(subject=slice(TRIED)).compute()
     blocks = _blocks(first, options.model.config, tokens_at_once)
-    shapes, tokens, seconds = {"hub": _hub_shape(options.model)}, {}, {}
+    h, tokens, seconds = options.model.config.harmonizer, {}, {}
+    shapes = {"hub": (h.hubs, h.width)}
     for precision in PRECISIONS:
         how = replace(options, keep=(), precision=precision)
         _block(first.isel(subject=[0]), how, shapes)  # what is slow once only
@@ -266,7 +267,7 @@ def template_of(cohort, options):
     if "attention" in options.keep:
         shapes[ATTENTION] = (h.hubs, len(h.modalities))
         coords["modality"] = list(h.modalities)
-    shapes["hub"] = _hub_shape(model)
+    shapes["hub"] = (h.hubs, h.width)
     dims = dims_of("latents")
     coords |= model.coords({d for name in shapes for d in dims[name]})
     types = dict.fromkeys(shapes, "float32") | {"valid": "bool"}
@@ -276,10 +277,6 @@ def template_of(cohort, options):
     }
     latents = xr.Dataset(data, coords, _describe(cohort, options))
     return with_atlas(latents, model.atlas) if "roi" in latents.dims else latents
-
-
-def _hub_shape(model):
-    return model.config.harmonizer.hubs, model.config.harmonizer.width
 
 
 def _onsets(cohort, config, patches):

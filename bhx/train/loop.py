@@ -180,11 +180,9 @@ class Run:
             except torch.OutOfMemoryError as error:
                 alone = self.processes.world == 1  # others would wait for this one
                 if not alone or self.at_once <= max(s.cost for s in samples):
-                    fact = f"Expected room for {self.at_once} tokens on {self.device}, found too "
-                    fact += f"little: {str(error).partition('.')[0]}"
-                    raise InputError(
-                        fact, "Set tokens_at_once= lower, or free the device"
-                    ) from error
+                    found, help = str(error).partition(".")[0], "Set tokens_at_once= lower"
+                    fact = f"Expected room for {self.at_once} tokens, found too little: {found}"
+                    raise InputError(fact, f"{help}, or free {self.device}") from error
             self.at_once //= 2
             self.optimizer.zero_grad(set_to_none=True)
             warnings.warn(
