@@ -161,7 +161,7 @@ def page(lab, browser):
     page.add_style_tag(content=".Toastify {display: none}")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
-    page.wait_for_function(f"() => ({FIGURES})().length === 4 || {FAILED}")
+    page.wait_for_function(f"() => ({FIGURES})().length === 5 || {FAILED}")
     assert not page.evaluate(FAILED), page.locator(".jp-OutputArea-output").inner_text()
     page.wait_for_timeout(4000)
     yield page
@@ -229,16 +229,16 @@ def shot(page, name):
     page.screenshot(path=SHOTS / f"{name}.png")
 
 
-def test_four_figures_are_drawn_without_overlap(page):
+def test_five_figures_are_drawn_without_overlap(page):
     shot(page, "explorer")
     boxes = page.evaluate(
         f"""() => ({FIGURES})().map(g => g.getBoundingClientRect())
             .map(b => [b.left, b.top, b.right, b.bottom])"""
     )
-    assert len(boxes) == 4
+    assert len(boxes) == 5
     for i, a in enumerate(boxes):
         assert a[2] - a[0] > 300
-        assert a[3] - a[1] > 150
+        assert a[3] - a[1] > 100
         for b in boxes[:i]:
             apart = a[2] <= b[0] + 1 or b[2] <= a[0] + 1 or a[3] <= b[1] + 1 or b[3] <= a[1] + 1
             assert apart
@@ -294,6 +294,28 @@ def test_lasso_of_people_changes_the_cortex(page):
     page.get_by_role("button", name="Reset", exact=True).click()
     assert changed(page, "people", people)[0][-1] is None
     page.wait_for_function(loops)
+
+
+def test_click_on_a_bar_of_a_label_keeps_its_people(page):
+    people = state(page, "people")
+    box_of(page, "labels")  # into view
+    middle = page.evaluate(
+        f"""() => {{
+            const g = ({FIGURES})().find(g => g.layout.meta === 'labels')
+            const box = [...g.querySelectorAll('.bars path')].map(b => b.getBoundingClientRect())
+                .find(b => b.height > 5)
+            return [box.x + box.width / 2, box.y + box.height / 2]
+        }}"""
+    )
+    page.mouse.move(*middle)
+    page.mouse.click(*middle)
+    picked = changed(page, "people", people)[0][-1]
+    assert 0 < picked < 40
+    assert page.get_by_text(f"{picked} of 40").count() == 1
+    shot(page, "bar")
+    people = state(page, "people")
+    page.get_by_role("button", name="Undo", exact=True).click()
+    assert changed(page, "people", people)[0][-1] is None
 
 
 def test_click_on_a_token_changes_cortex_and_slices(page):
@@ -402,6 +424,31 @@ def test_the_saved_explorer_works_without_python(browser, tmp_path):
     assert set(np.float32(drawn_map)) <= set(np.float32(seen()["map"]))
     shot(page, "offline")
 
+    # another color; those of a bar, and back again
+    page.get_by_label("color").select_option("site")
+    marker = page.evaluate(
+        f"() => ({FIGURES})().find(g => g.layout.meta === 'people').data[0].marker"
+    )
+    look, _, legend = explorer.panels.look_of("site")
+    assert (marker["color"], marker["symbol"]) == (look["color"], look["symbol"])
+    assert page.locator("#legend").inner_html() == legend
+    page.evaluate(
+        f"""() => ({FIGURES})().find(g => g.layout.meta === 'labels')
+            .emit('plotly_click', {{points: [{{curveNumber: 2, pointIndex: 1}}]}})"""
+    )
+    before = explorer.state()
+    explorer.filter(*[(name, names[1]) for name, (names, _) in explorer.bars.items()][1])
+    assert seen()["chosen"] == np.flatnonzero(explorer.chosen).tolist()
+    shares = page.evaluate(
+        f"() => ({FIGURES})().find(g => g.layout.meta === 'labels').data.map(t => Array.from(t.y))"
+    )
+    for name, share in zip(explorer.bars, shares[::2], strict=True):
+        counts = explorer.counts(name)[0]
+        np.testing.assert_allclose(share, 100 * counts / counts.sum())
+    page.get_by_role("button", name="Undo", exact=True).click()
+    explorer.restore(before)
+    assert seen()["chosen"] == np.flatnonzero(explorer.chosen).tolist()
+
     # two groups, compared; and back again
     press = lambda name: page.get_by_role("button", name=name, exact=True).click()  # noqa: E731
     first = explorer.subjects[explorer.chosen]
@@ -441,7 +488,7 @@ def test_the_saved_explorer_works_without_python(browser, tmp_path):
 def test_lecture_is_a_page_without_code(lecture, browser):
     page = new_page(browser)
     page.goto(lecture)
-    page.wait_for_function(f"() => ({FIGURES})().length === 4")
+    page.wait_for_function(f"() => ({FIGURES})().length === 5")
     page.wait_for_timeout(4000)
     shot(page, "lecture")
     assert page.get_by_text("These brains are synthetic.").is_visible()

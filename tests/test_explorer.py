@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 import xarray as xr
+from plotly.callbacks import Points
 from small_latents import make_latents
 
 from bhx import contrast, explore, neighbours, plot_tokens, pool, region_map, register
@@ -16,6 +17,7 @@ from bhx.modalities.t1 import t1_grid
 from bhx.modalities.table import MODALITIES
 from bhx.show.colors import CLEAR
 from bhx.show.panels import FADED, GROUPS
+from bhx.show.people import binned
 from bhx.show.tokens import token_table
 
 matplotlib.use("agg")
@@ -176,7 +178,6 @@ def test_callbacks_do_what_the_methods_do(explorer, panels):
 
 
 def test_click_on_the_brain_selects_the_parcel_under_it(explorer, panels):
-    from plotly.callbacks import Points
 
     trace = next(t for t in panels.brain.data if t.name == "right values")
     at = 1234
@@ -337,7 +338,7 @@ def test_a_page_escapes_names(tmp_path):
     data["site"] = ("subject", [BAD] * 10 + ["</script>"] * 10)
     text = explore(data).save(tmp_path / "explorer.html").read_text(encoding="utf-8")
     assert BAD not in text
-    assert text.count("</script>") == 6  # plotly, three figures, the numbers, the module
+    assert text.count("</script>") == 7  # plotly, four figures, the numbers, the module
 
 
 def test_button_writes_the_code(explorer, panels):
@@ -638,3 +639,51 @@ def test_a_scan_is_read_once_however_often_its_person_is_looked_at(monkeypatch):
     assert panels.own.children
     explorer.select_subjects(["sub-01"])
     np.testing.assert_allclose(panels.person.data[1].z, np.corrcoef(series[1]), atol=1e-5)
+
+
+def test_a_bar_of_a_label_keeps_its_people():
+    latents = make_latents(n=40)
+    age = latents.age.values.copy()
+    age[7] = np.nan
+    latents = latents.assign_coords(
+        age=("subject", age), diagnosis=("subject", [""] * 3 + ["x"] * 37)
+    )
+    explorer = explore(latents)
+    names, at = explorer.bars["age"]
+    assert names[-1] == "missing"
+    assert (len(names), at[7]) == (9, 8)
+    known, edges = np.histogram(age[np.isfinite(age)], 8)
+    np.testing.assert_allclose([float(n.split()[2]) for n in names[:-1]], edges[1:], rtol=0.01)
+    assert explorer.counts("age").tolist() == [[*known, 1]]
+    assert explorer.bars["diagnosis"][0] == ["x", "missing"]
+    explorer.filter("age", names[2])
+    assert (explorer.chosen == (at == 2)).all()
+    explorer.filter("site", "A")
+    assert (explorer.chosen == (at == 2) & (latents.site == "A").values).all()
+    explorer.undo()
+    assert explorer.counts("age").tolist() == [[0, 0, known[2], *[0] * 6]]
+    with pytest.raises(InputError, match="the bar to be A, B, found 'C'"):
+        explorer.filter("site", "C")
+
+
+def test_a_bar_keeps_the_people_of_both_groups():
+    latents = make_latents(n=40)
+    first = latents.site.values == "A"
+    explorer = explore(latents)
+    explorer.compare(first, ~first)
+    at = explorer.bars["age"][1]
+    assert explorer.counts("site").tolist() == [[20, 0], [0, 20]]
+    explorer.panels._bar_clicked("age")(None, Points(point_inds=[3]), None)
+    assert (explorer.groups[0] == first & (at == 3)).all()
+    assert (explorer.groups[1] == ~first & (at == 3)).all()
+    shown = explorer.panels.labels.data
+    assert [t.customdata.sum() for t in shown] == [*explorer.counts("age").sum(1)] * 2
+    explorer.panels._bar_clicked("site")(None, Points(point_inds=[0]), None)
+    assert "found none in one of the groups" in explorer.panels.message.value
+    assert explorer.groups[1].any()
+
+
+def test_words_beyond_the_commonest_share_a_bar():
+    names, at = binned(np.array([*"aabbccddeeffgghhij"]))
+    assert names == [*"abcdefgh", "others"]
+    assert np.bincount(at).tolist() == [2] * 9

@@ -25,6 +25,7 @@ from bhx.schema import ATTENTION, check, subject_coords, who_has
 from bhx.show.colors import CLEAR
 from bhx.show.offline import offline_page
 from bhx.show.panels import ALL_TOKENS, GROUPS, Panels
+from bhx.show.people import binned
 from bhx.show.surface import plot_surface
 
 STATE = 1  # the version of what `Explorer.state` returns
@@ -54,8 +55,8 @@ def explore(
     Returns
     -------
     Explorer: shows itself in JupyterLab, and answers `select_subjects`, `select_token`,
-    `select_parcel`, `select_map`, `compare`, `undo`, `picked`, `differences`, `nearest`, `save`,
-    `restore` and `code` without any browser
+    `select_parcel`, `select_map`, `compare`, `filter`, `undo`, `picked`, `differences`, `nearest`,
+    `save`, `restore` and `code` without any browser
     """
     return Explorer(latents, cohort, controls, points)
 
@@ -69,7 +70,8 @@ class Explorer:
     parcels : mask over parcels; place : their name, or None; places : names of networks and
     parcels; on_roi, on_cubes : modalities with a map on parcels, on cubes; surface_of, cubes_of :
     those of them that are seen; maps, has : each person's maps, and who has them; labels : what
-    cards show; passes : mask over tokens, whose map passes its controls
+    cards show; bars : of their histograms, names and each person's; passes : mask over tokens,
+    whose map passes its controls
     """
 
     def __init__(self, latents: xr.Dataset, cohort=None, controls=None, points=None):
@@ -103,6 +105,7 @@ class Explorer:
         self._mean = lru_cache(8)(self._weighted)
         coords = subject_coords(latents)
         self.labels = {_with_units(coords[name]): coords[name] for name in LABELS if name in coords}
+        self.bars = {name: binned(label.values) for name, label in self.labels.items()}
         self.followers: list = []
         self._past: list[dict] = []
         self.reset()
@@ -168,6 +171,17 @@ class Explorer:
         self.groups, self.chosen = (first, second), first | second
         self._announce()
 
+    def filter(self, label: str, bar: str):
+        """Keep of the selected, or of both groups, those in one bar of a label's histogram."""
+        check_choice("the label", label, self.bars)
+        names, at = self.bars[label]
+        check_choice("the bar", bar, names)
+        kept = [who & (at == names.index(bar)) for who in self._selected()]
+        if not all(who.any() for who in kept):
+            fact = f"Expected selected people of {label} {bar}, found none in one of the groups"
+            raise InputError(fact, "Take another bar, or undo")
+        self.compare(*kept) if self.groups else self.select_subjects(*kept)
+
     def undo(self):
         """What was selected before; at the beginning nothing happens."""
         if len(self._past) > 1:
@@ -220,6 +234,11 @@ class Explorer:
         if not self.on_cubes:
             return None
         return xr.DataArray(self._of_token(self.cubes_of), dims=CUBE_DIMS)
+
+    def counts(self, label: str) -> np.ndarray:
+        """How many of the selected, or of each group, are in each bar of a label (group, bar)."""
+        names, at = self.bars[label]
+        return np.stack([np.bincount(at[who], minlength=len(names)) for who in self._selected()])
 
     def shares(self) -> np.ndarray:
         """Each token's share of attention (token, modality)."""

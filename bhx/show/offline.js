@@ -2,7 +2,7 @@
 // `Explorer` in explorer.py computes the same; tests compare the two.
 
 const data = JSON.parse(document.getElementById('explorer').textContent)
-const [people, brain, strip] = [0, 1, 2].map((i) => document.getElementById(`figure${i}`))
+const [people, brain, strip, labels] = [0, 1, 2, 3].map((i) => document.getElementById(`figure${i}`))
 const card = document.getElementById('card')
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer
 const maps = new Float32Array(bytes(data.maps)) // person, token (or one for all), parcel
@@ -83,6 +83,7 @@ function update() {
   Plotly.update(strip, { y: bars }, { shapes, 'yaxis.range': range, 'yaxis.autorange': !range }, bars.map((_, m) => m))
   mark()
   const columns = compared() ? ['A', 'B'].map((name) => groups[name]) : [chosen]
+  drawLabels(columns)
   const rows = [['subjects', ...columns.map((who) => (who.length === 1 ? data.subjects[who[0]] : `${who.length} of ${everyone.length}`))]]
   if (compared()) rows.unshift(['', 'A', 'B'])
   for (const [name, values] of Object.entries(data.labels)) {
@@ -97,6 +98,39 @@ function update() {
   )
   document.getElementById('said').textContent = `${title}, ${rows[0][1] === 'A' ? rows[1].slice(1).join(' and ') : rows[0][1]}`
   window.explorer = { map: Array.from(map), chosen, token, groups, ends } // what is seen, for tests
+}
+
+// what share of the selected, or of each group, is in each bar of each label
+function drawLabels(columns) {
+  const [y, customdata, visible, color] = [[], [], [], []]
+  for (const [names, at] of Object.values(data.bars)) {
+    for (const [i, group] of ['A', 'B'].entries()) {
+      const who = columns[i] ?? []
+      const counts = names.map((_, bar) => who.filter((person) => at[person] === bar).length)
+      customdata.push(counts)
+      y.push(counts.map((n) => (100 * n) / Math.max(who.length, 1)))
+      visible.push(i < columns.length)
+      color.push(compared() ? data.groups[group] : '#7a7a7a')
+    }
+  }
+  if (y.length) Plotly.restyle(labels, { y, customdata, visible, 'marker.color': color })
+}
+
+// of the selected, or of both groups, those in one bar
+function filter({ curveNumber, pointIndex }) {
+  const at = Object.values(data.bars)[Math.floor(curveNumber / 2)][1]
+  const keep = (who) => who.filter((person) => at[person] === pointIndex)
+  if (!compared()) return change({ chosen: keep(chosen) })
+  const [A, B] = [keep(groups.A), keep(groups.B)]
+  if (A.length && B.length) change({ groups: { A, B }, chosen: [...A, ...B].sort((a, b) => a - b) })
+  else document.getElementById('said').textContent = 'One group has nobody there: take another bar'
+}
+
+function colorBy(name) {
+  const { marker, said, legend } = data.looks[name]
+  const look = Object.entries(marker).map(([key, value]) => [`marker.${key}`, [].concat(value).length > 1 ? [value] : value])
+  Plotly.restyle(people, { ...Object.fromEntries(look), customdata: [said] })
+  document.getElementById('legend').innerHTML = legend // made by Python, its names escaped
 }
 
 function mark() {
@@ -139,6 +173,9 @@ people.on('plotly_selected', (event) => {
 people.on('plotly_click', (event) => select(where(event)))
 people.on('plotly_deselect', () => select(everyone))
 if (data.layers > 1) strip.on('plotly_click', (event) => change({ token: event.points[0].pointIndex }))
+labels.on('plotly_click', (event) => filter(event.points[0]))
+const color = document.getElementById('color')
+color.onchange = () => colorBy(color.value)
 const click = (id, act) => (document.getElementById(id).onclick = act)
 click('reset', () => change({ token: null, chosen: everyone, groups: {} }))
 click('undo', undo)
@@ -164,6 +201,9 @@ if (data.layers > 1) {
   walk(strip, 'Hub tokens: arrows walk through them, Escape takes all together', data.tokens.length,
     () => token ?? -1, (i) => change({ token: i }))
 }
+labels.setAttribute('role', 'img')
+labels.setAttribute('aria-label', 'Histograms of labels of who is selected')
 brain.setAttribute('role', 'img')
 brain.setAttribute('aria-label', 'Cortex: attention to each parcel')
+colorBy(color.value)
 update()

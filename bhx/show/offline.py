@@ -1,12 +1,13 @@
 """The explorer as one page that needs neither Python nor a network; offline.js is its other half.
 
-People, cortex and bars, linked; the slices of the T1 stay with the widgets.
+People, labels, cortex and bars, linked; the slices of the T1 stay with the widgets.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +44,22 @@ def offline_page(explorer) -> str:
         "groups": GROUPS,
         "scales": {name: Scale.of(ends).color_axis()["colorscale"] for name, ends in SIGNS.items()},
     }
+    by = dict.fromkeys(
+        [panels.controls["color"].value, *(c.name for c in explorer.labels.values())]
+    )
+    keys = ("marker", "said", "legend")
+    content["looks"] = {name: dict(zip(keys, panels.look_of(name), strict=True)) for name in by}
+    content["bars"] = {name: [kinds, at.tolist()] for name, (kinds, at) in explorer.bars.items()}
     words = json.dumps(content).replace("<", "\\u003c")
-    shown = [panels.people, panels.brain, panels.strip]  # which the script knows by place
+    shown = [panels.people, panels.brain, panels.strip, panels.labels]  # the script knows by place
     figures = "".join(drawn(shown))
     hint = "Drag around people, or click one" + ("; click a bar" if maps.shape[1] > 1 else "")
     hint += ". Attention says what was read, not what mattered."
     names = {"groupA": "Set group A", "groupB": "Set group B", "undo": "Undo", "reset": "Reset"}
     buttons = " ".join(f"<button id='{key}'>{name}</button>" for key, name in names.items())
-    body = f"<p>{hint} {buttons} {panels.legend.value}</p><p id='said' aria-live='polite'></p>"
+    color = "".join(f"<option>{escape(name)}</option>" for name in by)
+    color = f"<label>color <select id='color'>{color}</select></label> <span id='legend'></span>"
+    body = f"<p>{hint} {buttons} {color}</p><p id='said' aria-live='polite'></p>"
     body += f'<div style="{STYLE}">{figures}<table id="card"></table></div>'
     body += f'<script type="application/json" id="explorer">{words}</script>'
     script = SCRIPT.read_text(encoding="utf-8")

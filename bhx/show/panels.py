@@ -32,9 +32,10 @@ FADED = 0.35  # opacity of what fails its controls
 
 class Fit(AnyWidget):
     """Nothing to see: tells figures when their page gives them another width, and screen readers
-    what each figure is."""
+    what each figure is; copies what it is sent."""
 
-    _esm = """export default { render({ el }) {
+    _esm = """export default { render({ model, el }) {
+        model.on("msg:custom", ({ copy }) => navigator.clipboard?.writeText(copy))
         const name = (g) => { g.setAttribute("role", "img"); g.setAttribute("aria-label",
             `${g.layout?.title?.text ?? "figure"}. The boxes above do the same by keyboard.`) }
         new ResizeObserver(() => {
@@ -58,10 +59,14 @@ class Panels:
         self.people, self.strip = self._people(), self._strip()
         self.brain, self.slices = self._brain(), self._slices()
         self.person, self.own = self._person(), widgets.VBox([])
-        for figure in (self.people, self.strip, self.brain, self.slices, self.person):
+        self.labels = self._labels()
+        for figure in (
+            self.people, self.strip, self.brain, self.slices, self.person, self.labels
+        ):  # fmt: skip
             _keep_state(figure)
         self.card, self.heading, self.message, self.legend = (widgets.HTML() for _ in range(4))
         self.controls = self._controls()
+        self.fit = Fit()
         hidden = {"width": "100%", "height": "120px", "display": "none"}  # until it is asked for
         self.written = widgets.Textarea(layout=hidden)
         self.box = self._arranged()
@@ -76,6 +81,7 @@ class Panels:
         self.heading.value, self.message.value = f"<b>{escape(e.heading())}</b>", ""
         self._update_boxes()
         self._update_people()
+        self._update_labels()
         self._update_strip()
         self._update_brain()
         self._update_slices()
@@ -120,7 +126,12 @@ class Panels:
 
     def color_people(self, *_):
         """Color the people by the coordinate chosen."""
-        points, name = self.explorer.points, self.controls["color"].value
+        marker, labels, self.legend.value = self.look_of(self.controls["color"].value)
+        self.people.update_traces(marker=marker, customdata=labels)
+
+    def look_of(self, name) -> tuple[dict, list, str]:
+        """People's markers, what is said of each, and the legend: by a coordinate."""
+        points = self.explorer.points
         groups = point_groups(points, name)
         colors, shapes = np.empty((2, len(self.explorer.subjects)), object)
         for _, where, color, shape in groups:
@@ -128,10 +139,41 @@ class Panels:
         named = [(n, c, SHAPES[shape]) for n, _, c, shape in groups if isinstance(c, str)]
         look = {"color": colors.tolist(), "symbol": shapes.tolist(), "showscale": not named}
         labels = [f"{escape(name)} {escape(str(v))}" for v in points[name].values.tolist()]
-        self.people.update_traces(marker=look, customdata=labels)
         words = [f'<span style="color:{c}">{s}</span> {escape(n)}' for n, c, s in named[:12]]
         more = [f"and {len(named) - 12} more"] if len(named) > 12 else []
-        self.legend.value = f"<b>{escape(name)}</b> " + " ".join(words + more)
+        return look, labels, f"<b>{escape(name)}</b> " + " ".join(words + more)
+
+    # labels ---------------------------------------------------------------------------------
+
+    def _labels(self):
+        bars = self.explorer.bars
+        figure = make_subplots(1, max(len(bars), 1), subplot_titles=[escape(n) for n in bars])
+        figure = _widget(figure, "labels", 130, "Labels: click a bar to keep its people")
+        for column, (name, (kinds, _)) in enumerate(bars.items(), 1):
+            for group, color in GROUPS.items():
+                bar = go.Bar(x=[escape(kind) for kind in kinds], name=group, marker_color=color)
+                bar.hovertemplate = "%{x}<br>%{customdata} people, %{y:.0f} %<extra></extra>"
+                figure.add_trace(bar, 1, column)
+                figure.data[-1].on_click(self._bar_clicked(name))
+        figure.update_yaxes(rangemode="tozero", nticks=3).update_xaxes(tickangle=0, nticks=3)
+        figure.update_yaxes(title="%", col=1).update_annotations(font_size=11, y=0.97)
+        return figure.update_layout(bargap=0.1, margin={"t": 36, "b": 24}, showlegend=False)
+
+    def _bar_clicked(self, name):
+        keep = self._answering(lambda i: self.explorer.filter(name, self.explorer.bars[name][0][i]))
+        return lambda _, picked, how: [keep(i) for i in picked.point_inds[:1]]
+
+    def _update_labels(self):
+        e, traces = self.explorer, self.labels.data
+        with self.labels.batch_update():
+            for row, name in enumerate(e.bars):
+                counts = e.counts(name)
+                for i, trace in enumerate(traces[2 * row : 2 * row + 2]):
+                    trace.visible = shown = i < len(counts)
+                    if shown:
+                        trace.marker.color = [*GROUPS.values()][i] if e.groups else GRAY
+                        trace.y = 100 * counts[i] / max(counts[i].sum(), 1)
+                        trace.customdata = counts[i]
 
     # tokens ---------------------------------------------------------------------------------
 
@@ -308,7 +350,7 @@ class Panels:
         for name in ("color", "map"):
             controls[name].style.description_width, controls[name].layout.width = "50px", "180px"
         for name in ("first", "second", "lock", "reset", "undo", "test", "code"):
-            controls[name].layout.width = "92px"
+            controls[name].layout.width = "auto"
         if max(len(e.on_roi), len(e.on_cubes)) < 2:  # nothing to choose
             controls["map"].layout.display = "none"
         controls["color"].observe(self.color_people, "value")
@@ -382,6 +424,8 @@ class Panels:
 
     def _show_code(self, _):
         self.written.value, self.written.layout.display = self.explorer.code(), ""
+        self.fit.send({"copy": self.written.value})
+        self.message.value = "Copied: paste these lines into a new cell."
 
     def _arranged(self):
         row, columns = {"flex_flow": "row wrap"}, "repeat(2, minmax(0, 1fr))"
@@ -391,7 +435,8 @@ class Panels:
         cells += [widgets.HTML(), sliders]
         grid = {"grid_template_columns": columns, "grid_gap": "0 12px", "width": "100%"}
         figures = widgets.GridBox(cells, layout=grid)
-        return widgets.VBox([controls, self.card, figures, self.own, self.written, Fit()])
+        last = [self.labels] if self.explorer.bars else []
+        return widgets.VBox([controls, self.card, figures, *last, self.own, self.written, self.fit])
 
 
 def _widget(data, name, height, hint):

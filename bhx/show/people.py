@@ -5,11 +5,12 @@ from __future__ import annotations
 from html import escape
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
 from bhx.errors import InputError, check_choice
-from bhx.schema import subject_coords
+from bhx.schema import is_missing, subject_coords
 from bhx.show.colors import CATEGORIES, SHAPES, finish, plotly_colors
 
 
@@ -58,6 +59,22 @@ def point_groups(projection, color) -> list:
         (name, np.flatnonzero(group == i), *looks[i % len(looks)])
         for i, name in enumerate(names.tolist())
     ]
+
+
+def binned(values, most: int = 8) -> tuple[list[str], np.ndarray]:
+    """A label's bars: their names, and the number of each person's bar (subject)."""
+    missing = is_missing(values)
+    known = pd.Series(values).where(~missing)
+    if values.dtype.kind in "fiu" and known.nunique() > most:
+        cut = pd.cut(known.astype(float), most)
+        names, at = [f"{i.left:.3g} to {i.right:.3g}" for i in cut.cat.categories], cut.cat.codes
+    else:
+        kinds = sorted(known.value_counts().index[:most])
+        names = [f"{kind:.4g}" if isinstance(kind, float) else str(kind) for kind in kinds]
+        at = pd.Index(kinds).get_indexer(known)
+    if (at < 0).any():
+        names = [*names, "missing" if missing[at < 0].all() else "others"]
+    return names, np.where(at < 0, len(names) - 1, at)
 
 
 def axis_name(projection, component):
