@@ -48,6 +48,7 @@ PUBLIC = {
     "show.tokens": ("plot_tokens", "token_table"),
     "show.people": ("plot_latents",),
     "show.hidden": ("hidden_cubes", "hidden_tokens", "live"),
+    "show.answers": ("check_answer",),
     "show.figures": ("check_figure",),
     "show.explorer": ("explore",),
 }

@@ -74,6 +74,7 @@ from bhx.show.people import plot_latents as plot_latents
 from bhx.show.hidden import hidden_cubes as hidden_cubes
 from bhx.show.hidden import hidden_tokens as hidden_tokens
 from bhx.show.hidden import live as live
+from bhx.show.answers import check_answer as check_answer
 from bhx.show.figures import check_figure as check_figure
 from bhx.show.explorer import explore as explore
 

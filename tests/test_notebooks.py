@@ -16,11 +16,14 @@ import statistics
 import subprocess
 import sys
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode, from_dict, v4
@@ -154,39 +157,41 @@ def test_sections_come_in_order(name):
 
 
 def exercises(notebook) -> list[tuple]:
-    """(answer cell, check cell, code of the solution) of each exercise."""
+    """(answer cell, its code with the solution in the answer's place) of each exercise."""
     starts = [i for i, c in enumerate(notebook.cells) if "## Exercises" in c.source]
     rest = notebook.cells[starts[-1] :]
     out = []
-    for i, (a, b, c) in enumerate(zip(rest, rest[1:], rest[2:], strict=False)):
-        if a.cell_type == "code" and ANSWER.search(a.source):
-            assert b.cell_type == "code", f"no check cell behind '{a.source}'"
-            folded = SOLUTION.search(c.source)
-            assert folded, f"no folded solution behind '{a.source}'"
-            out.append((rest[i], b, _solving(a.source, folded.group(1))))
+    for answer, behind in pairwise(rest):
+        if answer.cell_type == "code" and ANSWER.search(answer.source):
+            folded = SOLUTION.search(behind.source)
+            assert folded, f"no folded solution behind '{answer.source}'"
+            out.append((answer, _solved(answer.source, folded.group(1))))
     return out
 
 
-def _solving(answer, solution) -> str:
-    """The code of a solution, in a fence or in backticks, which assigns what was asked for."""
+def _solved(answer, solution) -> str:
+    """With the code of a solution, in a fence or in backticks, which assigns what was asked for."""
     code = re.findall(r"(?ms)^```python\n(.+?)^```|`([^`\n]+ = [^`\n]+)`", solution)
     code = "\n".join(fenced or inline for fenced, inline in code)
-    asked = ANSWER.findall(answer)
-    missing = [name for name in asked if not re.search(rf"(?m)^{name} = ", code)]
-    assert not missing, f"the solution does not say '{missing[0]} = ...' in code"
-    return "\n".join([ANSWER.sub("", answer).strip(), code]).strip()
+    (asked,) = ANSWER.findall(answer)
+    assert re.search(rf"(?m)^{asked} = ", code), (
+        f"the solution does not say '{asked} = ...' in code"
+    )
+    return ANSWER.sub(lambda _: code, answer)
 
 
 @every_notebook
-def test_each_exercise_has_a_check_and_a_folded_solution(name):
+def test_each_exercise_answers_mistakes_and_has_a_folded_solution(name):
     notebook = read(name)
     found = exercises(notebook)
-    assert len(found) >= 2
+    assert len(found) >= 3
     solutions = "".join(notebook.text).count("<summary>Solution</summary>")
     assert (solutions, "".join(notebook.text).count("</details>")) == (len(found), len(found))
-    for _, check, _ in found:
-        assert re.search(r'(?s)\bprint\("right" if .+ else "not yet"\)$', check.source)
-        assert printed(check) == "not yet\n", "unanswered, a check must say 'not yet'"
+    for answer, _ in found:
+        check = python(answer.source).body[-1].value
+        assert ast.unparse(check.func) == "bhx.check_answer"
+        assert len(check.args) == 3, "no hint answers a mistake"
+        assert printed(answer) == "not yet\n", "unanswered, a check must say 'not yet'"
 
 
 @every_notebook
@@ -361,7 +366,7 @@ QUICK = ("00_start_here", "11_released_weights")
 @pytest.mark.parametrize("name", NAMES if os.environ.get("BHX_SOLVE") else QUICK)
 def test_solutions_are_right(name, copy):
     notebook = read(name)
-    solved = {id(answer): code for answer, _, code in exercises(notebook)}
+    solved = {id(answer): code for answer, code in exercises(notebook)}
     code = [solved.get(id(cell), cell.source) for cell in notebook.code]
     text = "".join(printed(cell) for cell in run(code, copy).cells)
     assert re.findall(r"(?m)^(right|not yet)$", text) == ["right"] * len(solved)
@@ -412,6 +417,34 @@ def test_another_folder_and_more_threads_change_nothing(copy, monkeypatch):
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     assert f"{len(read('00_start_here').code)} passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "given, printed",
+    [
+        (None, "not yet"), (25, "right"), (25.04, "right"), (np.float32(25), "right"),
+        (26, "Round down."), (27, "not yet"), ("25", "not yet"), ([25], "not yet"),
+        (xr.DataArray(25), "right"), (np.nan, "not yet"),
+    ],
+)  # fmt: skip
+def test_an_answer_is_right_or_a_known_mistake(given, printed, capsys):
+    bhx.check_answer(given, 25, {"Round down.": 26}, within=0.05)
+    assert capsys.readouterr().out == printed + "\n"
+
+
+def test_answers_may_be_words_and_lists(capsys):
+    hints = {"The other one.": "control"}
+    for given in ("patient", "control", "both"):
+        bhx.check_answer(given, "patient", hints)
+    bhx.check_answer(np.array(["a", "b"]), ["a", "b"])
+    bhx.check_answer((20, False), (20, True), {"Longer.": (20, False)})
+    words = ["right", "The other one.", "not yet", "right", "Longer."]
+    assert capsys.readouterr().out.split("\n") == [*words, ""]
+
+
+def test_no_hint_calls_the_right_answer_wrong():
+    with pytest.raises(bhx.InputError, match="hints to wrong answers, found the right one: Less"):
+        bhx.check_answer(None, 0.5, {"Less.": 0.51}, within=0.02)
 
 
 def test_stored_scores_of_real_people_are_those_of_the_benchmark():
