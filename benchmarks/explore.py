@@ -3,12 +3,17 @@
 1,000 subjects x 128 tokens x 400 parcels x 1,200 T1 cubes, random numbers, widgets attached:
 
     OMP_NUM_THREADS=1 python benchmarks/explore.py [subjects]
+
+With Chromium and Playwright also its page without Python: size, and from an event to what is drawn.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -17,6 +22,14 @@ from bhx import load_atlas, plot_surface
 from bhx.show.explorer import explore
 
 REPEATS = 7
+FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+# from an event of a figure until a frame has been drawn after all that follows from it [ms]
+REDRAWN = """async ([figure, event, what]) => {
+    const start = performance.now()
+    document.getElementById(figure).emit(event, what)
+    await new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))
+    return performance.now() - start
+}"""
 
 
 def random_latents(n: int, tokens: int = 128, features: int = 768, grid=(10, 12, 10)) -> xr.Dataset:
@@ -96,6 +109,38 @@ def main(n: int = 1000):
     print(f"sent to the cortex at each step: {sent / 1e3:.0f} kB of intensities, no mesh")
     figure = plot_surface(explorer.latents.hub_to_roi[0, 0])
     print(f"one mesh figure: {len(figure.to_json()) / 1e6:.2f} MB of JSON")
+    browsers = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    if browser := next(filter(None, browsers), None):
+        explorer.reset()
+        page_times(explorer, browser)
+
+
+def page_times(explorer, browser: str):
+    """Print the size of the page without Python, and how fast it answers."""
+    from playwright.sync_api import sync_playwright
+
+    rng = np.random.default_rng(2)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
+        path = explorer.save(Path(folder, "explorer.html"))
+        print(f"page: {path.stat().st_size / 1e6:.1f} MB")
+        page = play.chromium.launch(executable_path=browser, args=FLAGS).new_page()
+        start = time.perf_counter()
+        page.goto(path.as_uri())
+        page.wait_for_function("() => window.explorer")
+        print(f"page opens in {time.perf_counter() - start:.1f} s")
+        loops = [np.flatnonzero(rng.random(len(explorer.subjects)) < 0.3) for _ in range(REPEATS)]
+        points = [{"points": [{"pointIndex": int(i)} for i in who]} for who in loops]
+        bars = [{"points": [{"curveNumber": 2, "pointIndex": i % 3}]} for i in range(REPEATS)]
+        acts = {"lasso": ("figure0", "plotly_selected", points)}
+        acts["bar of a label"] = ("figure3", "plotly_click", bars)
+        for name, (figure, event, choices) in acts.items():
+            times = []
+            for choice in choices:
+                times.append(page.evaluate(REDRAWN, [figure, event, choice]))
+                page.wait_for_timeout(300)
+                page.evaluate("() => document.getElementById('undo').click()")
+                page.wait_for_timeout(300)
+            print(f"page, {name}: median {np.median(times):.0f} ms, worst {max(times):.0f} ms")
 
 
 if __name__ == "__main__":

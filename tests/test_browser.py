@@ -429,7 +429,7 @@ def test_the_saved_explorer_works_without_python(browser, tmp_path):
     marker = page.evaluate(
         f"() => ({FIGURES})().find(g => g.layout.meta === 'people').data[0].marker"
     )
-    look, _, legend = explorer.panels.look_of("site")
+    look, _, legend = explorer.panels.markers_by("site")
     assert (marker["color"], marker["symbol"]) == (look["color"], look["symbol"])
     assert page.locator("#legend").inner_html() == legend
     page.evaluate(

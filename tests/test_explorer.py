@@ -687,3 +687,65 @@ def test_words_beyond_the_commonest_share_a_bar():
     names, at = binned(np.array([*"aabbccddeeffgghhij"]))
     assert names == [*"abcdefgh", "others"]
     assert np.bincount(at).tolist() == [2] * 9
+
+
+def test_other_maps_than_attention_are_shown(tmp_path):
+    latents, random = make_latents(), np.random.default_rng(1)
+    dims = ("token", "roi")
+    at = {"token": latents.token.values, "roi": latents.roi.values}
+    lesion = xr.DataArray(random.normal(size=(8, 100)), at, dims, attrs={"units": "moved"})
+    each = xr.DataArray(random.normal(size=(20, 8, 100)), at, ("subject", *dims))
+    each = each.assign_coords(subject=latents.subject.values)
+    order = {"roi": random.permutation(100), "token": random.permutation(8)}
+    maps = {
+        "lesion": lesion.isel(order),
+        "gradients": each.isel(order | {"subject": slice(None, None, -1)}),
+    }
+    explorer = explore(latents, maps=maps)
+    panels = explorer.panels
+    assert panels.controls["map"].options[-3:] == ("lesion", "gradients", "t1")
+    explorer.select_token(3)
+    panels.controls["map"].value = "lesion"
+    assert explorer.heading() == "lesion of token 3"
+    np.testing.assert_allclose(explorer.surface_map(), lesion[3], rtol=1e-6)
+    assert panels.brain.layout.coloraxis.colorbar.title.text == "moved"
+    who = ["sub-02", "sub-05"]
+    explorer.select_subjects(who)
+    np.testing.assert_allclose(explorer.surface_map(), lesion[3], rtol=1e-6)
+    assert "maps['lesion'].sel(token=3)\n" in explorer.code()
+    explorer.select_map("gradients")
+    np.testing.assert_allclose(
+        explorer.surface_map(), each.sel(subject=who).mean("subject")[3], rtol=1e-5
+    )
+    assert "maps['gradients'].sel(token=3).sel(subject=subjects).mean(" in explorer.code()
+    namespace = {"maps": maps, "latents": latents}
+    exec(explorer.code().rsplit("\n", 1)[0], namespace)  # but the drawing
+    found = namespace["values"].sel(roi=latents.roi)
+    np.testing.assert_allclose(explorer.surface_map(), found, rtol=1e-5)
+    explorer.compare(["sub-01"], ["sub-05"])
+    np.testing.assert_allclose(explorer.surface_map(), each[1, 3] - each[5, 3], rtol=1e-4)
+    explorer.select_map("lesion")
+    np.testing.assert_allclose(explorer.surface_map(), 0, atol=1e-6)  # one map for all
+    kept = explorer.state()
+    explorer.reset()
+    explorer.restore(kept)
+    assert explorer.surface_of == "lesion"
+    assert '"what": "Lesion"' in explorer.save(tmp_path / "a.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("bold", lambda m: m, "a map 'bold' of (token, roi) beside modality_share, bold, t1"),
+        ("a", lambda m: m.mean("token"), "found ('roi',)"),
+        ("a", lambda m: m.expand_dims("mode"), "found ('mode', 'token', 'roi')"),
+        ("a", lambda m: m[1:], "a map 'a' of every token, found none of 0"),
+        ("a", lambda m: m.values, "found ()"),
+    ],
+)
+def test_other_maps_that_do_not_fit_are_refused(name, change, words):
+    latents = make_latents()
+    at = {"token": latents.token.values, "roi": latents.roi.values}
+    values = xr.DataArray(np.ones((8, 100)), at, ("token", "roi"))
+    with pytest.raises(InputError, match=re.escape(words)):
+        explore(latents, maps={name: change(values)})

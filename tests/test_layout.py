@@ -61,14 +61,14 @@ ROOMS = {
         *("probe", "scores", "report", "fine_tuning"),
     ),
     "show": (
-        *("colors", "surface", "volume", "tokens", "people", "hidden", "figures", "panels"),
-        *("offline", "explorer"),
+        *("colors", "surface", "volume", "tokens", "people", "hidden", "answers", "figures"),
+        *("panels", "offline", "explorer"),
     ),
 }
 LAST = ("demo", "doctor", "__main__")
 CORRIDOR = [f"{room}.{file}".lstrip("./") for room, files in ROOMS.items() for file in files]
 CORRIDOR += LAST
-AT_MOST_LINES = 11544
+AT_MOST_LINES = 11602
 AT_MOST = {"file": 400, "function": 60}  # lines of code
 
 # What still breaks a rule below. These lists only get shorter: nothing is added, and what has been

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from html import escape
 from pathlib import Path
@@ -39,6 +40,7 @@ def explore(
     *,
     controls: xr.Dataset | None = None,
     points: xr.DataArray | None = None,
+    maps: Mapping[str, xr.DataArray] | None = None,
 ) -> Explorer:
     """Walk around in a latent space: pick people, tokens, parcels; everything else follows.
 
@@ -51,6 +53,9 @@ def explore(
         says how well a token's map repeats
     points : another map of the people than `bhx.project`'s, (subject, component), such as one of
         UMAP; `attrs["long_name"]` names its axes
+    maps : what the cortex may show instead of attention, name -> (token, roi), or the same with
+        subject first: parts of `integrated_gradients`, what `lesion` of each parcel changes, ..;
+        `attrs["units"]` names their unit
 
     Returns
     -------
@@ -58,7 +63,7 @@ def explore(
     `select_parcel`, `select_map`, `compare`, `filter`, `undo`, `picked`, `differences`, `nearest`,
     `save`, `restore` and `code` without any browser
     """
-    return Explorer(latents, cohort, controls, points)
+    return Explorer(latents, cohort, controls, points, maps)
 
 
 class Explorer:
@@ -68,13 +73,14 @@ class Explorer:
     ----------
     chosen : mask over subjects; groups : two masks, or None; token : a token, or None for all;
     parcels : mask over parcels; place : their name, or None; places : names of networks and
-    parcels; on_roi, on_cubes : modalities with a map on parcels, on cubes; surface_of, cubes_of :
+    parcels; on_roi, on_cubes : names of maps on parcels, on cubes; others : those that are not
+    attention; surface_of, cubes_of :
     those of them that are seen; maps, has : each person's maps, and who has them; labels : what
     cards show; bars : of their histograms, names and each person's; passes : mask over tokens,
     whose map passes its controls
     """
 
-    def __init__(self, latents: xr.Dataset, cohort=None, controls=None, points=None):
+    def __init__(self, latents, cohort=None, controls=None, points=None, maps=None):
         self.latents = check(latents, "latents")
         self.on_roi, self.on_cubes = maps_in(latents, ("roi",)), maps_in(latents, CUBE_DIMS)
         if not self.on_roi:
@@ -99,9 +105,13 @@ class Explorer:
             subject_mask(cohort, self.subjects)  # refuses a cohort without one of them
             self.cohort = cohort.sel(subject=self.subjects)
         kinds = [modality(name) for name in self.on_roi + self.on_cubes]
-        maps = {ATTENTION: latents[ATTENTION]} | {m.name: latents[m.map_name] for m in kinds}
-        self.maps = {name: np.nan_to_num(v.values.astype("f4")) for name, v in maps.items()}
+        read = {ATTENTION: latents[ATTENTION]} | {m.name: latents[m.map_name] for m in kinds}
+        self.maps = {name: np.nan_to_num(v.values.astype("f4")) for name, v in read.items()}
         self.has = {m.name: who_has(latents, m.variable) for m in kinds}
+        self.others = {name: self._aligned(name, values) for name, values in (maps or {}).items()}
+        self.maps |= {name: values.values.astype("f4") for name, values in self.others.items()}
+        self.has |= dict.fromkeys(self.others, np.ones(len(self.subjects), bool))
+        self.on_roi += self.others
         self._mean = lru_cache(8)(self._weighted)
         coords = subject_coords(latents)
         self.labels = {_with_units(coords[name]): coords[name] for name in LABELS if name in coords}
@@ -123,6 +133,23 @@ class Explorer:
             fact = f"Expected points of finite coordinates, found others of {listed(who)}"
             raise InputError(fact, "Leave these subjects out of the latents, or place them")
         return points
+
+    def _aligned(self, name, values):
+        """A map (subject or one for all, token, roi) in the order of the latents."""
+        order = {"subject": self.subjects, "token": self.tokens, "roi": self.roi}
+        dims = getattr(values, "dims", ())
+        if not {"token", "roi"} <= {*dims} <= {*order} or name in [*self.maps, *self.on_cubes]:
+            fact = (
+                f"Expected a map '{name}' of (token, roi) beside {listed(self.maps)}, found {dims}"
+            )
+            raise InputError(fact, "Give it a name of its own, and select or average other dims")
+        for dim in dims:
+            if gone := sorted({*order[dim]} - {*values[dim].values}):
+                fact = f"Expected a map '{name}' of every {dim}, found none of {listed(gone)}"
+                raise InputError(fact, "Make it of the same latents")
+        values = values.sel({dim: order[dim] for dim in dims})
+        values = values if "subject" in dims else values.expand_dims("subject")
+        return values.transpose(*order)
 
     def reset(self):
         """Everyone, all tokens, no parcel."""
@@ -246,7 +273,8 @@ class Explorer:
 
     def preference(self) -> np.ndarray:
         """Each token's attention to the selected parcels over its mean attention (token)."""
-        maps = self._average(self.surface_of, (self.chosen,))
+        of = self.on_roi[0] if self.surface_of in self.others else self.surface_of
+        maps = self._average(of, (self.chosen,))
         return maps[:, self.parcels].mean(1) / np.maximum(maps.mean(1), 1e-12)
 
     def own_volume(self) -> xr.DataArray | None:
@@ -309,17 +337,28 @@ class Explorer:
         token = ALL_TOKENS if self.token is None else f"token {self.token}"
         if not (self.chosen & self.has[self.surface_of]).any():
             return f"{token}: nobody selected has {self.surface_of}"
-        return f"attention of {token}{self._badge()}" + (
+        return f"{self.what()} of {token}{self._badge()}" + (
             ", group A minus group B" if self.groups else ""
         )
 
+    def what(self) -> str:
+        """What the cortex shows: attention, or the name of another map."""
+        return self.surface_of if self.surface_of in self.others else "attention"
+
+    def units(self) -> str:
+        """Of what the cortex shows."""
+        other = self.others.get(self.surface_of)
+        return SHARE if other is None else other.attrs.get("units", "")
+
     def faded(self) -> bool:
-        """Whether the map that is seen is one token's, and fails its controls."""
-        return self.token is not None and not self.passes[self.tokens == self.token][0]
+        """Whether the map that is seen is one token's attention, and fails its controls."""
+        if self.token is None or self.surface_of in self.others:
+            return False
+        return not self.passes[self.tokens == self.token][0]
 
     def _badge(self):
         """How well the selected token's map repeats, where it is known."""
-        if self.controls is None or self.token is None:
+        if self.controls is None or self.token is None or self.surface_of in self.others:
             return ""
         again = self.controls.agreement.sel(control="retest", token=self.token).item()
         return f" (repeats {again:.2f}, {'fails' if self.faded() else 'passes'} its controls)"
@@ -331,15 +370,24 @@ class Explorer:
             f"{name} = {self.subjects[group].tolist()!r}"
             for name, group in zip(names, self._selected(), strict=True)
         ]
-        of = "" if self.surface_of == self.on_roi[0] else f", of={self.surface_of!r}"
-        calls = [f"bhx.region_map(latents, token={self.token}, subjects={n}{of})" for n in names]
+        calls = [self._call(name) for name in names]
         draw = "bhx.plot_surface(values, static=True)"
         return "\n".join(["import bhx", "", *lines, f"values = {' - '.join(calls)}", draw])
+
+    def _call(self, names):
+        """Code of the map of these subjects."""
+        if self.surface_of not in self.others:
+            of = "" if self.surface_of == self.on_roi[0] else f", of={self.surface_of!r}"
+            return f"bhx.region_map(latents, token={self.token}, subjects={names}{of})"
+        call = f"maps[{self.surface_of!r}]"
+        call += '.mean("token")' if self.token is None else f".sel(token={self.token})"
+        each = len(self.maps[self.surface_of]) > 1
+        return call + (f'.sel(subject={names}).mean("subject")' if each else "")
 
     def figure(self):
         """The static figure that `code` draws."""
         values = xr.DataArray(self.surface_map(), {"roi": self.roi}, ["roi"])
-        values.attrs["units"] = SHARE
+        values.attrs["units"] = self.units()
         return plot_surface(values, static=True, title=self.heading())
 
     def save(self, path="explorer.html") -> Path:
@@ -388,7 +436,10 @@ class Explorer:
         return self._mean(of, weights.tobytes())
 
     def _weighted(self, of, weights):
-        return np.tensordot(np.frombuffer(weights, np.float32), self.maps[of], 1)
+        weights, maps = np.frombuffer(weights, np.float32), self.maps[of]
+        return np.tensordot(
+            weights if len(maps) == len(weights) else weights.sum(keepdims=True), maps, 1
+        )
 
 
 def _with_units(coord):

@@ -63,7 +63,7 @@ function update() {
   let ends = [quantile(sorted, data.beyond), quantile(sorted, 1 - data.beyond)]
   const signed = ends[0] < 0 && ends[1] > 0
   if (signed) ends = [-Math.max(-ends[0], ends[1]), Math.max(-ends[0], ends[1])]
-  const title = `Attention of ${token === null ? 'all tokens' : `token ${data.tokens[token]}`}${compared() ? ', A minus B' : ''}`
+  const title = `${data.what} of ${token === null ? 'all tokens' : `token ${data.tokens[token]}`}${compared() ? ', A minus B' : ''}`
   const scale = { 'coloraxis.colorscale': data.scales[signed ? 'signed' : 'plain'] }
   const band = { type: 'rect', x0: data.tokens[token] - 0.5, x1: data.tokens[token] + 0.5, y0: 0, y1: 1 }
   const size = data.tokens.length * data.modalities
@@ -127,9 +127,9 @@ function filter({ curveNumber, pointIndex }) {
 }
 
 function colorBy(name) {
-  const { marker, said, legend } = data.looks[name]
+  const { marker, hover, legend } = data.looks[name]
   const look = Object.entries(marker).map(([key, value]) => [`marker.${key}`, [].concat(value).length > 1 ? [value] : value])
-  Plotly.restyle(people, { ...Object.fromEntries(look), customdata: [said] })
+  Plotly.restyle(people, { ...Object.fromEntries(look), customdata: [hover] })
   document.getElementById('legend').innerHTML = legend // made by Python, its names escaped
 }
 

@@ -26,11 +26,13 @@ STYLE = "display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr)"
 def offline_page(explorer) -> str:
     """HTML of the explorer as it is: colored and lit as its widgets, everybody selected."""
     panels, maps = explorer.panels, explorer.maps[explorer.surface_of]
+    maps = np.broadcast_to(maps, (len(explorer.subjects), *maps.shape[1:]))  # or one for all
     maps = maps if maps.size <= AT_MOST else maps.mean(1, keepdims=True)
     shares = explorer.maps[ATTENTION]
     content = {
         "subjects": list(map(str, explorer.subjects)),
         "has": explorer.has[explorer.surface_of].tolist(),
+        "what": explorer.what().capitalize(),
         "tokens": explorer.tokens.tolist(),
         "modalities": shares.shape[2],
         "layers": maps.shape[1],
@@ -47,8 +49,8 @@ def offline_page(explorer) -> str:
     by = dict.fromkeys(
         [panels.controls["color"].value, *(c.name for c in explorer.labels.values())]
     )
-    keys = ("marker", "said", "legend")
-    content["looks"] = {name: dict(zip(keys, panels.look_of(name), strict=True)) for name in by}
+    keys = ("marker", "hover", "legend")
+    content["looks"] = {name: dict(zip(keys, panels.markers_by(name), strict=True)) for name in by}
     content["bars"] = {name: [kinds, at.tolist()] for name, (kinds, at) in explorer.bars.items()}
     words = json.dumps(content).replace("<", "\\u003c")
     shown = [panels.people, panels.brain, panels.strip, panels.labels]  # the script knows by place

@@ -126,10 +126,10 @@ class Panels:
 
     def color_people(self, *_):
         """Color the people by the coordinate chosen."""
-        marker, labels, self.legend.value = self.look_of(self.controls["color"].value)
+        marker, labels, self.legend.value = self.markers_by(self.controls["color"].value)
         self.people.update_traces(marker=marker, customdata=labels)
 
-    def look_of(self, name) -> tuple[dict, list, str]:
+    def markers_by(self, name) -> tuple[dict, list, str]:
         """People's markers, what is said of each, and the legend: by a coordinate."""
         points = self.explorer.points
         groups = point_groups(points, name)
@@ -247,12 +247,12 @@ class Panels:
                     trace.opacity = FADED if self.explorer.faded() else 1
                 elif trace.name in self.dots:
                     trace.marker.color = values[self.dots[trace.name]]
-            self._recolor(self.brain, values)
+            self._recolor(self.brain, values, self.explorer.units())
 
-    def _recolor(self, figure, values, **how):
+    def _recolor(self, figure, values, units, **how):
         """The colors of a map, unless they are locked."""
         if not self.controls["lock"].value:
-            scale = Scale.of(values, units=SHARE, beyond=BEYOND)
+            scale = Scale.of(values, units=units, beyond=BEYOND)
             figure.update_layout(coloraxis=scale.color_axis(**how))
 
     # slices ---------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class Panels:
             for trace, cut in zip(self.slices.data, new, strict=True):
                 trace.update(x=cut.x, y=cut.y, z=cut.z, hovertemplate=cut.hovertemplate)
             if cubes is not None:
-                self._recolor(self.slices, cubes.values, faded=True)
+                self._recolor(self.slices, cubes.values, SHARE, faded=True)
 
     # one person -----------------------------------------------------------------------------
 
