@@ -88,11 +88,11 @@ bench: env  ## every benchmark of speed, small, to one table beside the last kep
 	$(ONE_THREAD) $(PY) benchmarks/bench.py
 
 weights: env  ## train the shipped workshop weights again
-	$(PY) bhx/weights/make_weights.py
+	$(PY) scripts/make_weights.py
 
 assets: env  ## build bhx/assets again from the brainspace package
 	$(PY) -m pip install -qq --editable '.[$(EXTRAS),assets]'
-	$(PY) bhx/assets/make_assets.py
+	$(PY) scripts/make_assets.py
 
 notebooks: env  ## execute every notebook in place, renew its figure references, strip the rest
 	BHX_UPDATE_FIGURES=1 $(IN_NOTEBOOKS) $(PY) -m jupyter nbconvert --config notebooks/nbconvert_config.py \

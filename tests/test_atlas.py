@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from make_assets import adjacency, harmonics_of_both, parcel_means
 from small_cohorts import brains_of
 
-from bhx.assets.make_assets import adjacency, harmonics_of_both, parcel_means
 from bhx.data.atlas import load_atlas, load_mesh, load_sample, load_sulc, match_names, reparcellate
 from bhx.data.geometry import gradients
 from bhx.errors import InputError

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lapy import Solver, TriaMesh
+from make_assets import adjacency, harmonics_of_both, parcel_means
 from scipy.spatial import ConvexHull
 
-from bhx.assets.make_assets import adjacency, harmonics_of_both, parcel_means
 from bhx.data import atlas as atlas_file
 from bhx.data.geometry import (
     MIRROR,

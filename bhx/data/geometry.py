@@ -3,7 +3,7 @@ sphere.
 
 Plain NumPy arrays in and out, no labels and no files: a mesh is `coords` (vertex, 3) with `faces`
 (triangle, 3). Labels live in `atlas`; what only builds the shipped atlases is in
-`assets/make_assets.py`.
+`scripts/make_assets.py`.
 """
 
 from __future__ import annotations

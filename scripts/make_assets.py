@@ -2,7 +2,7 @@
 
 Run by `make assets` (extra `assets`); offline, a minute or two on one core. `parcels.csv` is an
 input, not an output: names, numbers and centroids as published by CBIG. What each array is and
-where it comes from is told in `README.md` beside this file.
+where it comes from is told in `bhx/assets/README.md`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from bhx.data import atlas
 from bhx.data.geometry import fix_signs, gradients, harmonics
 from bhx.errors import InputError, listed
 
-HERE = Path(__file__).parent
-PUBLISHED = HERE.parents[1] / "tests" / "data" / "schaefer400_fsaverage5_published.npz"
+REPO = Path(__file__).parents[1]
+HERE = REPO / "bhx" / "assets"
+PUBLISHED = REPO / "tests" / "data" / "schaefer400_fsaverage5_published.npz"
 SMOOTHING = 400  # steps; 200 to 1600 give the same labels within half a per cent of vertices
 SCALES = (100, 200, 400)
 N_HARMONICS, N_GRADIENTS = 200, 30

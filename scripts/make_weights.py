@@ -19,8 +19,9 @@ import bhx
 from bhx.evaluate.features import fuse
 from bhx.train.recipes import STAGES
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))  # weights are made in a checkout only
+REPO = Path(__file__).parents[1]
+HERE = REPO / "bhx" / "weights"
+sys.path.insert(0, str(REPO / "benchmarks"))  # weights are made in a checkout only
 
 from predictors import held_out_errors  # noqa: E402
 
