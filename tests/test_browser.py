@@ -439,6 +439,7 @@ def test_the_saved_explorer_works_without_python(browser, tmp_path):
     before = explorer.state()
     explorer.filter(*[(name, names[1]) for name, (names, _) in explorer.bars.items()][1])
     assert seen()["chosen"] == np.flatnonzero(explorer.chosen).tolist()
+    page.wait_for_timeout(500)  # the other figures follow the map
     shares = page.evaluate(
         f"() => ({FIGURES})().find(g => g.layout.meta === 'labels').data.map(t => Array.from(t.y))"
     )

@@ -57,6 +57,9 @@ function summary(values) {
   return names.slice(0, 5).join(', ') + (names.length > 5 ? ` and ${names.length - 5} more` : '')
 }
 
+let waiting = false // for the next frame
+
+// the map and the card at once, then the other figures
 function update() {
   const map = surfaceMap()
   const sorted = map.slice().sort()
@@ -65,12 +68,6 @@ function update() {
   if (signed) ends = [-Math.max(-ends[0], ends[1]), Math.max(-ends[0], ends[1])]
   const title = `${data.what} of ${token === null ? 'all tokens' : `token ${data.tokens[token]}`}${compared() ? ', A minus B' : ''}`
   const scale = { 'coloraxis.colorscale': data.scales[signed ? 'signed' : 'plain'] }
-  const band = { type: 'rect', x0: data.tokens[token] - 0.5, x1: data.tokens[token] + 0.5, y0: 0, y1: 1 }
-  const size = data.tokens.length * data.modalities
-  const share = average(shares, size, () => true)
-  const bars = Array.from({ length: data.modalities }, (_, m) =>
-    Array.from(data.tokens, (_, t) => share[t * data.modalities + m]),
-  )
   Plotly.update(
     brain,
     { intensity: colors(surfaces, map) },
@@ -78,12 +75,22 @@ function update() {
     surfaces.map(([i]) => i),
   )
   if (dots.length) Plotly.restyle(brain, { 'marker.color': colors(dots, map) }, dots.map(([i]) => i))
-  const shapes = token === null ? [] : [{ ...band, yref: 'paper', fillcolor: '#7a7a7a', opacity: 0.4, line: { width: 0 } }]
-  const range = compared() ? null : [0, 1]
-  Plotly.update(strip, { y: bars }, { shapes, 'yaxis.range': range, 'yaxis.autorange': !range }, bars.map((_, m) => m))
-  mark()
-  const columns = compared() ? ['A', 'B'].map((name) => groups[name]) : [chosen]
-  drawLabels(columns)
+  drawCard(title)
+  window.explorer = { map: Array.from(map), chosen, token, groups, ends } // what is seen, for tests
+  if (waiting) return
+  waiting = true
+  requestAnimationFrame(() =>
+    setTimeout(() => {
+      waiting = false
+      for (const draw of [drawPeople, drawTokens, drawLabels]) draw()
+    }),
+  )
+}
+
+const shown = () => (compared() ? ['A', 'B'].map((name) => groups[name]) : [chosen])
+
+function drawCard(title) {
+  const columns = shown()
   const rows = [['subjects', ...columns.map((who) => (who.length === 1 ? data.subjects[who[0]] : `${who.length} of ${everyone.length}`))]]
   if (compared()) rows.unshift(['', 'A', 'B'])
   for (const [name, values] of Object.entries(data.labels)) {
@@ -97,11 +104,22 @@ function update() {
     }),
   )
   document.getElementById('said').textContent = `${title}, ${rows[0][1] === 'A' ? rows[1].slice(1).join(' and ') : rows[0][1]}`
-  window.explorer = { map: Array.from(map), chosen, token, groups, ends } // what is seen, for tests
+}
+
+function drawTokens() {
+  const band = { type: 'rect', x0: data.tokens[token] - 0.5, x1: data.tokens[token] + 0.5, y0: 0, y1: 1 }
+  const share = average(shares, data.tokens.length * data.modalities, () => true)
+  const bars = Array.from({ length: data.modalities }, (_, m) =>
+    Array.from(data.tokens, (_, t) => share[t * data.modalities + m]),
+  )
+  const shapes = token === null ? [] : [{ ...band, yref: 'paper', fillcolor: '#7a7a7a', opacity: 0.4, line: { width: 0 } }]
+  const range = compared() ? null : [0, 1]
+  Plotly.update(strip, { y: bars }, { shapes, 'yaxis.range': range, 'yaxis.autorange': !range }, bars.map((_, m) => m))
 }
 
 // what share of the selected, or of each group, is in each bar of each label
-function drawLabels(columns) {
+function drawLabels() {
+  const columns = shown()
   const [y, customdata, visible, color] = [[], [], [], []]
   for (const [names, at] of Object.values(data.bars)) {
     for (const [i, group] of ['A', 'B'].entries()) {
@@ -133,7 +151,7 @@ function colorBy(name) {
   document.getElementById('legend').innerHTML = legend // made by Python, its names escaped
 }
 
-function mark() {
+function drawPeople() {
   const ring = everyone.map((i) => Object.keys(groups).find((name) => groups[name].includes(i)))
   const line = { color: ring.map((name) => data.groups[name] ?? 'rgba(0,0,0,0)'), width: ring.some(Boolean) ? 2.5 : 0 }
   Plotly.restyle(people, { selectedpoints: [chosen.length === everyone.length ? null : chosen], 'marker.line': line })
@@ -167,7 +185,7 @@ const where = (event) => event.points.map((p) => p.pointIndex).sort((a, b) => a 
 people.on('plotly_selected', (event) => {
   if (event?.points.length) {
     select(where(event))
-    Plotly.relayout(people, { selections: [] }).then(mark) // the loop goes, its people stay
+    Plotly.relayout(people, { selections: [] }) // the loop goes; its people are drawn with the rest
   }
 })
 people.on('plotly_click', (event) => select(where(event)))
