@@ -1,6 +1,7 @@
 """Laws of the explorer, without a browser: what is seen equals what the plain functions give."""
 
 import base64
+import json
 import re
 
 import matplotlib
@@ -15,6 +16,8 @@ from bhx.errors import InputError
 from bhx.modalities.base import Modality
 from bhx.modalities.t1 import t1_grid
 from bhx.modalities.table import MODALITIES
+from bhx.show import explorer as explorer_file
+from bhx.show import people as people_file
 from bhx.show.colors import CLEAR
 from bhx.show.panels import FADED, GROUPS
 from bhx.show.people import binned
@@ -741,6 +744,7 @@ def test_other_maps_than_attention_are_shown(tmp_path):
         ("a", lambda m: m.expand_dims("mode"), "found ('mode', 'token', 'roi')"),
         ("a", lambda m: m[1:], "a map 'a' of every token, found none of 0"),
         ("a", lambda m: m.values, "found ()"),
+        ("a", lambda m: m.where(m.token > 0), "a map 'a' of finite numbers"),
     ],
 )
 def test_other_maps_that_do_not_fit_are_refused(name, change, words):
@@ -749,3 +753,36 @@ def test_other_maps_that_do_not_fit_are_refused(name, change, words):
     values = xr.DataArray(np.ones((8, 100)), at, ("token", "roi"))
     with pytest.raises(InputError, match=re.escape(words)):
         explore(latents, maps={name: change(values)})
+
+
+def test_a_page_of_very_many_people_has_a_part_of_them(tmp_path, monkeypatch):
+    latents = make_latents(n=40)
+    at = {"token": latents.token.values, "roi": latents.roi.values}
+    one = xr.DataArray(np.random.default_rng(0).normal(size=(8, 100)), at, ("token", "roi"))
+    each = one.expand_dims(subject=latents.subject.values) * xr.ones_like(latents.age)
+    explorer = explore(latents, maps={"one": one, "each": each})
+    explorer.panels.controls["color"].value = "site"
+    explorer.select_map("each")
+    explorer.select_token(2)
+    whole = explorer.save(tmp_path / "whole.html").read_text(encoding="utf-8")
+    assert "drawn at random" not in whole
+    monkeypatch.setattr(explorer_file, "IN_A_PAGE", 10 * (100 + 8 * 2) + 5)
+    text = explorer.save(tmp_path / "part.html").read_text(encoding="utf-8")
+    assert "These are 10 of 40 people, drawn at random." in text
+    held = json.loads(re.search(r'id="explorer">(.+?)</script>', text)[1])
+    assert len(held["subjects"]) == len(held["labels"]["age"]) == 10
+    assert set(held["subjects"]) < set(latents.subject.values)
+    assert next(iter(held["looks"])) == "site"
+    maps = np.frombuffer(base64.b64decode(held["maps"]), "<f4").reshape(10, 8, 100)
+    np.testing.assert_allclose(maps, each.sel(subject=held["subjects"]), rtol=1e-6)
+    assert len(explorer.subjects) == 40
+    assert explorer.token == 2
+
+
+def test_very_many_people_are_drawn_by_the_graphics_processor(monkeypatch):
+    assert explore(make_latents(n=20)).panels.people.data[0].type == "scatter"
+    monkeypatch.setattr(people_file, "MANY", 19)
+    panels = explore(make_latents(n=20)).panels
+    assert panels.people.data[0].type == "scattergl"
+    panels._people_picked([0, 1, 4])
+    assert panels.people.data[0].selectedpoints == (0, 1, 4)

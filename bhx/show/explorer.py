@@ -29,6 +29,7 @@ from bhx.show.panels import ALL_TOKENS, GROUPS, Panels
 from bhx.show.people import binned
 from bhx.show.surface import plot_surface
 
+IN_A_PAGE = 700_000  # values of people, for 10 MB
 STATE = 1  # the version of what `Explorer.state` returns
 KEPT = ("token", "place", "surface_of", "cubes_of")
 LABELS = ("age", "sex", "diagnosis", "site", "tr", "mean_fd")  # what cards say of people
@@ -77,7 +78,7 @@ class Explorer:
     attention; surface_of, cubes_of :
     those of them that are seen; maps, has : each person's maps, and who has them; labels : what
     cards show; bars : of their histograms, names and each person's; passes : mask over tokens,
-    whose map passes its controls
+    whose map passes its controls; drawn_from : how many people there were
     """
 
     def __init__(self, latents, cohort=None, controls=None, points=None, maps=None):
@@ -116,6 +117,7 @@ class Explorer:
         coords = subject_coords(latents)
         self.labels = {_with_units(coords[name]): coords[name] for name in LABELS if name in coords}
         self.bars = {name: binned(label.values) for name, label in self.labels.items()}
+        self.drawn_from = len(self.subjects)
         self.followers: list = []
         self._past: list[dict] = []
         self.reset()
@@ -139,15 +141,18 @@ class Explorer:
         order = {"subject": self.subjects, "token": self.tokens, "roi": self.roi}
         dims = getattr(values, "dims", ())
         if not {"token", "roi"} <= {*dims} <= {*order} or name in [*self.maps, *self.on_cubes]:
-            fact = (
-                f"Expected a map '{name}' of (token, roi) beside {listed(self.maps)}, found {dims}"
+            fact = f"Expected a map '{name}' of (token, roi) beside {listed(self.maps)}, found "
+            raise InputError(
+                f"{fact}{dims}", "Give it a name of its own, and select or average other dims"
             )
-            raise InputError(fact, "Give it a name of its own, and select or average other dims")
         for dim in dims:
             if gone := sorted({*order[dim]} - {*values[dim].values}):
                 fact = f"Expected a map '{name}' of every {dim}, found none of {listed(gone)}"
                 raise InputError(fact, "Make it of the same latents")
         values = values.sel({dim: order[dim] for dim in dims})
+        if not np.isfinite(values).all():
+            fact = f"Expected a map '{name}' of finite numbers, found others"
+            raise InputError(fact, "Fill them in: maps.fillna(0), if they are 0")
         values = values if "subject" in dims else values.expand_dims("subject")
         return values.transpose(*order)
 
@@ -391,12 +396,30 @@ class Explorer:
         return plot_surface(values, static=True, title=self.heading())
 
     def save(self, path="explorer.html") -> Path:
-        """Write one HTML page of people, cortex and bars that opens without Python or a network;
-        or, to a path that ends in .json, what is selected, for `restore`."""
+        """Write one HTML page of people, labels, cortex and bars that opens without Python or a
+        network; or, to a path that ends in .json, what is selected, for `restore`. A page of very
+        many people has a part of them, drawn at random, and says so."""
         is_state = Path(path).suffix.lower() == ".json"
-        text = json.dumps(self.state(), indent=1) if is_state else offline_page(self)
+        text = json.dumps(self.state(), indent=1) if is_state else offline_page(self._for_page())
         Path(path).write_text(text, encoding="utf-8")
         return Path(path)
+
+    def _for_page(self):
+        """This explorer, or one of as many people, drawn at random, as a page holds."""
+        most = IN_A_PAGE // (len(self.roi) + len(self.tokens) * len(self.modalities))
+        if len(self.subjects) <= most:
+            return self
+        who = np.sort(np.random.default_rng(0).choice(len(self.subjects), most, replace=False))
+        maps = {
+            name: one[0].drop_vars("subject", errors="ignore") if len(one) == 1 else one[who]
+            for name, one in self.others.items()
+        }
+        some = self.latents.isel(subject=who)
+        part = Explorer(some, None, self.controls, self.points.isel(subject=who), maps)
+        part.restore(self.state() | {"subjects": None})
+        part.panels.controls["color"].value = self.panels.controls["color"].value
+        part.drawn_from = len(self.subjects)
+        return part
 
     def _ipython_display_(self):
         """The widgets, and beside them the picture that stored notebooks show in their place."""

@@ -57,6 +57,8 @@ def offline_page(explorer) -> str:
     figures = "".join(drawn(shown))
     hint = "Drag around people, or click one" + ("; click a bar" if maps.shape[1] > 1 else "")
     hint += ". Attention says what was read, not what mattered."
+    if (n := len(explorer.subjects)) < explorer.drawn_from:
+        hint += f" These are {n:,} of {explorer.drawn_from:,} people, drawn at random."
     names = {"groupA": "Set group A", "groupB": "Set group B", "undo": "Undo", "reset": "Reset"}
     buttons = " ".join(f"<button id='{key}'>{name}</button>" for key, name in names.items())
     color = "".join(f"<option>{escape(name)}</option>" for name in by)

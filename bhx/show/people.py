@@ -13,6 +13,8 @@ from bhx.errors import InputError, check_choice
 from bhx.schema import is_missing, subject_coords
 from bhx.show.colors import CATEGORIES, SHAPES, finish, plotly_colors
 
+MANY = 2000  # people; more are drawn by the graphics processor
+
 
 def plot_latents(
     projection: xr.DataArray, *, color: str | None = None, title: str | None = None
@@ -85,11 +87,12 @@ def axis_name(projection, component):
     return name
 
 
-def dots(points, name, where, color, shape) -> go.Scatter:
+def dots(points, name, where, color, shape) -> go.Scatter | go.Scattergl:
     """Some of the subjects as one trace that names each under the mouse."""
     x, y = points.values[where, :2].T.astype(np.float32)
     ids = [escape(str(s)) for s in points.subject.values[where]]
-    trace = go.Scatter(x=x, y=y, text=ids, mode="markers", name=escape(name))
+    kind = go.Scatter if points.sizes["subject"] <= MANY else go.Scattergl
+    trace = kind(x=x, y=y, text=ids, mode="markers", name=escape(name))
     trace.hovertemplate = "%{text}<extra>" + escape(name) + "</extra>"
     look = {"color": color, "symbol": shape, "colorscale": plotly_colors("viridis")}
     return trace.update(marker=look | {"size": 7})
