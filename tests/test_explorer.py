@@ -785,4 +785,4 @@ def test_very_many_people_are_drawn_by_the_graphics_processor(monkeypatch):
     panels = explore(make_latents(n=20)).panels
     assert panels.people.data[0].type == "scattergl"
     panels._people_picked([0, 1, 4])
-    assert panels.people.data[0].selectedpoints == (0, 1, 4)
+    assert list(panels.people.data[0].selectedpoints) == [0, 1, 4]
