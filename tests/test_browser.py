@@ -232,13 +232,13 @@ def shot(page, name):
 def test_five_figures_are_drawn_without_overlap(page):
     shot(page, "explorer")
     boxes = page.evaluate(
-        f"""() => ({FIGURES})().map(g => g.getBoundingClientRect())
-            .map(b => [b.left, b.top, b.right, b.bottom])"""
+        f"""() => ({FIGURES})().map(g => [g.getBoundingClientRect(), g.layout.meta])
+            .map(([b, name]) => [b.left, b.top, b.right, b.bottom, name])"""
     )
     assert len(boxes) == 5
     for i, a in enumerate(boxes):
         assert a[2] - a[0] > 300
-        assert a[3] - a[1] > 100
+        assert a[3] - a[1] > (100 if a[4] == "labels" else 150)
         for b in boxes[:i]:
             apart = a[2] <= b[0] + 1 or b[2] <= a[0] + 1 or a[3] <= b[1] + 1 or b[3] <= a[1] + 1
             assert apart
@@ -439,7 +439,8 @@ def test_the_saved_explorer_works_without_python(browser, tmp_path):
     before = explorer.state()
     explorer.filter(*[(name, names[1]) for name, (names, _) in explorer.bars.items()][1])
     assert seen()["chosen"] == np.flatnonzero(explorer.chosen).tolist()
-    page.wait_for_timeout(500)  # the other figures follow the map
+    labels = f"({FIGURES})().find(g => g.layout.meta === 'labels')"
+    page.wait_for_function(f"() => {labels}.data[2].y[1] === 100")  # it follows the map
     shares = page.evaluate(
         f"() => ({FIGURES})().find(g => g.layout.meta === 'labels').data.map(t => Array.from(t.y))"
     )

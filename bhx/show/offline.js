@@ -138,10 +138,12 @@ function drawLabels() {
 function filter({ curveNumber, pointIndex }) {
   const at = Object.values(data.bars)[Math.floor(curveNumber / 2)][1]
   const keep = (who) => who.filter((person) => at[person] === pointIndex)
-  if (!compared()) return change({ chosen: keep(chosen) })
-  const [A, B] = [keep(groups.A), keep(groups.B)]
-  if (A.length && B.length) change({ groups: { A, B }, chosen: [...A, ...B].sort((a, b) => a - b) })
-  else document.getElementById('said').textContent = 'One group has nobody there: take another bar'
+  const kept = shown().map(keep)
+  const [A, B] = kept
+  if (!kept.every((who) => who.length)) {
+    document.getElementById('said').textContent = 'Nobody selected is there: take another bar'
+  } else if (!B) change({ chosen: A })
+  else change({ groups: { A, B }, chosen: [...A, ...B].sort((a, b) => a - b) })
 }
 
 function colorBy(name) {
