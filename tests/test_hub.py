@@ -15,6 +15,7 @@ from bhx.encode.model import random_model
 from bhx.errors import InputError
 from bhx.modalities.coupling import COUPLING, flattened
 from bhx.model.hub import Hub, HubConfig, zero_sum
+from bhx.train import objectives
 from bhx.train.dataset import Samples, held_out_rows
 from bhx.train.loop import Run
 from bhx.train.objectives import RelationalObjective, Teacher, disagreement
@@ -264,10 +265,13 @@ def test_encoders_that_a_model_does_not_have_are_named(model, cohort):
         bhx.pretrain(cohort, stage="dynamics", out="nowhere", **RELATED)
 
 
+PLACES = (400, 100, 150, 150)
+READS = HubConfig(("bold", "coupling", "t1", "cubes"), PLACES, (0, 100, 0, 8), 4, 24, 1, 2)
+WITH_ENCODERS = replace(HUB, harmonizer=READS)
+
+
 def test_the_hub_reads_encoders_beside_coupling_and_cubes(cohort):
-    places = (400, 100, 150, 150)
-    reads = HubConfig(("bold", "coupling", "t1", "cubes"), places, (0, 100, 0, 8), 4, 24, 1, 2)
-    both = random_model(replace(HUB, harmonizer=reads), device="cpu")
+    both = random_model(WITH_ENCODERS, device="cpu")
     keep = ("attention", "dynamics", "structure")
     latents = embed(cohort.isel(subject=slice(6)), both, keep=keep).load()
     np.testing.assert_allclose(latents.modality_share.sum("modality"), 1, atol=1e-5)
@@ -299,14 +303,14 @@ def test_a_teacher_gives_principal_scores_with_flattened_singular_values():
     assert 0 < teacher.record["explained"] < 1
 
 
-def begun(cohort, folder, **changes):
+def begun(cohort, folder, config=HUB, **changes):
     """A relational run that has begun."""
     given = {**RELATED, **changes}
     fields = {k: v for k, v in given.items() if k not in ("preset", "progress", "held_out")}
     plan = recipe("harmonizer", **fields)
-    networks = random_model(HUB, device="cpu").networks.requires_grad_(True)
+    networks = random_model(config, device="cpu").networks.requires_grad_(True)
     objective = RelationalObjective(networks, plan)
-    samples = Samples(cohort, HUB, plan, tuple(HUB.modalities), objective.hide)
+    samples = Samples(cohort, config, plan, tuple(config.modalities), objective.hide)
     run = Run(objective, samples, plan, folder, *held_out_rows(samples, given["held_out"]), {})
     run._begin(False)
     return run
@@ -334,6 +338,25 @@ def test_gradients_of_parts_are_those_of_the_whole_batch(cohort, tmp_path):
         found.append((losses["loss_relations"], run.objective.harmonizer.tokens.grad.clone(), norm))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-7, rtol=1e-4)
+
+
+def test_frozen_encoders_read_each_subject_once_a_step(cohort, tmp_path, monkeypatch):
+    """People are compared first and learnt from then: their tokens are the same both times."""
+    run, read = begun(cohort, tmp_path, WITH_ENCODERS), []
+    encoder = run.objective.networks[0].dynamics
+    encoder.register_forward_hook(lambda m, given, out: read.append(len(given[0])))
+    samples = [run.samples[0, int(i)] for i in run.batch(0)]
+    losses, _, norm = run._gradients(samples)
+    assert sum(read) == sum("bold" in s.has for s in samples)
+    assert not any(s.made for s in samples)  # nothing is held for the next step
+
+    kept = objectives.read_sequences
+    monkeypatch.setattr(objectives, "read_sequences", lambda *given: kept(*given[:3]))
+    run.optimizer.zero_grad()
+    read.clear()
+    again, _, same = run._gradients(samples)
+    assert sum(read) == 2 * sum("bold" in s.has for s in samples)
+    assert (losses, norm) == (again, same)
 
 
 def test_it_trains_in_half_precision(cohort, tmp_path):

@@ -46,24 +46,31 @@ def read_subject(values: dict, facts, config: HarmonixConfig, **options) -> Read
     facts : the subject's coordinates by name, such as tr [s] and n_volumes
     options : scaling, missing and names, as of `Modality.scale`
     """
-    reading = Reading()
+    reading, scaled = Reading(), {}  # once for all modalities that read a variable alike
     for modality in config.modalities.values():
         if modality.variable in values:
-            one = modality.trim(values[modality.variable], facts)
-            reading.add(
-                modality, modality.cut(modality.scale(one, config, **options), facts, config)
-            )
+            alike = modality.variable, type(modality).scale
+            if alike not in scaled:
+                one = modality.trim(values[modality.variable], facts)
+                scaled[alike] = modality.scale(one, config, **options)
+            reading.add(modality, modality.cut(scaled[alike], facts, config))
     if not len(reading):
         raise InputError("Expected a subject with finite data, found none", "Leave it out")
     return reading
 
 
-def encode_readings(networks: Harmonix, readings, device) -> list[dict[str, list]]:
+def encode_readings(networks: Harmonix, readings, device, made=None) -> list[dict[str, list]]:
     """Tokens (n, width) of every window of each modality of each subject; None of a window of
-    which no token can be computed. Subjects are encoded together, and cannot see each other."""
-    out = [{name: [None] * len(w) for name, w in r.windows.items()} for r in readings]
+    which no token can be computed. Subjects are encoded together, and cannot see each other.
+    What is in `made`, a dict of each subject such as those returned, is not encoded again."""
+    made = made or [{}] * len(readings)
+    out = [
+        {name: [None] * len(w) for name, w in r.windows.items()} | done
+        for r, done in zip(readings, made, strict=True)
+    ]
     for name in networks.config.modalities:
-        each = [(i, j) for i, r in enumerate(readings) for j in range(len(r.there.get(name, ())))]
+        new = [i for i, r in enumerate(readings) if name in r.there and name not in made[i]]
+        each = [(i, j) for i in new for j in range(len(readings[i].there[name]))]
         at = [(i, j) for i, j in each if len(readings[i].there[name][j])]
         if at:
             inputs = [readings[i].windows[name][j].to(device) for i, j in at]

@@ -33,6 +33,7 @@ class Sample:
     subject: str
     reading: Reading = field(default_factory=Reading)
     tokens: Sequences | None = None  # made before by frozen encoders
+    made: dict[str, list] = field(default_factory=dict)  # by frozen encoders in this step
     hidden: dict[str, torch.Tensor] = field(default_factory=dict)  # see each objective's `hide`
     unseen: str = ""  # variable that the harmonizer has to do without
     signal: tuple | None = None  # what the whole batch says to this subject: see `Objective.relate`

@@ -207,6 +207,8 @@ class Run:
                 terms = [losses[k].sum() * weight / max(n, 1) for k, n in counts.items()]
                 (sum(terms) * self.processes.world).backward()
             found.append(torch.stack([t.detach() for t in terms]))
+        for sample in samples:
+            sample.made = {}
         norm = nn.utils.clip_grad_norm_(self.learning, self.plan.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         *total, tokens = self.processes.summed([*torch.stack(found).sum(0).tolist(), sum(costs)])
@@ -223,8 +225,11 @@ class Run:
         pooled = []
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, self._half):
             for i in range(rounds):
-                here = [s.to(self.device) for s in parts[min(i, len(parts) - 1)]]
+                part = parts[min(i, len(parts) - 1)]
+                here = [sample.to(self.device) for sample in part]
                 pooled.append(torch.stack([t.mean(0) for t in self.parallel(here, True)]).float())
+                for sample, moved in zip(part, here, strict=True):
+                    sample.made = moved.made  # frozen encoders make the same again
         mine = torch.cat(pooled[: len(parts)])
         whole = self.processes.joined(mine, len(rows)) if together else mine
         signals = self.objective.compare(whole, rows)

@@ -179,10 +179,11 @@ class HarmonizerObjective(Objective):
 
     def read(self, samples):
         """What the harmonizer could read of each sample, in float32, and what it may."""
-        subjects = read_sequences(self.networks[0], samples, self.harmonizer.device).subjects
-        return subjects, [
+        frozen = [name for name in self.modalities if name not in self.embeddings]
+        read = read_sequences(self.networks[0], samples, self.harmonizer.device, frozen)
+        return read.subjects, [
             {n: x for n, x in one.items() if self.modalities[n].variable != sample.unseen}
-            for one, sample in zip(subjects, samples, strict=True)
+            for one, sample in zip(read.subjects, samples, strict=True)
         ]
 
 
@@ -391,12 +392,15 @@ class LabelObjective(Objective):
         return out.index_add(0, owner, hub * read.share.to(hub)[:, None])
 
 
-def read_sequences(networks, samples, device) -> Sequences:
+def read_sequences(networks, samples, device, frozen=()) -> Sequences:
     """What the harmonizer reads of samples: their stored tokens, or those that the encoders make;
-    no gradient reaches encoders that are frozen."""
+    no gradient reaches encoders that are frozen, and a sample keeps what these have made."""
     if samples[0].tokens is None:
         readings = [s.reading for s in samples]
-        read = sequences(networks.config, readings, encode_readings(networks, readings, device))
+        tokens = encode_readings(networks, readings, device, [s.made for s in samples])
+        for sample, mine in zip(samples, tokens, strict=True):
+            sample.made = {name: mine[name] for name in frozen if name in mine}
+        read = sequences(networks.config, readings, tokens)
         subjects, owner, share = read.subjects, read.owner, read.share
     else:
         subjects = [one for s in samples for one in s.tokens.subjects]
