@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,6 +47,7 @@ from bhx.settings import __version__
 
 PRECISIONS = ("float32", "bfloat16")
 ALIKE, TRIED = 0.999, 8  # cosine of mean hub tokens in both precisions; people it is tried on
+AT_WORK = 4  # blocks of subjects, where they are written to a store
 _ONE_AT_A_TIME = Lock()  # the networks use all cores, so threads of Dask take turns
 
 
@@ -410,9 +412,12 @@ def _stored(cohort, options, template, blocks, path, progress, client):
         shapes = _shapes_of(template)
         with tqdm(desc="embed", disable=not (progress and first), **bar) as shown:
             if client is None:
-                for rows in todo:
+                def write(rows):
                     _write_block(cohort.isel(subject=rows), options, shapes, path, rows)
-                    shown.update(len(rows))
+
+                with ThreadPoolExecutor(AT_WORK) as pool:  # some read or write while one computes
+                    for rows, _ in zip(todo, pool.map(write, todo), strict=True):
+                        shown.update(len(rows))
             else:
                 sent, here = dask.delayed(options), path.resolve()
                 tasks = [
