@@ -487,6 +487,69 @@ def test_the_saved_explorer_works_without_python(browser, tmp_path):
     assert not offers_upload(page)
 
 
+def test_the_saved_explorer_has_all_maps_slices_and_places(browser, tmp_path):
+    """Other maps than that seen when it was saved, the T1's planes, another map of the people."""
+    import numpy as np
+    import xarray as xr
+    from small_latents import make_latents
+
+    import bhx
+
+    latents = make_latents(n=30)
+    at = {"token": latents.token.values, "roi": latents.roi.values}
+    one = xr.DataArray(np.random.default_rng(0).normal(size=(8, 100)), at, ("token", "roi"))
+    points = {"UMAP": bhx.project(bhx.pool(latents))[:, ::-1].assign_attrs(long_name="UMAP")}
+    points["UMAP"]["component"] = [1, 2]
+    explorer = bhx.explore(latents, maps={"lesions": one.assign_attrs(units="r")}, points=points)
+    page = new_page(browser)
+    page.goto(explorer.save(tmp_path / "explorer.html").resolve().as_uri())
+    page.wait_for_function("() => window.explorer?.cubes")
+    seen = lambda: page.evaluate("() => window.explorer")  # noqa: E731
+    figure = lambda name: f"({FIGURES})().find(g => g.layout.meta === '{name}')"  # noqa: E731
+    np.testing.assert_allclose(seen()["cubes"], explorer.cube_map().values.ravel(), atol=1e-6)
+
+    def same_slices():
+        drawn = page.evaluate(f"() => {figure('slices')}.data.map(t => t.z)")
+        for ours, theirs in zip(explorer.panels.slices.data, drawn, strict=True):
+            np.testing.assert_allclose(theirs, ours.z, atol=1e-6)
+
+    same_slices()
+    shot(page, "offline-slices")
+    for axis, stop in {"x": 24, "y": 30, "z": -8}.items():
+        explorer.panels.sliders[axis].value = stop
+        page.locator(f"#at-{axis}").fill(str(stop))
+    same_slices()
+    axes = page.evaluate(f"() => {figure('slices')}.layout.coloraxis")
+    ours = explorer.panels.slices.layout.coloraxis
+    np.testing.assert_allclose((axes["cmin"], axes["cmax"]), (ours.cmin, ours.cmax), atol=1e-6)
+    numbers = lambda scale: [  # noqa: E731
+        [float(x) for x in re.findall(r"[\d.]+", color)] for _, color in scale
+    ]
+    for there, here in zip(numbers(axes["colorscale"]), numbers(ours.colorscale), strict=True):
+        np.testing.assert_allclose(there[:3], here[:3], atol=2)  # of 255
+        np.testing.assert_allclose(there[3], [*here, 1][3], atol=2e-3)
+
+    page.get_by_label("map of").select_option("lesions")
+    explorer.select_map("lesions")
+    page.get_by_label("Hub tokens: arrows").focus()
+    page.keyboard.press("ArrowLeft")
+    explorer.select_token(7)
+    np.testing.assert_allclose(seen()["map"], explorer.surface_map(), atol=1e-6)
+    layout = page.evaluate(f"() => {figure('brain')}.layout")
+    assert layout["coloraxis"]["colorbar"]["title"]["text"] == "r"
+    assert layout["title"]["text"] == "Lesions of token 7"
+
+    x = page.evaluate(f"() => Array.from({figure('people')}._fullData[0].x)")
+    np.testing.assert_allclose(x, points["UMAP"][:, 0], atol=1e-6)
+    page.get_by_label("people by").select_option("PCA")
+    x = page.evaluate(f"() => Array.from({figure('people')}._fullData[0].x)")
+    np.testing.assert_allclose(x, explorer.layouts["PCA"][:, 0], atol=1e-6)
+    title = page.evaluate(f"() => {figure('people')}.layout.xaxis.title.text")
+    assert title.startswith("PCA 1")
+    shot(page, "offline-places")
+    assert not page.reached
+
+
 def test_lecture_is_a_page_without_code(lecture, browser):
     page = new_page(browser)
     page.goto(lecture)

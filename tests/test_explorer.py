@@ -16,7 +16,9 @@ from bhx.errors import InputError
 from bhx.modalities.base import Modality
 from bhx.modalities.t1 import t1_grid
 from bhx.modalities.table import MODALITIES
+from bhx.schema import ATTENTION
 from bhx.show import explorer as explorer_file
+from bhx.show import offline as offline_file
 from bhx.show import people as people_file
 from bhx.show.colors import CLEAR
 from bhx.show.panels import FADED, GROUPS
@@ -341,7 +343,7 @@ def test_a_page_escapes_names(tmp_path):
     data["site"] = ("subject", [BAD] * 10 + ["</script>"] * 10)
     text = explore(data).save(tmp_path / "explorer.html").read_text(encoding="utf-8")
     assert BAD not in text
-    assert text.count("</script>") == 7  # plotly, four figures, the numbers, the module
+    assert text.count("</script>") == 8  # plotly, five figures, the numbers, the module
 
 
 def test_button_writes_the_code(explorer, panels):
@@ -593,7 +595,18 @@ def test_another_map_of_the_people(explorer):
     theirs = explore(make_latents(), points=other.drop_vars([*other.coords]).assign_coords(
         subject=other.subject.values, component=[1, 2]))  # fmt: skip
     np.testing.assert_allclose(theirs.points, 2 * explorer.points, rtol=1e-6)
-    assert theirs.panels.people.layout.xaxis.title.text == "UMAP 1"
+    panels = theirs.panels
+    assert panels.people.layout.xaxis.title.text == "UMAP 1"
+    panels.controls["points"].value = "PCA"
+    np.testing.assert_allclose(theirs.points, explorer.points, rtol=1e-6)
+    np.testing.assert_allclose(panels.people.data[0].x, explorer.points[:, 0], rtol=1e-6)
+    assert panels.people.layout.xaxis.title.text.startswith("PCA 1")
+    both = explore(make_latents(), points={"UMAP": other, "half": explorer.points / 2})
+    assert both.panels.controls["points"].options == ("PCA", "UMAP", "half")
+    both.select_points("UMAP")
+    np.testing.assert_allclose(both.panels.people.data[0].y, other[::-1, 1], rtol=1e-6)
+    with pytest.raises(InputError, match="map of people to be PCA, UMAP, half, found 'TSNE'"):
+        both.select_points("TSNE")
     with pytest.raises(InputError, match="points \\(subject, component\\) of two components"):
         explore(make_latents(), points=explorer.points[:, :1])
     with pytest.raises(InputError, match="found others of sub-03"):
@@ -773,10 +786,28 @@ def test_a_page_of_very_many_people_has_a_part_of_them(tmp_path, monkeypatch):
     assert len(held["subjects"]) == len(held["labels"]["age"]) == 10
     assert set(held["subjects"]) < set(latents.subject.values)
     assert next(iter(held["looks"])) == "site"
-    maps = np.frombuffer(base64.b64decode(held["maps"]), "<f4").reshape(10, 8, 100)
-    np.testing.assert_allclose(maps, each.sel(subject=held["subjects"]), rtol=1e-6)
+    shape = {"each": (10, 8, 100), "one": (1, 8, 100)}
+    maps = {
+        name: np.frombuffer(base64.b64decode(held["maps"][name]["values"]), "<f4").reshape(size)
+        for name, size in shape.items()
+    }
+    assert next(iter(held["maps"])) == "each"  # that which is seen
+    np.testing.assert_allclose(maps["each"], each.sel(subject=held["subjects"]), rtol=1e-6)
+    np.testing.assert_allclose(maps["one"][0], one, rtol=1e-6)
     assert len(explorer.subjects) == 40
     assert explorer.token == 2
+
+
+def test_a_page_leaves_out_maps_that_have_no_room_and_says_so(tmp_path, monkeypatch):
+    explorer = explore(make_latents(n=20))
+    shares, most = explorer.maps[ATTENTION].size, explorer.maps["bold"].size
+    for room, kept in ((most, ["bold"]), (most + 20 * 600, ["bold", "t1"])):  # t1: the mean alone
+        monkeypatch.setattr(offline_file, "IN_A_PAGE", shares + room)
+        text = explorer.save(tmp_path / "explorer.html").read_text(encoding="utf-8")
+        held = json.loads(re.search(r'id="explorer">(.+?)</script>', text)[1])
+        assert [*held["maps"]] == kept
+        assert ("Too large for this page: the maps of t1." in text) == (kept == ["bold"])
+        assert ("id='at-x'" in text) == (held["volume"] is not None) == ("t1" in kept)
 
 
 def test_very_many_people_are_drawn_by_the_graphics_processor(monkeypatch):

@@ -412,6 +412,7 @@ def _stored(cohort, options, template, blocks, path, progress, client):
         shapes = _shapes_of(template)
         with tqdm(desc="embed", disable=not (progress and first), **bar) as shown:
             if client is None:
+
                 def write(rows):
                     _write_block(cohort.isel(subject=rows), options, shapes, path, rows)
 

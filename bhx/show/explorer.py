@@ -24,12 +24,12 @@ from bhx.modalities.t1 import CUBE_DIMS
 from bhx.modalities.table import by_variable, modality
 from bhx.schema import ATTENTION, check, subject_coords, who_has
 from bhx.show.colors import CLEAR
-from bhx.show.offline import offline_page
+from bhx.show.offline import IN_A_PAGE, offline_page
 from bhx.show.panels import ALL_TOKENS, GROUPS, Panels
 from bhx.show.people import binned
 from bhx.show.surface import plot_surface
 
-IN_A_PAGE = 700_000  # values of people, for 10 MB
+PCA = "PCA"
 STATE = 1  # the version of what `Explorer.state` returns
 KEPT = ("token", "place", "surface_of", "cubes_of")
 LABELS = ("age", "sex", "diagnosis", "site", "tr", "mean_fd")  # what cards say of people
@@ -40,7 +40,7 @@ def explore(
     cohort: xr.Dataset | None = None,
     *,
     controls: xr.Dataset | None = None,
-    points: xr.DataArray | None = None,
+    points: xr.DataArray | Mapping[str, xr.DataArray] | None = None,
     maps: Mapping[str, xr.DataArray] | None = None,
 ) -> Explorer:
     """Walk around in a latent space: pick people, tokens, parcels; everything else follows.
@@ -53,7 +53,8 @@ def explore(
     controls : of `bhx.map_controls`: tokens whose map fails them are drawn faded, and the heading
         says how well a token's map repeats
     points : another map of the people than `bhx.project`'s, (subject, component), such as one of
-        UMAP; `attrs["long_name"]` names its axes
+        UMAP, or several, name -> map: the box "people by" goes from one to the other and to the
+        PCA; `attrs["long_name"]` names their axes
     maps : what the cortex may show instead of attention, name -> (token, roi), or the same with
         subject first: parts of `integrated_gradients`, what `lesion` of each parcel changes, ..;
         `attrs["units"]` names their unit
@@ -61,8 +62,8 @@ def explore(
     Returns
     -------
     Explorer: shows itself in JupyterLab, and answers `select_subjects`, `select_token`,
-    `select_parcel`, `select_map`, `compare`, `filter`, `undo`, `picked`, `differences`, `nearest`,
-    `save`, `restore` and `code` without any browser
+    `select_parcel`, `select_map`, `select_points`, `compare`, `filter`, `undo`, `picked`,
+    `differences`, `nearest`, `save`, `restore` and `code` without any browser
     """
     return Explorer(latents, cohort, controls, points, maps)
 
@@ -77,7 +78,8 @@ class Explorer:
     parcels; on_roi, on_cubes : names of maps on parcels, on cubes; others : those that are not
     attention; surface_of, cubes_of :
     those of them that are seen; maps, has : each person's maps, and who has them; labels : what
-    cards show; bars : of their histograms, names and each person's; passes : mask over tokens,
+    cards show; layouts : maps of the people by name, points_of : the one that is seen; bars : of
+    their histograms, names and each person's; passes : mask over tokens,
     whose map passes its controls; drawn_from : how many people there were
     """
 
@@ -93,7 +95,11 @@ class Explorer:
         self.places = [*dict.fromkeys(self.networks.tolist()), *self.roi.tolist()]
         self.modalities = latents.modality.values.tolist()
         self.pooled = pool(latents).compute()
-        self.points = project(self.pooled) if points is None else self._checked(points)
+        if not isinstance(points, Mapping | None):
+            points = {getattr(points, "attrs", {}).get("long_name", "points"): points}
+        self.layouts = {PCA: project(self.pooled)}
+        self.layouts |= {name: self._checked(one) for name, one in (points or {}).items()}
+        self.points_of = [*self.layouts][-1]
         self.cohort, self.controls = cohort, controls
         self.passes = np.ones(len(self.tokens), bool)
         if controls is not None:
@@ -193,6 +199,12 @@ class Explorer:
             self.cubes_of = name
         self._announce()
 
+    def select_points(self, name: str):
+        """Place people by this one of the maps of them."""
+        check_choice("the map of people", name, self.layouts)
+        self.points_of = name
+        self._announce()
+
     def compare(self, first, second):
         """Show the maps of one group minus those of another (ids or masks)."""
         first, second = subject_mask(self.latents, first), subject_mask(self.latents, second)
@@ -255,6 +267,11 @@ class Explorer:
         return xr.DataArray(label, {"subject": self.subjects}, ["subject"], "picked")
 
     # what is seen ---------------------------------------------------------------------------
+
+    @property
+    def points(self) -> xr.DataArray:
+        """The map of the people that is seen (subject, component)."""
+        return self.layouts[self.points_of]
 
     def surface_map(self) -> np.ndarray:
         """Attention to each parcel (roi): of the token and people selected, or of the groups'
@@ -346,13 +363,13 @@ class Explorer:
             ", group A minus group B" if self.groups else ""
         )
 
-    def what(self) -> str:
-        """What the cortex shows: attention, or the name of another map."""
-        return self.surface_of if self.surface_of in self.others else "attention"
+    def what(self, of: str | None = None) -> str:
+        """What a map, or the cortex, shows: attention, or the name of another map."""
+        return of if (of := of or self.surface_of) in self.others else "attention"
 
-    def units(self) -> str:
-        """Of what the cortex shows."""
-        other = self.others.get(self.surface_of)
+    def units(self, of: str | None = None) -> str:
+        """Of what a map, or the cortex, shows."""
+        other = self.others.get(of or self.surface_of)
         return SHARE if other is None else other.attrs.get("units", "")
 
     def faded(self) -> bool:
@@ -415,10 +432,11 @@ class Explorer:
             for name, one in self.others.items()
         }
         some = self.latents.isel(subject=who)
-        part = Explorer(some, None, self.controls, self.points.isel(subject=who), maps)
+        layouts = {name: points.isel(subject=who) for name, points in self.layouts.items()}
+        part = Explorer(some, None, self.controls, layouts, maps)
         part.restore(self.state() | {"subjects": None})
         part.panels.controls["color"].value = self.panels.controls["color"].value
-        part.drawn_from = len(self.subjects)
+        part.drawn_from, part.points_of = len(self.subjects), self.points_of
         return part
 
     def _ipython_display_(self):

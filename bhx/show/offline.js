@@ -2,10 +2,13 @@
 // `Explorer` in explorer.py computes the same; tests compare the two.
 
 const data = JSON.parse(document.getElementById('explorer').textContent)
-const [people, brain, strip, labels] = [0, 1, 2, 3].map((i) => document.getElementById(`figure${i}`))
+const [people, brain, strip, labels, slices] = [0, 1, 2, 3, 4].map((i) => document.getElementById(`figure${i}`))
 const card = document.getElementById('card')
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer
-const maps = new Float32Array(bytes(data.maps)) // person, token (or one for all), parcel
+const maps = data.maps // of each: person (or one for all), token (or their mean), parcel or cube
+for (const map of Object.values(maps)) map.values = new Float32Array(bytes(map.values))
+let [onCortex, onCubes] = [false, true].map((cubes) => Object.keys(maps).find((name) => maps[name].cubes === cubes))
+const gray = data.volume && new Uint8Array(bytes(data.volume.gray)) // x, y, z
 const shares = new Float32Array(bytes(data.shares)) // person, token, modality
 const traces = (parcels) =>
   brain.data.flatMap((t, i) => (t.name in parcels ? [[i, new Uint16Array(bytes(parcels[t.name]))]] : []))
@@ -19,6 +22,7 @@ let token = null
 
 // mean over people of what lies behind one another for each of them, or A's mean minus B's
 function average(values, size, counts) {
+  if (values.length === size && everyone.length > 1) return values.map((v) => (compared() ? 0 : v)) // one for all
   if (!compared()) return mean(values, size, chosen.filter(counts))
   const [a, b] = ['A', 'B'].map((name) => mean(values, size, groups[name].filter(counts)))
   return a.map((v, i) => v - b[i])
@@ -32,12 +36,14 @@ function mean(values, size, who) {
   return sum.map((v) => v / Math.max(who.length, 1))
 }
 
-// attention to each parcel, of a token or of all together
-function surfaceMap() {
-  const each = average(maps, data.layers * data.parcelCount, (i) => data.has[i])
-  if (token !== null) return each.slice(token * data.parcelCount, (token + 1) * data.parcelCount)
-  const out = new Float64Array(data.parcelCount)
-  each.forEach((v, i) => (out[i % out.length] += v / data.layers))
+// a map of each parcel or cube, of a token or of all together
+function mapOf(name) {
+  const { values, layers, has } = maps[name]
+  const places = values.length / maps[name].people / layers
+  const each = average(values, layers * places, (i) => has[i])
+  if (token !== null && layers > 1) return each.slice(token * places, (token + 1) * places)
+  const out = new Float64Array(places)
+  each.forEach((v, i) => (out[i % places] += v / layers))
   return out
 }
 
@@ -59,15 +65,22 @@ function summary(values) {
 
 let waiting = false // for the next frame
 
+// where the colors of a map end, and which they are
+function scaleOf(map) {
+  const sorted = map.slice().sort()
+  const [low, high] = [quantile(sorted, data.beyond), quantile(sorted, 1 - data.beyond)]
+  const signed = low < 0 && high > 0
+  const most = Math.max(-low, high)
+  return { ends: signed ? [-most, most] : [low, high > low ? high : low + 1], colors: data.scales[signed ? 'signed' : 'plain'] }
+}
+
 // the map and the card at once, then the other figures
 function update() {
-  const map = surfaceMap()
-  const sorted = map.slice().sort()
-  let ends = [quantile(sorted, data.beyond), quantile(sorted, 1 - data.beyond)]
-  const signed = ends[0] < 0 && ends[1] > 0
-  if (signed) ends = [-Math.max(-ends[0], ends[1]), Math.max(-ends[0], ends[1])]
-  const title = `${data.what} of ${token === null ? 'all tokens' : `token ${data.tokens[token]}`}${compared() ? ', A minus B' : ''}`
-  const scale = { 'coloraxis.colorscale': data.scales[signed ? 'signed' : 'plain'] }
+  const map = mapOf(onCortex)
+  const { ends, colors: colorscale } = scaleOf(map)
+  const { what, units, layers } = maps[onCortex]
+  const title = `${what} of ${token === null || layers === 1 ? 'all tokens' : `token ${data.tokens[token]}`}${compared() ? ', A minus B' : ''}`
+  const scale = { 'coloraxis.colorscale': colorscale, 'coloraxis.colorbar.title.text': units }
   Plotly.update(
     brain,
     { intensity: colors(surfaces, map) },
@@ -82,7 +95,7 @@ function update() {
   requestAnimationFrame(() =>
     setTimeout(() => {
       waiting = false
-      for (const draw of [drawPeople, drawTokens, drawLabels]) draw()
+      for (const draw of [drawPeople, drawTokens, drawLabels, drawCubes]) draw()
     }),
   )
 }
@@ -115,6 +128,40 @@ function drawTokens() {
   const shapes = token === null ? [] : [{ ...band, yref: 'paper', fillcolor: '#7a7a7a', opacity: 0.4, line: { width: 0 } }]
   const range = compared() ? null : [0, 1]
   Plotly.update(strip, { y: bars }, { shapes, 'yaxis.range': range, 'yaxis.autorange': !range }, bars.map((_, m) => m))
+}
+
+// the plane of a volume (x, y, z) at so many mm, as rows upwards of values across
+function plane(volume, mm, [across, up, through], stop) {
+  const stride = { x: mm.y.length * mm.z.length, y: mm.z.length, z: 1 }
+  const far = mm[through].map((v) => Math.abs(v - stop))
+  const start = far.indexOf(Math.min(...far)) * stride[through]
+  return mm[up].map((_, u) => mm[across].map((_, a) => volume[start + u * stride[up] + a * stride[across]]))
+}
+
+const cut = (volume, mm) => data.volume.planes.map((axes) => plane(volume, mm, axes, +document.getElementById(`at-${axes[2]}`).value))
+const layer = (cubes) => slices.data.flatMap((trace, i) => (trace.name.endsWith(' map') === cubes ? [i] : []))
+
+function drawGray() {
+  const hover = data.volume.planes.map(([across, up, through]) =>
+    `${across} %{x:.0f}, ${up} %{y:.0f}, ${through} ${document.getElementById(`at-${through}`).value} mm`)
+  Plotly.restyle(slices, { z: cut(gray, data.volume.mm), hovertemplate: hover.map((text) => `${text}<extra></extra>`) }, layer(false))
+  const units = `<br>%{z:.3g} ${maps[onCubes].units}<extra></extra>`
+  Plotly.restyle(slices, { hovertemplate: hover.map((text) => text + units) }, layer(true))
+}
+
+// the map of the cubes over the T1: 0 is clear, the extremes cover most of it
+function drawCubes() {
+  if (!data.volume) return
+  const map = mapOf(onCubes)
+  const { ends, colors } = scaleOf(map)
+  const most = Math.max(...ends.map(Math.abs))
+  const faded = colors.map(([at, rgb]) => {
+    const cover = (0.8 * Math.abs(ends[0] + at * (ends[1] - ends[0]))) / most
+    return [at, rgb.replace('rgb(', 'rgba(').replace(')', `,${cover.toFixed(3)})`)]
+  })
+  const scale = { 'coloraxis.cmin': ends[0], 'coloraxis.cmax': ends[1], 'coloraxis.colorscale': faded }
+  Plotly.update(slices, { z: cut(map, data.volume.cubes) }, scale, layer(true))
+  window.explorer.cubes = Array.from(map)
 }
 
 // what share of the selected, or of each group, is in each bar of each label
@@ -151,6 +198,17 @@ function colorBy(name) {
   const look = Object.entries(marker).map(([key, value]) => [`marker.${key}`, [].concat(value).length > 1 ? [value] : value])
   Plotly.restyle(people, { ...Object.fromEntries(look), customdata: [hover] })
   document.getElementById('legend').innerHTML = legend // made by Python, its names escaped
+}
+
+function placeBy(name) {
+  const { x, y, axes } = data.points[name]
+  Plotly.update(people, { x: [x], y: [y] }, { 'xaxis.title.text': axes[0], 'yaxis.title.text': axes[1], 'xaxis.autorange': true, 'yaxis.autorange': true })
+}
+
+function show(name) {
+  if (maps[name].cubes) onCubes = name
+  else onCortex = name
+  update()
 }
 
 function drawPeople() {
@@ -192,10 +250,16 @@ people.on('plotly_selected', (event) => {
 })
 people.on('plotly_click', (event) => select(where(event)))
 people.on('plotly_deselect', () => select(everyone))
-if (data.layers > 1) strip.on('plotly_click', (event) => change({ token: event.points[0].pointIndex }))
+const single = maps[onCortex].layers > 1
+if (single) strip.on('plotly_click', (event) => change({ token: event.points[0].pointIndex }))
 labels.on('plotly_click', (event) => filter(event.points[0]))
 const color = document.getElementById('color')
-color.onchange = () => colorBy(color.value)
+const changed = (id, act) => (document.getElementById(id).onchange = (event) => act(event.target.value))
+changed('color', colorBy)
+changed('map', show)
+changed('points', placeBy)
+const redraw = () => (drawGray(), drawCubes())
+if (data.volume) for (const axis of 'xyz') document.getElementById(`at-${axis}`).oninput = redraw
 const click = (id, act) => (document.getElementById(id).onclick = act)
 click('reset', () => change({ token: null, chosen: everyone, groups: {} }))
 click('undo', undo)
@@ -209,7 +273,8 @@ function walk(panel, name, count, at, go) {
   panel.setAttribute('aria-label', name)
   panel.addEventListener('keydown', (event) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key]
-    if (step) go((at() + step + count) % count)
+    const next = at() + step // -1 and less: from all, or from the first, backwards
+    if (step) go(next < 0 ? count - 1 : next % count)
     else if (event.key === 'Escape') go(null)
     else return
     event.preventDefault()
@@ -217,7 +282,7 @@ function walk(panel, name, count, at, go) {
 }
 walk(people, 'People: arrows walk through them, Escape selects all', everyone.length,
   () => (chosen.length === 1 ? chosen[0] : -1), (i) => select(i === null ? everyone : [i]))
-if (data.layers > 1) {
+if (single) {
   walk(strip, 'Hub tokens: arrows walk through them, Escape takes all together', data.tokens.length,
     () => token ?? -1, (i) => change({ token: i }))
 }
@@ -225,5 +290,8 @@ labels.setAttribute('role', 'img')
 labels.setAttribute('aria-label', 'Histograms of labels of who is selected')
 brain.setAttribute('role', 'img')
 brain.setAttribute('aria-label', 'Cortex: attention to each parcel')
+slices?.setAttribute('role', 'img')
+slices?.setAttribute('aria-label', 'T1: attention to each cube, at the sliders')
 colorBy(color.value)
 update()
+if (data.volume) redraw()

@@ -54,6 +54,7 @@ class Panels:
         self._groups = {}  # A and B, as far as they are set
         self._follows = True  # whether boxes act: not while they are brought up to date
         self._lasso = False  # whether the page shows a loop around people
+        self._placed = ""  # the map of people that is drawn
         self._whose: list = []  # the people whose scan was looked for last
         self.sliders = {axis: self._slider(axis) for axis in REACH}
         self.people, self.strip = self._people(), self._strip()
@@ -90,13 +91,11 @@ class Panels:
     # people ---------------------------------------------------------------------------------
 
     def _people(self):
-        points = self.explorer.points
-        everyone = dots(points, "", slice(None), CATEGORIES[0], "circle")
+        everyone = dots(self.explorer.points, "", slice(None), CATEGORIES[0], "circle")
         everyone.unselected = {"marker": {"color": GRAY, "opacity": 0.3}}
         everyone.hovertemplate = "%{text}<br>%{customdata}<extra></extra>"
         figure = _widget([everyone], "people", 300, "People: drag around some, or click one")
         figure.update_traces(marker_colorbar={"thickness": 12, "outlinewidth": 0})
-        figure.update_layout(xaxis_title=axis_name(points, 1), yaxis_title=axis_name(points, 2))
         figure.update_layout(dragmode="lasso")
         trace = figure.data[0]
         trace.on_selection(lambda _, picked, how: self._people_picked(picked.point_inds, True))
@@ -121,6 +120,11 @@ class Panels:
             self._lasso, trace.selectedpoints = False, None
             self.people._send_relayout_msg({"selections": []})
         with self.people.batch_update():
+            if self._placed != e.points_of:
+                trace.x, trace.y = e.points.values[:, :2].T.astype("f4")
+                self.people.layout.xaxis.title.text = axis_name(e.points, 1)
+                self.people.layout.yaxis.title.text = axis_name(e.points, 2)
+                self._placed = e.points_of
             trace.marker.line = {"color": ring.tolist(), "width": 2.5 if groups else 0}
             trace.selectedpoints = None if e.chosen.all() else np.flatnonzero(e.chosen)
 
@@ -337,6 +341,7 @@ class Panels:
             "subject": _typed_in("subject", list(e.subjects), 200),
             "color": widgets.Dropdown(description="color", options=coords),
             "map": widgets.Dropdown(description="map of", options=e.on_roi + e.on_cubes),
+            "points": widgets.Dropdown(description="people by", options=[*e.layouts]),
             "first": widgets.Button(description="Set group A"),
             "second": widgets.Button(description="Set group B"),
             "lock": widgets.ToggleButton(description="Lock colors"),
@@ -347,18 +352,22 @@ class Panels:
         }
         known = ("age", "site", "diagnosis", "subject")
         controls["color"].value = next(c for c in known if c in coords)
-        for name in ("color", "map"):
-            controls[name].style.description_width, controls[name].layout.width = "50px", "180px"
+        controls["points"].value = e.points_of
+        for name in ("color", "map", "points"):
+            controls[name].style.description_width, controls[name].layout.width = "60px", "190px"
         for name in ("first", "second", "lock", "reset", "undo", "test", "code"):
             controls[name].layout.width = "auto"
         if max(len(e.on_roi), len(e.on_cubes)) < 2:  # nothing to choose
             controls["map"].layout.display = "none"
+        if len(e.layouts) < 2:
+            controls["points"].layout.display = "none"
         controls["color"].observe(self.color_people, "value")
         acts = {
             "token": lambda v: e.select_token(tokens.get(v, v or None)),
             "parcel": lambda v: e.select_parcel(_meant(v, e.places) or None),
             "subject": lambda v: e.select_subjects([_meant(v, e.subjects)] if v else None),
             "map": e.select_map,
+            "points": e.select_points,
             "lock": lambda _: self.update(),
         }
         for name, act in acts.items():
