@@ -1,7 +1,7 @@
 """Held-out errors of a pretrained model beside predictors that anybody could write down.
 
 Everything is fitted on training subjects and measured on held-out ones. A network that does not
-beat these has learnt nothing about individual brains.
+beat these has learned nothing about individual brains.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ def _on_common_places(subjects):
 
 
 def _axes_of_people(left):
-    """Orthonormal axes (at most subjects - 1, tokens x width) of centred subjects."""
+    """Orthonormal axes (at most subjects - 1, tokens x width) of centered subjects."""
     flat = left.flatten(1)
     values, vectors = torch.linalg.eigh(flat @ flat.T)
     kept = values > 1e-6 * values.max()

@@ -341,7 +341,7 @@ def test_gradients_of_parts_are_those_of_the_whole_batch(cohort, tmp_path):
 
 
 def test_frozen_encoders_read_each_subject_once_a_step(cohort, tmp_path, monkeypatch):
-    """People are compared first and learnt from then: their tokens are the same both times."""
+    """People are compared first and learned from then: their tokens are the same both times."""
     run, read = begun(cohort, tmp_path, WITH_ENCODERS), []
     encoder = run.objective.networks[0].dynamics
     encoder.register_forward_hook(lambda m, given, out: read.append(len(given[0])))

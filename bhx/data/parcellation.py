@@ -352,14 +352,14 @@ def _side_of_name(name):
 
 
 def _check_mm(places):
-    """Coordinates in mm of MNI152: neither voxels nor metres."""
+    """Coordinates in mm of MNI152: neither voxels nor meters."""
     size = np.abs(places).max() if np.isfinite(places).all() else np.nan
     if not 10 < size < 150 or not (places[:, 0] < 0).any() or not (places[:, 0] > 0).any():
         fact = (
             f"Expected MNI coordinates in mm, left of 0 and right of it, found {size:.3g} at most "
         )
         fact += f"and x from {places[:, 0].min():.3g} to {places[:, 0].max():.3g}"
-        raise InputError(fact, "Voxels need the image's affine; metres are 1000 mm each")
+        raise InputError(fact, "Voxels need the image's affine; meters are 1000 mm each")
     _check_in_brain(places, "the table of regions")
 
 

@@ -110,7 +110,7 @@ class ComBat(TransformerMixin, BaseEstimator):
 
 
 def share_priors(combats: list[ComBat]) -> None:
-    """Shrink the sites' effects towards their distribution over the features of all of these.
+    """Shrink the sites' effects toward their distribution over the features of all of these.
 
     Features may be fitted in pieces of columns: then this makes of them what one fit would.
     """
@@ -151,7 +151,7 @@ def _inverse_gamma(values):
     """Shape and rate of the inverse gamma with the mean and variance of `values`."""
     mean, variance = values.mean(), values.var(ddof=1) if len(values) > 1 else 0.0
     if variance <= 1e-12 * mean**2:
-        return np.inf, np.inf  # no spread to shrink towards: the scale stays as estimated
+        return np.inf, np.inf  # no spread to shrink toward: the scale stays as estimated
     return 2 + mean**2 / variance, mean + mean**3 / variance
 
 

@@ -212,8 +212,8 @@ def wiener(tr: float, volumes: int, samples: int, start: int = 0):
     first = np.clip(first_read(samples, tr), 0, volumes - window)
     index = first[:, None] + np.arange(window)
     among = autocovariance(tr * np.subtract.outer(np.arange(window), np.arange(window)))
-    towards = autocovariance((samples * GRID_SECONDS)[:, None] - index * tr)
-    return index, np.linalg.solve(among, towards.T).T
+    around = autocovariance((samples * GRID_SECONDS)[:, None] - index * tr)
+    return index, np.linalg.solve(among, around.T).T
 
 
 # What training does to a scan ---

@@ -64,10 +64,10 @@ class Running:
         and how many patches these are."""
         sums = self.sums + sum(map(_products, self._late()))
         n = sums[-1, -1]
-        centre = np.hstack([np.eye(len(middle)), np.zeros((len(middle), 2))])
-        centre[:, -2] = self.zero - middle
-        mean = centre @ sums[-1] / max(n, 1)
-        covariance = centre @ sums @ centre.T - n * np.outer(mean, mean)
+        center = np.hstack([np.eye(len(middle)), np.zeros((len(middle), 2))])
+        center[:, -2] = self.zero - middle
+        mean = center @ sums[-1] / max(n, 1)
+        covariance = center @ sums @ center.T - n * np.outer(mean, mean)
         length = np.sqrt(np.diag(covariance).clip(0))
         length = np.where(length > 0, length, 1)
         return covariance / np.outer(length, length), int(n) // self.config.kernel

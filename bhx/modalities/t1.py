@@ -52,7 +52,7 @@ class T1(Modality):
         return config.structure.grid
 
     def coords(self, config):
-        """MNI mm of the cubes' centres."""
+        """MNI mm of the cubes' centers."""
         grid, cube = t1_grid(config.structure.voxel_mm), config.structure.cube
         return {
             dim: (dim, mm.reshape(-1, cube).mean(1), {"units": "mm"})
@@ -68,7 +68,7 @@ ANATOMY = T1()
 
 
 def t1_grid(voxel_mm: float = 1.0) -> dict[str, np.ndarray]:
-    """World coordinates [mm, MNI152] of the T1 grid's voxel centres along x, y and z.
+    """World coordinates [mm, MNI152] of the T1 grid's voxel centers along x, y and z.
 
     The grid is FSL's MNI152 grid after the crop of 11, 13 and 11 voxels; a coarser one averages
     whole blocks of it, so `voxel_mm` divides 160, 192 and 160.

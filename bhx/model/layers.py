@@ -155,7 +155,7 @@ def attend_alike(attention: Attention, score: float = 20.0) -> None:
     what is read is handed on unchanged. A token scores `score` with itself before the softmax.
 
     Tokens of parcels that go up and down together then read each other from the first step, so
-    coupling is in the tokens before anything is learnt. Such starts resemble what attention looks
+    coupling is in the tokens before anything is learned. Such starts resemble what attention looks
     like after long training (Trockman & Kolter, ICML 2023, arXiv 2305.09828).
     """
     width = attention.proj.weight.shape[0]

@@ -63,7 +63,7 @@ def write_release(model: Harmonix, folder) -> Path:
 
 
 def _learnt(part, *fixed):
-    """Tensors of a released file: what was learnt, and the fixed tables named."""
+    """Tensors of a released file: what was learned, and the fixed tables named."""
     tensors = dict(part.named_parameters()) | {name: getattr(part, name) for name in fixed}
     return {k: v.detach().cpu() for k, v in tensors.items()}
 

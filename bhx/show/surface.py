@@ -325,7 +325,7 @@ def _draw_hemisphere(axis, brain, side, view, scale, outlines):
     from matplotlib.collections import PolyCollection
 
     eye, up, _ = VIEWS[view]
-    screen = np.stack([np.cross(up, eye), up, eye], axis=1)  # right, up, towards the reader
+    screen = np.stack([np.cross(up, eye), up, eye], axis=1)  # right, up, toward the reader
     coords, faces = load_mesh("inflated", side)
     shapes = (coords @ screen)[faces]  # (triangle, corner, 3)
     tilt = _tilt(shapes)

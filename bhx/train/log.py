@@ -148,6 +148,6 @@ def warn_of_collapse(found: dict, step: int) -> None:
         warnings.warn(
             f"The representation is collapsing at step {step}: effective rank "
             f"{found['effective_rank']:.1f}, variance {found['variance']:.1e}. Lower rate=, raise "
-            "momentum= towards (0.999, 1), or train on more varied subjects.",
+            "momentum= toward (0.999, 1), or train on more varied subjects.",
             stacklevel=5,
         )

@@ -126,7 +126,7 @@ class DynamicsObjective(Objective):
 
     @torch.no_grad()
     def follow(self, momentum):
-        """Move the teacher towards the student."""
+        """Move the teacher toward the student."""
         slow, fast = ([local(p) for p in m.parameters()] for m in (self.teacher, self.student))
         torch._foreach_lerp_(slow, fast, 1 - momentum)
 

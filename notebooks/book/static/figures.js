@@ -1,14 +1,14 @@
-// Draws each stored figure when it comes into view, in the colours of the page's theme.
-// Greys are turned round for the dark theme, hues are kept; meshes keep every colour.
+// Draws each stored figure when it comes into view, in the colors of the page's theme.
+// Greys are turned around for the dark theme, hues are kept; meshes keep every color.
 
 const PAGE = (255 - 18) / 255 // white becomes the dark page's #121212, not black
 const KEPT = ['mesh3d', 'surface', 'image']
 const dark = () => document.documentElement.dataset.theme === 'dark'
 
-function channels(colour) {
+function channels(color) {
   const pen = (channels.pen ??= document.createElement('canvas').getContext('2d', { willReadFrequently: true }))
-  pen.fillStyle = '#010203' // what stays when the colour is none
-  pen.fillStyle = colour
+  pen.fillStyle = '#010203' // what stays when the color is none
+  pen.fillStyle = color
   const hex = /^#(..)(..)(..)$/.exec(pen.fillStyle)
   const found = hex
     ? hex.slice(1).map((c) => parseInt(c, 16))
@@ -16,11 +16,11 @@ function channels(colour) {
   return pen.fillStyle === '#010203' ? null : found
 }
 
-function turned(colour) {
-  const found = channels(colour)
-  if (!found) return colour
+function turned(color) {
+  const found = channels(color)
+  if (!found) return color
   const [r, g, b, alpha = 1] = found
-  if (Math.max(r, g, b) - Math.min(r, g, b) > 60) return colour
+  if (Math.max(r, g, b) - Math.min(r, g, b) > 60) return color
   const level = Math.round(255 - ((r + g + b) / 3) * PAGE)
   return `rgba(${level},${level},${level},${alpha})`
 }
