@@ -26,7 +26,7 @@ def test_saved_cohort_comes_back_lazily_and_unchanged(tmp_path):
     xr.testing.assert_equal(again.drop_attrs(), cohort.drop_attrs())
     for name, coord in cohort.coords.items():
         assert again[name].dtype == coord.dtype
-    assert again.attrs == cohort.attrs | {"complete": True, "rows_written": 6}
+    assert again.attrs == cohort.attrs  # how far it was written is the store's own affair
 
 
 def test_lazy_and_eager_cohorts_give_the_same_store(tmp_path):

@@ -218,6 +218,7 @@ def open_store(path, kind: str = "cohort") -> xr.Dataset:
     data = xr.open_zarr(path, chunks={}, consolidated=False)
     half = [name for name, v in data.data_vars.items() if v.dtype == "float16"]
     data = data.assign({n: data[n].astype("float32") for n in half})
+    data.attrs = {k: v for k, v in data.attrs.items() if k not in ("complete", "rows_written")}
     # without encoding: xarray writes it anew as it likes
     out = check(plain_labels(data.drop_encoding()), kind)
     if f"{TRAVELS}label" in out.coords:

@@ -75,8 +75,9 @@ def pretrain(
         The cohort lacks what the stage needs, `out` holds another run, the configuration changed,
         a loss was not finite, or data could not be read; the last checkpoint stays.
     """
-    known = model if model is None or isinstance(model, Model) else read_weights(model)
-    config = config_of(preset) if known is None else known.config
+    if not isinstance(model, Model | None):
+        model = load_model(model, device=own_device(device))
+    config = config_of(preset) if model is None else model.config
     own = isinstance(config.harmonizer, HubConfig) and config.name not in PRESETS
     plan = recipe(stage, "base" if own else config.name, **settings)
     cohort, path = opened(cohort, subjects)
@@ -136,8 +137,6 @@ def _starting_point(model, preset, cohort, out, plan, device) -> Model:
     there = read_weights(out) if (out / "config.json").exists() else None
     if isinstance(model, Model):
         start = Model(deepcopy(model.networks), device or model.device)
-    elif model is not None:
-        start = load_model(model, device=device)
     elif there is not None:
         start = Model(there, device)
     elif plan.stage == "harmonizer" and any(map(config.encodes, config.modalities.values())):
