@@ -29,10 +29,11 @@ FLAGS = [
     "--ignore-gpu-blocklist",
     "--disable-background-networking",
 ]
-CELLS = [
-    "import xarray as xr\nimport bhx",
+CELLS = [  # one network takes long
+    "import time\nimport xarray as xr\nimport bhx",
     "latents = xr.open_zarr('latents.zarr', consolidated=False)\n"
-    "explorer = bhx.explore(latents)\nexplorer",
+    "explorer = bhx.explore(latents)\n"
+    "explorer.followers.append(lambda: time.sleep(2 * (explorer.place == 'Limbic')))\nexplorer",
 ]
 
 # anywidget gives each figure 2 s to load, which is too little while other work has the processor
@@ -357,6 +358,20 @@ def test_typed_network_and_its_code(page):
     written = page.locator(".widget-textarea textarea").input_value()
     assert "bhx.region_map(latents, token=" in written
     shot(page, "code")
+
+
+def test_the_picked_network_has_a_line_around_it_and_waiting_is_said(page):
+    lines = {"left picked", "right picked"}
+    brain, sign = state(page, "brain"), page.get_by_role("status").filter(has_text="Working")
+    assert not sign.is_visible()
+    page.get_by_role("combobox", name="parcel").fill("Limbic")
+    page.get_by_role("combobox", name="parcel").press("Enter")
+    sign.wait_for(state="visible")
+    shot(page, "working")
+    sign.wait_for(state="hidden")
+    before, after = ({t[0]: t[3] for t in which} for which in (brain, state(page, "brain")))
+    assert all(before[name] != after[name] != 0 for name in lines)
+    shot(page, "picked")
 
 
 def test_a_page_of_figures_loads_and_uploads_nothing(browser, tmp_path):

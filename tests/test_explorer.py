@@ -23,6 +23,7 @@ from bhx.show import people as people_file
 from bhx.show.colors import CLEAR
 from bhx.show.panels import FADED, GROUPS
 from bhx.show.people import binned
+from bhx.show.surface import SIDES as HEMIS
 from bhx.show.tokens import token_table
 
 matplotlib.use("agg")
@@ -613,6 +614,40 @@ def test_another_map_of_the_people(explorer):
         explore(
             make_latents(), points=explorer.points.where(explorer.subjects[:, None] != "sub-03")
         )
+
+
+def test_the_picked_parcel_has_a_line_around_it_on_its_own_hemisphere(explorer, panels):
+    mesh, busy = panels.brain.data[0], []
+    lines = {
+        side: next(panels.brain.select_traces({"name": f"{side} picked"})) for side in HEMIS["both"]
+    }
+    panels.fit.observe(lambda change: busy.append(change["new"]), "busy")
+    explorer.select_parcel(explorer.roi[7])  # the left ones come first
+    assert busy == [True, False]
+    x, y, z = (np.asarray(lines["left"][axis]) for axis in "xyz")
+    assert np.isnan(lines["right"].x).all()
+    at = np.stack([mesh.x, mesh.y, mesh.z], 1)
+    faces = np.stack([mesh.i, mesh.j, mesh.k], 1).astype(int)
+    inside = (panels.parcels[mesh.name] == 7)[faces]
+    mixed = faces[inside.any(1) & ~inside.all(1)]  # triangles on the border
+    middles = {
+        tuple(at[face[[a, b]]].mean(0).round(3))
+        for face in mixed
+        for a, b in ((0, 1), (1, 2), (2, 0))
+    }
+    points = {tuple(p) for p in np.stack([x, y, z], 1)[~np.isnan(x)].round(3).tolist()}
+    assert len(points) > 20
+    close = [min(np.abs(np.subtract(p, m)).max() for m in middles) for p in [*points][:20]]
+    assert max(close) < 0.01
+    explorer.select_parcel()
+    assert np.isnan(lines["left"].x).all()
+    for button in panels.brain.layout.updatemenus[0].buttons:
+        assert len(button.args[0]["visible"]) == len(panels.brain.data)
+        hidden = "right" if button.label.startswith("left") else "left"
+        shown = dict(
+            zip((t.name for t in panels.brain.data), button.args[0]["visible"], strict=True)
+        )
+        assert shown[f"{hidden} picked"] == shown[f"{hidden} values"]
 
 
 def test_one_person_is_shown_with_their_nearest_series_and_connectome():

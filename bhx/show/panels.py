@@ -13,13 +13,14 @@ import plotly.graph_objects as go
 import xarray as xr
 from anywidget import AnyWidget
 from plotly.subplots import make_subplots
+from traitlets import Bool
 
 from bhx.errors import InputError, listed
 from bhx.latents.maps import SHARE
 from bhx.schema import subject_coords
 from bhx.show.colors import CATEGORIES, CLEAR, SHAPES, Scale, finish
 from bhx.show.people import axis_name, dots, point_groups
-from bhx.show.surface import plot_surface
+from bhx.show.surface import around, on_vertices, plot_surface
 from bhx.show.volume import PLANES, gray_levels, slices, template, three_planes, with_mm
 
 ALL_TOKENS = "all tokens"
@@ -27,14 +28,29 @@ REACH = {"x": (-76, 0, 76), "y": (-110, -20, 74), "z": (-58, 10, 94)}  # mm: fir
 BEYOND = 0.02  # share of a map's values that may lie outside either end of its colors
 GROUPS = {"A": "#B2182B", "B": "#2166AC"}  # as in the difference: red where A has more
 GRAY = "#7a7a7a"  # readable on white and on black
+PICKED = "magenta"  # seen on every color map
 FADED = 0.35  # opacity of what fails its controls
 
 
 class Fit(AnyWidget):
-    """Nothing to see: tells figures when their page gives them another width, and screen readers
-    what each figure is; copies what it is sent."""
+    """Tells figures when their page gives them another width, and screen readers what each figure
+    is; copies what it is sent; while Python works for longer than 300 ms, it says so."""
+
+    busy = Bool(False).tag(sync=True)
 
     _esm = """export default { render({ model, el }) {
+        const sign = Object.assign(document.createElement("div"), { textContent: "Working …" })
+        sign.setAttribute("role", "status")
+        sign.style = "position: absolute; right: 8px; z-index: 9; padding: 2px 10px;" +
+            "background: #E69F00; color: black; border-radius: 4px; visibility: hidden"
+        el.style.height = "0"
+        el.append(sign)
+        let waiting
+        model.on("change:busy", () => {
+            clearTimeout(waiting)
+            const show = () => { sign.style.visibility = model.get("busy") ? "visible" : "hidden" }
+            model.get("busy") ? (waiting = setTimeout(show, 300)) : show()
+        })
         model.on("msg:custom", ({ copy }) => navigator.clipboard?.writeText(copy))
         const name = (g) => { g.setAttribute("role", "img"); g.setAttribute("aria-label",
             `${g.layout?.title?.text ?? "figure"}. The boxes above do the same by keyboard.`) }
@@ -77,7 +93,7 @@ class Panels:
 
     def update(self):
         """Send what follows from the selection: values, never a mesh."""
-        e = self.explorer
+        e, self.fit.busy = self.explorer, True
         self.card.value = f'<div style="line-height: 1.3; overflow: auto">{e.card()}</div>'
         self.heading.value, self.message.value = f"<b>{escape(e.heading())}</b>", ""
         self._update_boxes()
@@ -87,6 +103,7 @@ class Panels:
         self._update_brain()
         self._update_slices()
         self._update_person()
+        self.fit.busy = False
 
     # people ---------------------------------------------------------------------------------
 
@@ -235,7 +252,8 @@ class Panels:
         self.dots = {trace.name: trace.marker.color.astype(int) for trace in dots}
         for trace in [*colored, *dots]:
             trace.on_click(self._brain_clicked)
-        return figure
+        self._parcel_of, self._around = on_vertices(numbers), ""
+        return _with_edges(figure)
 
     def _brain_clicked(self, trace, picked, _):
         if picked.point_inds:
@@ -252,6 +270,11 @@ class Panels:
                 elif trace.name in self.dots:
                     trace.marker.color = values[self.dots[trace.name]]
             self._recolor(self.brain, values, self.explorer.units())
+        if self._around != self.explorer.place:  # alone: a batch would take x off the other traces
+            self._around = self.explorer.place
+            picked = np.flatnonzero(self.explorer.parcels)
+            for side, (x, y, z) in around(self._parcel_of, picked).items():
+                self.brain.update_traces({"x": x, "y": y, "z": z}, {"name": f"{side} picked"})
 
     def _recolor(self, figure, values, units, **how):
         """The colors of a map, unless they are locked."""
@@ -386,10 +409,12 @@ class Panels:
         def follow(change):
             try:
                 if self._follows:
+                    self.fit.busy = True
                     act(change)
             except InputError as error:
                 self._update_boxes()
                 self.message.value = escape(str(error))
+            self.fit.busy = False
 
         return follow
 
@@ -445,7 +470,7 @@ class Panels:
         grid = {"grid_template_columns": columns, "grid_gap": "0 12px", "width": "100%"}
         figures = widgets.GridBox(cells, layout=grid)
         last = [self.labels] if self.explorer.bars else []
-        return widgets.VBox([controls, self.card, figures, *last, self.own, self.written, self.fit])
+        return widgets.VBox([self.fit, controls, self.card, figures, *last, self.own, self.written])
 
 
 def _widget(data, name, height, hint):
@@ -458,6 +483,20 @@ def _widget(data, name, height, hint):
     figure.update_yaxes(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.5)")
     title = {"x": 0.01, "y": 1, "pad_t": 8, "font_size": 12}
     return finish(figure, hint).update_layout(title=title)
+
+
+def _with_edges(figure):
+    """A cortex with a line on each hemisphere that its buttons show and hide with it."""
+    names, edges = [trace.name for trace in figure.data], ("left", "right")
+    for button in figure.layout.updatemenus[0].buttons:
+        seen, view = button.args
+        more = [seen["visible"][names.index(f"{side} values")] for side in edges]
+        button.args = ({"visible": [*seen["visible"], *more]}, view)
+    for side in edges:
+        line = {"color": PICKED, "width": 6}
+        edge = go.Scatter3d(mode="lines", name=f"{side} picked", line=line, hoverinfo="skip")
+        figure.add_trace(edge)
+    return figure
 
 
 def _keep_state(figure):

@@ -256,15 +256,27 @@ def camera(view: str) -> dict:
     }
 
 
+def around(brain, some) -> dict[str, np.ndarray]:
+    """A line (xyz, point) on each hemisphere around the vertices that have some of the values of
+    `on_vertices`, where both hemispheres are drawn."""
+    inside, sides = np.isin(brain.values, some), SIDES["both"]
+    return {s: _line(_borders(inside[brain.hemi.values == s], *_placed(s, sides))) for s in sides}
+
+
 def _outline(brain, side, coords, faces):
-    """Borders between networks as one line trace, interrupted between strokes."""
-    segments = _borders(brain, side, coords, faces)
+    """Borders between networks."""
+    network = np.unique(brain.network.values, return_inverse=True)[1]
+    x, y, z = _line(_borders(network[brain.hemi.values == side], coords, faces))
+    trace = go.Scatter3d(x=x, y=y, z=z, mode="lines", name=f"{side} networks", hoverinfo="skip")
+    return trace.update(line={"color": "black", "width": 3})
+
+
+def _line(segments):
+    """Segments (segment, end, xyz) as one line (xyz, point), interrupted between strokes."""
     points, ends = np.unique(segments.reshape(-1, 3), axis=0, return_inverse=True)
     strokes = _strokes(ends.reshape(-1, 2).tolist())
     order = [point for stroke in strokes for point in (*stroke, len(points))]
-    x, y, z = np.concatenate([points, np.full((1, 3), np.nan, np.float32)])[order].T
-    trace = go.Scatter3d(x=x, y=y, z=z, mode="lines", name=f"{side} networks", hoverinfo="skip")
-    return trace.update(line={"color": "black", "width": 3})
+    return np.concatenate([points, np.full((1, 3), np.nan, np.float32)])[order].T
 
 
 def _strokes(segments):
@@ -282,12 +294,11 @@ def _strokes(segments):
             yield stroke
 
 
-def _borders(brain, side, coords, faces):
-    """Where networks meet, (segment, end, xyz): through triangles, from edge middle to middle."""
-    network = np.unique(brain.network.values, return_inverse=True)[1]
-    network = network[brain.hemi.values == side][faces]
+def _borders(labels, coords, faces):
+    """Where labels of vertices meet, (segment, end, xyz): through triangles, from edge middle to
+    middle."""
     middle = (coords[faces] + coords[np.roll(faces, -1, axis=1)]) / 2  # (triangle, edge, xyz)
-    crossed = network != np.roll(network, -1, axis=1)  # (triangle, edge)
+    crossed = labels[faces] != np.roll(labels[faces], -1, axis=1)  # (triangle, edge)
     segments = np.stack([middle, np.roll(middle, -1, axis=1)], axis=2)
     return segments[crossed & np.roll(crossed, -1, axis=1)]
 
@@ -332,7 +343,8 @@ def _draw_hemisphere(axis, brain, side, view, scale, outlines):
     faces, shapes, tilt = (part[tilt > 0] for part in (faces, shapes, tilt))
     depth, color = shapes[:, :, 2].mean(1), _shaded(tilt, faces, brain, side, scale)
     if outlines:
-        lines = (_borders(brain, side, coords, faces) @ screen)[:, [0, 1, 1]]
+        network = brain.network.values[brain.hemi.values == side]
+        lines = (_borders(network, coords, faces) @ screen)[:, [0, 1, 1]]
         shapes = np.concatenate([shapes, lines])
         depth = np.concatenate([depth, lines[:, :, 2].mean(1) + 1])  # 1 mm nearer
         color = np.concatenate([color, np.tile([0, 0, 0, 1], (len(lines), 1))])
