@@ -11,14 +11,13 @@ import ipywidgets as widgets
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
-from anywidget import AnyWidget
 from plotly.subplots import make_subplots
-from traitlets import Bool
 
 from bhx.errors import InputError, listed
 from bhx.latents.maps import SHARE
 from bhx.schema import subject_coords
 from bhx.show.colors import CATEGORIES, CLEAR, SHAPES, Scale, finish
+from bhx.show.fit import Fit
 from bhx.show.people import axis_name, dots, point_groups
 from bhx.show.surface import around, on_vertices, plot_surface
 from bhx.show.volume import PLANES, gray_levels, slices, template, three_planes, with_mm
@@ -30,35 +29,6 @@ GROUPS = {"A": "#B2182B", "B": "#2166AC"}  # as in the difference: red where A h
 GRAY = "#7a7a7a"  # readable on white and on black
 PICKED = "magenta"  # seen on every color map
 FADED = 0.35  # opacity of what fails its controls
-
-
-class Fit(AnyWidget):
-    """Tells figures when their page gives them another width, and screen readers what each figure
-    is; copies what it is sent; while Python works for longer than 300 ms, it says so."""
-
-    busy = Bool(False).tag(sync=True)
-
-    _esm = """export default { render({ model, el }) {
-        const sign = Object.assign(document.createElement("div"), { textContent: "Working …" })
-        sign.setAttribute("role", "status")
-        sign.style = "position: absolute; right: 8px; z-index: 9; padding: 2px 10px;" +
-            "background: #E69F00; color: black; border-radius: 4px; visibility: hidden"
-        el.style.height = "0"
-        el.append(sign)
-        let waiting
-        model.on("change:busy", () => {
-            clearTimeout(waiting)
-            const show = () => { sign.style.visibility = model.get("busy") ? "visible" : "hidden" }
-            model.get("busy") ? (waiting = setTimeout(show, 300)) : show()
-        })
-        model.on("msg:custom", ({ copy }) => navigator.clipboard?.writeText(copy))
-        const name = (g) => { g.setAttribute("role", "img"); g.setAttribute("aria-label",
-            `${g.layout?.title?.text ?? "figure"}. The boxes above do the same by keyboard.`) }
-        new ResizeObserver(() => {
-            window.dispatchEvent(new Event("resize"))
-            document.querySelectorAll(".js-plotly-plot").forEach(name)
-        }).observe(el)
-    } }"""
 
 
 class Panels:
