@@ -19,7 +19,7 @@ from bhx.schema import subject_coords
 from bhx.show.colors import CATEGORIES, CLEAR, SHAPES, Scale, finish
 from bhx.show.fit import Fit
 from bhx.show.people import axis_name, dots, point_groups
-from bhx.show.surface import around, on_vertices, plot_surface
+from bhx.show.surface import around, on_vertices, plot_surface, with_edges
 from bhx.show.volume import PLANES, gray_levels, slices, template, three_planes, with_mm
 
 ALL_TOKENS = "all tokens"
@@ -27,7 +27,6 @@ REACH = {"x": (-76, 0, 76), "y": (-110, -20, 74), "z": (-58, 10, 94)}  # mm: fir
 BEYOND = 0.02  # share of a map's values that may lie outside either end of its colors
 GROUPS = {"A": "#B2182B", "B": "#2166AC"}  # as in the difference: red where A has more
 GRAY = "#7a7a7a"  # readable on white and on black
-PICKED = "magenta"  # seen on every color map
 FADED = 0.35  # opacity of what fails its controls
 
 
@@ -223,7 +222,7 @@ class Panels:
         for trace in [*colored, *dots]:
             trace.on_click(self._brain_clicked)
         self._parcel_of, self._around = on_vertices(numbers), ""
-        return _with_edges(figure)
+        return with_edges(figure)
 
     def _brain_clicked(self, trace, picked, _):
         if picked.point_inds:
@@ -453,20 +452,6 @@ def _widget(data, name, height, hint):
     figure.update_yaxes(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.5)")
     title = {"x": 0.01, "y": 1, "pad_t": 8, "font_size": 12}
     return finish(figure, hint).update_layout(title=title)
-
-
-def _with_edges(figure):
-    """A cortex with a line on each hemisphere that its buttons show and hide with it."""
-    names, edges = [trace.name for trace in figure.data], ("left", "right")
-    for button in figure.layout.updatemenus[0].buttons:
-        seen, view = button.args
-        more = [seen["visible"][names.index(f"{side} values")] for side in edges]
-        button.args = ({"visible": [*seen["visible"], *more]}, view)
-    for side in edges:
-        line = {"color": PICKED, "width": 6}
-        edge = go.Scatter3d(mode="lines", name=f"{side} picked", line=line, hoverinfo="skip")
-        figure.add_trace(edge)
-    return figure
 
 
 def _keep_state(figure):

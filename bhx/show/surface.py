@@ -32,6 +32,7 @@ from bhx.errors import InputError, check_choice, listed
 from bhx.show.colors import CLEAR, Scale, finish, finish_static
 
 VERTEX = "vertex_fsaverage5"
+PICKED = "magenta"  # seen on every color map
 SIDES = {"both": ("left", "right"), "left": ("left",), "right": ("right",)}
 # eye, up, and the sides that are shown; x runs to the right, y to the front, z up
 VIEWS = {
@@ -261,6 +262,20 @@ def around(brain, some) -> dict[str, np.ndarray]:
     `on_vertices`, where both hemispheres are drawn."""
     inside, sides = np.isin(brain.values, some), SIDES["both"]
     return {s: _line(_borders(inside[brain.hemi.values == s], *_placed(s, sides))) for s in sides}
+
+
+def with_edges(figure):
+    """A cortex with a line on each hemisphere that its buttons show and hide with it."""
+    names, edges = [trace.name for trace in figure.data], SIDES["both"]
+    for button in figure.layout.updatemenus[0].buttons:
+        seen, view = button.args
+        more = [seen["visible"][names.index(f"{side} values")] for side in edges]
+        button.args = ({"visible": [*seen["visible"], *more]}, view)
+    for side in edges:
+        line = {"color": PICKED, "width": 6}
+        edge = go.Scatter3d(mode="lines", name=f"{side} picked", line=line, hoverinfo="skip")
+        figure.add_trace(edge)
+    return figure
 
 
 def _outline(brain, side, coords, faces):
