@@ -413,7 +413,7 @@ class Explorer:
         return plot_surface(values, static=True, title=self.heading())
 
     def save(self, path="explorer.html") -> Path:
-        """Write one HTML page of people, labels, cortex and bars that opens without Python or a
+        """Write one HTML page of people, labels, cortex, T1 and bars that opens without Python or a
         network; or, to a path that ends in .json, what is selected, for `restore`. A page of very
         many people has a part of them, drawn at random, and says so."""
         is_state = Path(path).suffix.lower() == ".json"
