@@ -346,7 +346,7 @@ class Panels:
         controls["color"].value = next(c for c in known if c in coords)
         controls["points"].value = e.points_of
         for name in ("color", "map", "points"):
-            controls[name].style.description_width, controls[name].layout.width = "60px", "190px"
+            controls[name].style.description_width, controls[name].layout.width = "72px", "200px"
         for name in ("first", "second", "lock", "reset", "undo", "test", "code"):
             controls[name].layout.width = "auto"
         if max(len(e.on_roi), len(e.on_cubes)) < 2:  # nothing to choose
