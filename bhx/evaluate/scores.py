@@ -160,17 +160,11 @@ def resample(scores: xr.Dataset, draws: int = 1000, seed: int = 0) -> xr.DataArr
     plan, truth, folds = plan_of(scores), codes_of(scores), tested_of(scores)
     blocks = []
     for weights in metrics.bootstrap_weights(participants_of(scores), draws, seed):
-        out = np.empty((scores.sizes["model"], scores.sizes["metric"], len(weights)))
-        for i, (output, decision) in enumerate(
-            zip(scores.output.values, scores.decision.values, strict=True)
-        ):
-            found = [
-                plan.measure(truth[t], output[f, t], decision[f, t], weights[:, t])
-                for f, t in enumerate(folds)
-            ]
-            each = [[one[m] for m in scores.metric.values] for one in found]
-            out[i] = metrics.known_mean(np.array(each))
-        blocks.append(out)
+        models = []
+        for output, decision in zip(scores.output.values, scores.decision.values, strict=True):
+            found = plan.measure_folds(truth, folds, output, decision, weights)
+            models.append([metrics.known_mean(found[m]) for m in scores.metric.values])
+        blocks.append(models)
     dims = ("model", "metric", "draw")
     coords = {"model": scores.model, "metric": scores.metric}
     return xr.DataArray(np.concatenate(blocks, -1), coords, dims)

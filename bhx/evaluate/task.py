@@ -44,6 +44,14 @@ class Outcome:
             return found
         return metrics.measure_labels(truth, output, decision, weights)
 
+    def measure_folds(self, truth, tested, output, decision, weights=None) -> dict[str, np.ndarray]:
+        """Metric -> values (fold, B) on the rows that each fold tested; each array (fold, row)."""
+        found = [
+            self.measure(truth[t], o[t], d[t], None if weights is None else weights[:, t])
+            for t, o, d in zip(tested, output, decision, strict=True)
+        ]
+        return {name: np.array([one[name] for one in found]) for name in found[0]}
+
 
 @dataclass
 class Task(Outcome):
@@ -115,15 +123,6 @@ class Task(Outcome):
         shape = (len(self.splits.part), len(self.truth))
         return np.full((*shape, len(self.classes)), np.nan), np.full(shape, -1)
 
-    def score(self, output, decision, truth=None) -> dict[str, np.ndarray]:
-        """Metric -> values (fold,) on the test rows of each fold."""
-        truth = self.truth if truth is None else truth
-        found = [
-            self.measure(truth[t], o[t], d[t])
-            for t, o, d in zip(self.splits.rows("test"), output, decision, strict=True)
-        ]
-        return {name: np.array([one[name][0] for one in found]) for name in found[0]}
-
     def scores(self, name: str, output, decision, **attrs) -> xr.Dataset:
         """Scores Dataset of one model.
 
@@ -133,18 +132,16 @@ class Task(Outcome):
         output, decision : (fold, row, class) and (fold, row), as `empty` made and a model filled
         attrs : more attributes, such as estimator=
         """
-        known = np.isfinite(output).any((0, 2))
-        mean = np.full(output.shape[1:], np.nan)
-        mean[known] = np.nanmean(output[:, known], 0)
-        prediction, truth = mean[:, 0], self.truth
+        prediction, truth = metrics.known_mean(output[..., 0]), self.truth
         if self.names is not None:
             most = metrics.majority(decision, len(self.names))
-            prediction = np.where(known, self.names[most], "")
+            prediction = np.where(np.isfinite(prediction), self.names[most], "")
             truth = self.names[truth]
             attrs["positive"] = self.classes[-1]
-        found, folds = self.score(output, decision), ("model", "fold", "subject")
+        tested, folds = self.splits.rows("test"), ("model", "fold", "subject")
+        found = self.measure_folds(self.truth, tested, output, decision)
         variables = {
-            "score": (("model", "metric", "fold"), np.array(list(found.values()))[None]),
+            "score": (("model", "metric", "fold"), np.array(list(found.values()))[None, ..., 0]),
             "prediction": (("model", "subject"), prediction[None]),
             "output": ((*folds, "class"), output[None]),
             "decision": (folds, decision[None]),
