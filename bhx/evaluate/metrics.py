@@ -181,14 +181,9 @@ def adjust_p(p) -> np.ndarray:
 
     NaN stays NaN and does not count as a test.
     """
-    p = np.asarray(p, float)
-    out, known = np.full(p.shape, np.nan), np.isfinite(p)
-    tests = p[known]
-    order = np.argsort(tests, kind="stable")
-    steps = np.maximum.accumulate(tests[order] * np.arange(len(tests), 0, -1))
-    tests[order] = np.minimum(steps, 1)
-    out[known] = tests
-    return out
+    least_first = pd.Series(p, dtype=float).sort_values(kind="stable")
+    steps = least_first * (least_first.count() - np.arange(len(least_first)))
+    return steps.cummax().clip(upper=1).sort_index().values
 
 
 def majority(decision, labels: int) -> np.ndarray:
