@@ -141,7 +141,7 @@ def make_folds(rows, truth, names, design: Design) -> Splits:
     strata = _strata(rows, truth, names, stratify, folds, splits.notes)
     balanced = not groups or (stratify is not None and not one)
     for repeat in range(repeats):
-        for train, test in _cuts(units, strata, folds, design.seed + repeat, balanced):
+        for train, test in cut_units(units, strata, folds, design.seed + repeat, balanced):
             name = units[test][0] if groups and one else len(splits.names)
             splits.add(name, train=train, test=test)
     return splits
@@ -157,7 +157,7 @@ def make_resplits(rows, truth, names, protocol: str, seed: int) -> Splits:
     site = "site" if paper and "site" in rows.labels.coords else None
     strata = _strata(rows, truth, names, site, 5, splits.notes)
     for repeat in range(RESPLITS[protocol]):
-        (train, test), (_, hold), *_ = _cuts(splits.units, strata, 5, seed + repeat)
+        (train, test), (_, hold), *_ = cut_units(splits.units, strata, 5, seed + repeat)
         splits.add(repeat, train=train, **({"validation": hold} if paper else {}), test=test)
     return splits
 
@@ -199,22 +199,7 @@ def check_folds(truth, names, splits: Splits) -> None:
             splits.notes.append(f"fold {fold} tests {reason}")
 
 
-def inner_splits(train, truth, units, names, seed, folds=3) -> list:
-    """(fit, hold) of the training rows, held-out units never split; fewer where units are few."""
-    y, units = truth[train], units[train]
-    folds = min(folds, len(np.unique(units)))
-    if folds < 2:  # one unit left to train on: rows are all there is to split
-        units, folds = np.arange(len(y)), min(3, len(y))
-    if folds < 2:
-        return []
-    alike = names is not None and np.bincount(y).max() >= folds
-    cuts = _cuts(units, y, folds, seed, alike)
-    if names is not None:
-        cuts = [(a, b) for a, b in cuts if len(np.unique(y[a])) == len(np.unique(y))]
-    return [(train[a], train[b]) for a, b in cuts]
-
-
-def _cuts(units, strata, folds, seed, balanced=True) -> list:
+def cut_units(units, strata, folds, seed, balanced=True) -> list:
     """(train, test) of whole units, balanced over strata where that leaves no test part empty."""
     cuts = []
     if balanced:

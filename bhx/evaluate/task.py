@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from bhx.evaluate import metrics
-from bhx.evaluate.folds import Design, Splits, inner_splits, tied_units
+from bhx.evaluate.folds import Design, Splits, cut_units, tied_units
 from bhx.evaluate.options import check_name
 from bhx.evaluate.rows import Rows, as_codes, common_rows, said_of, truth_of
 from bhx.schema import subject_coords
@@ -83,8 +83,17 @@ class Task(Outcome):
 
         `units` (row,) keeps others whole instead. Empty where no cut has every label to fit.
         """
-        units = self.splits.units if units is None else units
-        return inner_splits(train, self.truth, units, self.names, self.design.seed, folds)
+        y, units = self.truth[train], (self.splits.units if units is None else units)[train]
+        folds = min(folds, len(np.unique(units)))
+        if folds < 2:  # one unit left to train on: rows are all there is to split
+            units, folds = np.arange(len(y)), min(3, len(y))
+        if folds < 2:
+            return []
+        alike = self.names is not None and np.bincount(y).max() >= folds
+        cuts = cut_units(units, y, folds, self.design.seed, alike)
+        if self.names is not None:
+            cuts = [(a, b) for a, b in cuts if len(np.unique(y[a])) == len(np.unique(y))]
+        return [(train[a], train[b]) for a, b in cuts]
 
     def stopping_split(self, train, validation):
         """(fit, stop) row indices: who is learned from, and who only says when to stop.
