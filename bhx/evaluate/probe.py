@@ -130,8 +130,7 @@ def probe(
         preparation = Preparation(one, task.rows.labels, confounds, harmonize, preserve)
         scores.append(_probe_one(one, task, own, preparation, truths))
     out = xr.concat(scores, "model", data_vars="minimal", coords="minimal", compat="override")
-    read_by = [_described(own, task) for own in given]
-    return out.assign_coords(estimator=("model", read_by)).assign_attrs(
+    return out.assign_attrs(
         confounds=json.dumps(list(confounds)),
         harmonize=harmonize or "",
         preserve=json.dumps(list(preserve)),
@@ -267,7 +266,7 @@ def _probe_one(features, task, estimator, preparation, truths):
     out = task.scores(name_of(features), output, decision)
     if null.size:
         out["null"] = (("model", "permutation"), np.nanmean(null, 0)[None])
-    return out
+    return out.assign_coords(estimator=("model", [_described(estimator, task)]))
 
 
 def _read(preparation, task, estimator, train, test, validation, truths):
