@@ -172,8 +172,7 @@ def read_split(rows, split: xr.DataArray) -> Splits:
             fact = "Expected one part for all rows of a participant, or of a family, found several "
             fact += f"for {listed(both.index[both > 1])} in repeat {name}"
             raise InputError(fact, "Give them the same part, as bhx.split does for participants")
-        splits.names.append(str(name))
-        splits.part.append(np.where(np.isin(part, ("train", "validation", "test")), part, ""))
+        splits.add(name, **{known: part == known for known in ("train", "validation", "test")})
         trained, tested = ((part == p).sum() for p in ("train", "test"))
         if not trained * tested:
             fact = f"Expected subjects to train on and to test in repeat {name}, found {trained} "
