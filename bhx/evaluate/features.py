@@ -257,20 +257,17 @@ def fuse(*features: xr.Dataset, name: str | None = None) -> xr.Dataset:
     """
     if not features:
         raise InputError("Expected features to put side by side, found none", "Give two or more")
-    parts, count = [], 0
+    parts, count, complete = [], 0, True
     for one in features:
         there = np.isfinite(check(one, "features").features).any("feature").reset_coords(drop=True)
+        complete = complete & (there if one.sizes["feature"] else True)
         on_feature = _on_feature(one)
         on_feature["part"] = on_feature["part"] + count
         count += len(np.unique(on_feature["part"]))
         coords = {key: ("feature", values) for key, values in on_feature.items()}
-        plain = one[["features"]].drop_vars(ON_FEATURE, errors="ignore").assign_coords(coords)
-        parts.append((plain, there if one.sizes["feature"] else True))
-    joined = xr.concat(
-        [part for part, _ in parts], "feature", join="inner", coords="minimal", compat="override"
-    )
-    for _, there in parts:
-        joined["features"] = joined.features.where(there)
+        parts.append(one[["features"]].assign_coords(coords))
+    joined = xr.concat(parts, "feature", join="inner", coords="minimal", compat="override")
+    joined["features"] = joined.features.where(complete)
     attrs = {"name": name or " + ".join(name_of(one) for one in features)}
     return joined.drop_attrs(deep=False).assign_attrs(attrs)
 
@@ -330,8 +327,6 @@ def encoded(labels: xr.Dataset, names) -> np.ndarray:
 
 
 # Parts, and what is fitted in the fold ---
-
-ON_FEATURE = ("part", "in_fold", "roi_a", "roi_b")
 
 
 def _on_feature(features):
