@@ -140,10 +140,7 @@ def fine_tune(
         folder = Path(temporary if out is None else out)
         tuning = _Tuning(chosen, tokens, model, plan, folder, keeps=out is not None)
         bar = tqdm(chosen.folds(), "fine-tune", len(chosen.splits.names), disable=not progress)
-        found = [
-            tuning.fold(i, train, test, validation, resume)
-            for i, (train, test, validation) in enumerate(bar)
-        ]
+        found = [tuning.fold(i, resume, *parts) for i, parts in enumerate(bar)]
         return tuning.scores(found)
 
 
@@ -167,7 +164,7 @@ def predict(out, fold: int, cohort: xr.Dataset, model: Model) -> xr.DataArray:
     """
     objective, state, plan = _kept(out, fold, model)
     tokens = _Tokens(check(cohort, "cohort"), model, plan)
-    values = tokens.outputs(objective, tokens.samples.labels.subject.values)
+    values = tokens.outputs(objective, range(cohort.sizes["subject"]))
     coords = {**subject_coords(cohort), "class": state["classes"]}
     return xr.DataArray(values, coords, ("subject", "class"))
 
@@ -188,16 +185,12 @@ class _Tokens:
         )
         self.pooled = {}  # row -> mean hub token, where the harmonizer does not learn
 
-    def rows_of(self, subjects) -> np.ndarray:
-        """Where these subjects stand in the cohort."""
-        return self.samples.labels.indexes["subject"].get_indexer(subjects)
-
     @torch.no_grad()
-    def outputs(self, objective, subjects) -> np.ndarray:
-        """(subject, class): probabilities, or numbers in the target's units."""
+    def outputs(self, objective, rows) -> np.ndarray:
+        """(row of the cohort, class): probabilities, or numbers in the target's units."""
         objective.eval()
         each = []
-        for row in self.rows_of(subjects):
+        for row in rows:
             sample = readable(self.samples[-1, int(row)])
             each.append(objective.outputs([sample.to(objective.head.weight.device)]))
         raw, units = torch.cat(each).cpu(), objective.units
@@ -210,11 +203,13 @@ class _Tuning:
     def __init__(self, task, tokens, model, plan, folder, keeps):
         self.task, self.tokens, self.model, self.plan = task, tokens, model, plan
         self.folder, self.keeps = folder, keeps
-        self.truth = np.zeros(tokens.samples.labels.sizes["subject"], task.truth.dtype)
-        self.truth[tokens.rows_of(task.subject)] = task.truth
+        labels, entered = tokens.samples.labels, task.rows.labels.subject
+        self.rows = labels.indexes["subject"].get_indexer(entered)  # of the cohort
+        self.truth = np.zeros(labels.sizes["subject"], task.truth.dtype)
+        self.truth[self.rows] = task.truth
         self.part = np.full((len(task.splits.names), len(task.truth)), "train", "<U5")
 
-    def fold(self, i, train, test, validation, resume):
+    def fold(self, i, resume, train, test, validation):
         """Train, stop and test one fold, from where its checkpoint left it."""
         fit, stop = train, train[:0]
         if self.plan.patience is not None:
@@ -230,18 +225,17 @@ class _Tuning:
             "plan": plan.model_dump(),
             "config": asdict(self.model.config),
             "encoders": digest(self.model.networks),
-            "subjects": [str(s) for s in self.task.subject],
+            "subjects": [str(s) for s in self.task.rows.labels.subject.values],
             "target": self.task.target,
             "truth": self.task.truth.tolist(),
             "part": self.part[i].tolist(),
             "classes": self.task.classes,
             "units": objective.units,
         }
-        rows = [self.tokens.rows_of(self.task.subject[part]) for part in (fit, stop)]
-        run = Run(objective, samples, plan, folder, *rows, fixed)
+        run = Run(objective, samples, plan, folder, self.rows[fit], self.rows[stop], fixed)
         run.go(resume)
         log = read_log(self.folder, folder.name)
-        output = self.tokens.outputs(objective, self.task.subject[test])
+        output = self.tokens.outputs(objective, self.rows[test])
         return log, run.kept // plan.evaluate_every, output
 
     def _objective(self, fit, plan):

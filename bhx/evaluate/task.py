@@ -64,11 +64,6 @@ class Task(Outcome):
     design: Design
 
     @property
-    def subject(self) -> np.ndarray:
-        """Ids of the rows."""
-        return self.rows.labels.subject.values
-
-    @property
     def notes(self) -> list[str]:
         """What was taken for granted, for the reader of the scores."""
         return self.splits.notes
