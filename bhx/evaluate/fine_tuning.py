@@ -219,7 +219,11 @@ class _Tuning:
                 self.task.notes.append(f"fold {name}: too few of a label to stop early")
         self.part[i, validation], self.part[i, stop], self.part[i, test] = "stop", "stop", "test"
         plan, folder = self.plan.for_rows(len(fit), self.keeps), self.folder / f"fold_{i}"
-        objective = self._objective(fit, plan)
+        truth, units = self.task.truth[fit], None
+        if self.task.names is None:
+            units = (float(truth.mean()), float(truth.std()) or 1.0)
+        options = {"truth": self.truth, "outputs": len(self.task.classes), "units": units}
+        objective = _label_objective(self.model, plan, **options, pooled=self.tokens.pooled)
         samples = self.tokens.samples.with_plan(plan)
         fixed = {
             "plan": plan.model_dump(),
@@ -230,20 +234,13 @@ class _Tuning:
             "truth": self.task.truth.tolist(),
             "part": self.part[i].tolist(),
             "classes": self.task.classes,
-            "units": objective.units,
+            "units": units,
         }
         run = Run(objective, samples, plan, folder, self.rows[fit], self.rows[stop], fixed)
         run.go(resume)
         log = read_log(self.folder, folder.name)
         output = self.tokens.outputs(objective, self.rows[test])
         return log, run.kept // plan.evaluate_every, output
-
-    def _objective(self, fit, plan):
-        truth, units = self.task.truth[fit], None
-        if self.task.names is None:
-            units = (float(truth.mean()), float(truth.std()) or 1.0)
-        outputs = len(self.task.classes)
-        return _label_objective(self.model, plan, self.truth, outputs, units, self.tokens.pooled)
 
     def scores(self, found) -> xr.Dataset:
         """What was found in all folds, as `probe` would give it."""
@@ -274,13 +271,10 @@ class _Tuning:
         ).assign_coords(epoch=np.arange(1, self.plan.epochs + 1))
 
 
-def _label_objective(model, plan, truth, outputs, units, pooled=None):
+def _label_objective(model, plan, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        objective = LabelObjective(
-            model.networks, plan, truth=truth, outputs=outputs, units=units, pooled=pooled
-        )
-    return objective.to(model.device)
+        return LabelObjective(model.networks, plan, **options).to(model.device)
 
 
 def _kept(out, fold, model):
@@ -294,7 +288,8 @@ def _kept(out, fold, model):
             f"Expected a finished fold {fold} of this model in '{out}', found none",
             "Give what out= named and the model that was fine-tuned; resume=True finishes a run",
         )
-    objective = _label_objective(model, plan, None, len(state["classes"]), state["units"])
+    options = {"truth": None, "outputs": len(state["classes"]), "units": state["units"]}
+    objective = _label_objective(model, plan, **options)
     objective.load_state_dict(state["stopping"]["best"] or state["objective"], strict=False)
     return objective, state, plan
 
