@@ -29,7 +29,6 @@ class Rows:
     labels: xr.Dataset  # coordinates on subject of those who enter
     features: list  # Datasets of features in memory, as they were given
     excluded: dict  # reason -> ids
-    given: int  # rows before any was left out
 
     @property
     def people(self) -> np.ndarray:
@@ -67,12 +66,11 @@ def common_rows(data: list, target: str, needed, classes=None, parts=None) -> Ro
     data = [plain_labels(one) for one in data]  # also of a bare store
     ids, excluded = np.concatenate([one.subject.values for one in data]), {}
     ids = ids[np.sort(np.unique(ids, return_index=True)[1])]
-    given = len(ids)
 
     def leave_out(reason, out):
         nonlocal ids
         if out.any():
-            excluded[reason] = [str(i) for i in ids[out]]
+            excluded[reason] = excluded.get(reason, []) + [str(i) for i in ids[out]]
         ids = ids[~out]
 
     for one in data:
@@ -94,7 +92,7 @@ def common_rows(data: list, target: str, needed, classes=None, parts=None) -> Ro
         out = "; ".join(f"{len(v)} {k}" for k, v in excluded.items())
         fact = f"Expected subjects with '{target}' and features, found none"
         raise InputError(fact, f"Look at who was left out: {out}")
-    return Rows(labels.sel(subject=ids), features, excluded, given)
+    return Rows(labels.sel(subject=ids), features, excluded)
 
 
 def _merged_labels(data, ids, names):

@@ -165,7 +165,7 @@ class Task(Outcome):
             "target": self.target,
             "task": self.kind,
             "n": len(self.truth),
-            "n_rows": self.rows.given,
+            "n_rows": len(self.truth) + sum(map(len, self.rows.excluded.values())),
             "n_participants": len(np.unique(self.rows.people)),
             "groups": self.design.groups or "participant",
             "stratify": self.design.stratify or "",
