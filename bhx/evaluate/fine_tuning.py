@@ -216,7 +216,7 @@ class _Tuning:
             fit, stop = self.task.stopping_split(train, validation)
             if not len(stop):
                 name = self.task.splits.names[i]
-                self.task.notes.append(f"fold {name}: too few of a label to stop early")
+                self.task.splits.notes.append(f"fold {name}: too few of a label to stop early")
         self.part[i, validation], self.part[i, stop], self.part[i, test] = "stop", "stop", "test"
         plan, folder = self.plan.for_rows(len(fit), self.keeps), self.folder / f"fold_{i}"
         truth, units = self.task.truth[fit], None

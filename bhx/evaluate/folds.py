@@ -82,7 +82,7 @@ class Splits:
     units: np.ndarray  # (row,): rows of one unit share a part
     part: list = field(default_factory=list)  # of (row,) arrays of text, one a fold
     names: list = field(default_factory=list)  # of the folds
-    notes: list = field(default_factory=list)
+    notes: list = field(default_factory=list)  # what was taken for granted, for who reads scores
 
     def add(self, name, **rows) -> None:
         """A fold, by the rows of each part."""

@@ -123,7 +123,8 @@ def probe(
     check_leak(task.rows.labels, used, target, task.truth, task.names)
     _check_estimator(estimator, task.kind)
     if harmonize and groups == harmonize:
-        task.notes.append(f"ComBat has not seen the {harmonize} it tests: features left as are")
+        note = f"ComBat has not seen the {harmonize} it tests: features left as are"
+        task.splits.notes.append(note)
     given = [_estimator_of(one, task, estimator) for one in task.rows.features]
     truths, scores = _exchanged(task, permutations), []
     for one, own in zip(task.rows.features, given, strict=True):
@@ -135,7 +136,7 @@ def probe(
         harmonize=harmonize or "",
         preserve=json.dumps(list(preserve)),
         estimator=_described(estimator, task),
-        notes=json.dumps(task.notes),
+        notes=json.dumps(task.splits.notes),
         features=json.dumps({name_of(one): provenance_of(one) for one in many}),
         versions=json.dumps({"bhx": __version__, "scikit-learn": sklearn.__version__}),
     )
@@ -354,5 +355,5 @@ def _exchanged(task, permutations):
         fact = f"Expected {permutations} exchanges with every label in each training part, found "
         raise InputError(f"{fact}{len(found)} in {drawn}", "Leave a rare label out")
     if again := drawn - permutations:
-        task.notes.append(f"{again} exchanges without some label drawn again")
+        task.splits.notes.append(f"{again} exchanges without some label drawn again")
     return np.column_stack([task.truth, *found])

@@ -63,11 +63,6 @@ class Task(Outcome):
     splits: Splits
     design: Design
 
-    @property
-    def notes(self) -> list[str]:
-        """What was taken for granted, for the reader of the scores."""
-        return self.splits.notes
-
     def folds(self):
         """(train, test, validation) row indices of each fold; the last is mostly empty."""
         parts = (self.splits.rows(part) for part in ("train", "test", "validation"))
@@ -175,7 +170,7 @@ class Task(Outcome):
             "test_share": self.splits.test_share,
             "mutual": self.splits.mutual,
             "excluded": json.dumps(self.rows.excluded),
-            "notes": json.dumps(self.notes),
+            "notes": json.dumps(self.splits.notes),
         }
 
 
