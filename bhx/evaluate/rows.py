@@ -151,12 +151,6 @@ def as_words(labels) -> np.ndarray:
 # With which truth ---
 
 
-def as_codes(values) -> np.ndarray:
-    """Whole numbers as integers again, which missing ones among them had made floats."""
-    whole = values.dtype.kind == "f" and (values == np.round(values)).all()
-    return values.astype(int) if whole else values
-
-
 def truth_of(values, target: str, task: str | None, classes):
     """(names, truth): numbers (names None), or codes of sorted names."""
     numeric, asked = values.dtype.kind in "iuf", task

@@ -15,7 +15,7 @@ import xarray as xr
 from bhx.evaluate import metrics
 from bhx.evaluate.folds import Design, Splits, cut_units, tied_units
 from bhx.evaluate.options import check_name
-from bhx.evaluate.rows import Rows, as_codes, common_rows, said_of, truth_of
+from bhx.evaluate.rows import Rows, common_rows, said_of, truth_of
 from bhx.schema import subject_coords
 
 
@@ -193,7 +193,9 @@ def make_task(data, target: str, *, task=None, classes=None, needed=(), **design
         needed.append("site")
     rows = common_rows(data, target, needed, classes, design.split)
     values = rows.labels[target].values
-    values = as_codes(values) if f"no {target}" in rows.excluded else values
+    whole = values.dtype.kind == "f" and (values == np.round(values)).all()
+    if whole and f"no {target}" in rows.excluded:  # missing ones had made floats of integers
+        values = values.astype(int)
     names, truth = truth_of(values, target, task, classes)
     splits = design.splits(rows, truth, names)
     splits.notes += said_of(data, dict.fromkeys((target, *needed)))
