@@ -176,8 +176,7 @@ def cube_means(cohort: xr.Dataset, mm: float = 16.0) -> xr.Dataset:
     shape = tuple(cohort.sizes[axis] // edge for axis in "xyz")
     values = _per_subject(t1, _cubes, 2 * int(np.prod(shape)), edge=edge, shape=shape)
     values = values.where(who_has(cohort, ANATOMY.variable)[:, None])
-    out = values.astype("float32").to_dataset(name="features")
-    return out.assign_attrs(name="T1 cubes")
+    return values.to_dataset(name="features").assign_attrs(name="T1 cubes")
 
 
 def _cubes(t1, edge, shape):
