@@ -330,10 +330,9 @@ def encoded(labels: xr.Dataset, names) -> np.ndarray:
 
 def _on_feature(features):
     """What each column is: the part, its entry of IN_FOLD, and its pair of parcels."""
-    n = features.sizes["feature"]
-    out = {"part": np.zeros(n, int), "in_fold": np.full(n, features.attrs.get("in_fold", ""))}
-    out |= {"roi_a": np.full(n, ""), "roi_b": np.full(n, "")}
-    return {key: features[key].values if key in features.coords else v for key, v in out.items()}
+    n, known = features.sizes["feature"], features.coords
+    plain = {"part": 0, "in_fold": features.attrs.get("in_fold", ""), "roi_a": "", "roi_b": ""}
+    return {k: known[k].values if k in known else np.full(n, v) for k, v in plain.items()}
 
 
 def parts_of(features: xr.Dataset) -> list:
