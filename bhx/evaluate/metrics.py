@@ -201,9 +201,8 @@ def calibration(truth, probability, bins: int = 10) -> pd.DataFrame:
     rows = pd.DataFrame({"predicted": probability, "observed": truth}, dtype=float)
     groups = rows.groupby(np.ceil(rank * bins / len(rows)))
     out = groups.mean().assign(count=groups.size())
-    out.attrs["error"] = float(
-        ((out.predicted - out.observed).abs() * out["count"]).sum() / len(rows)
-    )
+    apart = (out.predicted - out.observed).abs()
+    out.attrs["error"] = float(np.average(apart, weights=out["count"]))
     return out.reset_index(drop=True)
 
 
