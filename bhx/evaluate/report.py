@@ -99,32 +99,17 @@ def made_with(*objects) -> str:
     """
     versions = [f"Python {platform.python_version()}", f"bhx {__version__}"]
     versions += [f"{name} {version(name)}" for name in NAMED]
-    lines = dict.fromkeys(line for o in objects for line in _weights_of(o) + _data_of(o))
+    lines = dict.fromkeys(line for o in objects for line in _about(o))
     return "\n".join([", ".join(versions), *lines])
 
 
-def _weights_of(one):
-    shipped = PACKAGE.glob("weights/*/config.json")
-    names = {json.loads(path.read_text("utf8"))["sha256"]: path.parent.name for path in shipped}
+def _about(one):
+    """Lines of `made_with` about one object."""
     if hasattr(one, "provenance"):  # a model
         kept = {"weights": one.provenance.get("source"), **one.provenance}
-        found = [{"model": one.config.name, **kept}]
-    else:
-        attrs = getattr(one, "attrs", {})
-        found = [attrs, *json.loads(attrs.get("features", "{}")).values()]
-    lines = []
-    for made in (m for m in found if "weights_sha256" in m):
-        digest = made["weights_sha256"]
-        kind = "shipped" if digest in names else "made here"
-        origin = f"{kind} {digest[:12]}" if digest else made.get("weights", "random")
-        lines.append(f"weights {names.get(digest, made.get('model', 'model'))}: {origin}")
-    return lines
-
-
-def _data_of(one):
-    if hasattr(one, "provenance"):  # a model
-        return []
+        return _weights([{"model": one.config.name, **kept}])
     attrs = getattr(one, "attrs", {})
+    lines = _weights([attrs, *json.loads(attrs.get("features", "{}")).values()])
     cohort = str(attrs.get("cohort", ""))  # latents carry their cohort's attributes
     data = json.loads(cohort) if cohort.startswith("{") else attrs
     name = attrs.get("target") or attrs.get("method") or f"{data.get('source') or ''} cohort"
@@ -132,7 +117,20 @@ def _data_of(one):
     facts = [f"seed {seed}"] if seed != "" else []
     if {"subject", "participant"} <= {*getattr(one, "coords", ())}:
         facts.append(f"{one.sizes['subject']} rows {cohort_hash(one)[:12]}")
-    return [f"{name.strip()}: {', '.join(facts)}"] if facts else []
+    return [*lines, f"{name.strip()}: {', '.join(facts)}"] if facts else lines
+
+
+def _weights(provenances):
+    """A line for each of those that name weights."""
+    shipped = PACKAGE.glob("weights/*/config.json")
+    names = {json.loads(path.read_text("utf8"))["sha256"]: path.parent.name for path in shipped}
+    lines = []
+    for made in (p for p in provenances if "weights_sha256" in p):
+        digest = made["weights_sha256"]
+        kind = "shipped" if digest in names else "made here"
+        origin = f"{kind} {digest[:12]}" if digest else made.get("weights", "random")
+        lines.append(f"weights {names.get(digest, made.get('model', 'model'))}: {origin}")
+    return lines
 
 
 def methods(scores: xr.Dataset) -> str:
