@@ -50,16 +50,12 @@ def connectome(cohort: xr.Dataset, kind: str = "correlation") -> xr.Dataset:
     values = _per_subject(bold, _connectivity, len(a), kind=kind)
     roi = cohort.roi.values
     name = "connectome" if kind == "correlation" else f"connectome, {kind}"
-    return (
-        values.to_dataset(name="features")
-        .assign_coords(roi_a=("feature", roi[a]), roi_b=("feature", roi[b]))
-        .assign_attrs(
-            name=name,
-            atlas=cohort.attrs.get("atlas", ""),
-            without_bold=int((~who_has(cohort, BOLD.variable)).sum()),
-            notes=cohort.attrs.get("notes", []),
-            in_fold="tangent" if kind == "tangent" else "",
-        )
+    return values.assign_coords(roi_a=("feature", roi[a]), roi_b=("feature", roi[b])).assign_attrs(
+        name=name,
+        atlas=cohort.attrs.get("atlas", ""),
+        without_bold=int((~who_has(cohort, BOLD.variable)).sum()),
+        notes=cohort.attrs.get("notes", []),
+        in_fold="tangent" if kind == "tangent" else "",
     )
 
 
@@ -74,7 +70,7 @@ def _variable(cohort, modality):
 
 
 def _per_subject(data, function, width, *labels, **options):
-    """`function(rows, *labels, **options)` -> (rows, width), lazily where the data are."""
+    """`function(rows, *labels, **options)` -> (rows, width) as features, lazily where data are."""
     dims = list(data.dims[1:])
     data = data.chunk(dict.fromkeys(dims, -1)) if data.chunks else data
     out = xr.apply_ufunc(
@@ -88,6 +84,7 @@ def _per_subject(data, function, width, *labels, **options):
         output_dtypes=[np.float32],
         dask_gufunc_kwargs={"output_sizes": {"feature": width}},
     )
+    out = out.to_dataset(name="features")
     return out.drop_vars([name for name, c in out.coords.items() if c.dims != ("subject",)])
 
 
@@ -142,7 +139,7 @@ def signal_spread(cohort: xr.Dataset) -> xr.Dataset:
     """
     bold = _variable(cohort, BOLD)
     values = _per_subject(bold, _spread, 2 * cohort.sizes["roi"])
-    return values.to_dataset(name="features").assign_attrs(name="mean and log SD")
+    return values.assign_attrs(name="mean and log SD")
 
 
 def _spread(bold):
@@ -175,8 +172,8 @@ def cube_means(cohort: xr.Dataset, mm: float = 16.0) -> xr.Dataset:
         raise InputError(fact, f"Take for instance mm={2 * voxel:g}")
     shape = tuple(cohort.sizes[axis] // edge for axis in "xyz")
     values = _per_subject(t1, _cubes, 2 * int(np.prod(shape)), edge=edge, shape=shape)
-    values = values.where(who_has(cohort, ANATOMY.variable)[:, None])
-    return values.to_dataset(name="features").assign_attrs(name="T1 cubes")
+    there = xr.DataArray(who_has(cohort, ANATOMY.variable), dims="subject")
+    return values.where(there).assign_attrs(name="T1 cubes")
 
 
 def _cubes(t1, edge, shape):
@@ -201,8 +198,7 @@ def raw_signal(cohort: xr.Dataset, step: float = 2.0) -> xr.Dataset:
     seconds = np.arange(0, float(seconds.min()) + 1e-9, step)
     width = cohort.sizes["roi"] * len(seconds)
     values = _per_subject(bold, _resampled, width, cohort.tr, seconds=seconds)
-    out = values.to_dataset(name="features")
-    return out.assign_attrs(name="raw signal (MLP)", estimator="MLP", components=COMPONENTS)
+    return values.assign_attrs(name="raw signal (MLP)", estimator="MLP", components=COMPONENTS)
 
 
 def _resampled(bold, tr, seconds):
