@@ -26,7 +26,7 @@ def measure_numbers(truth, output, weights=None) -> dict[str, np.ndarray]:
 
     R2 is one minus the squared error over the squared distance of the truths from their mean; the
     mean stays that of all rows in every resample, or R2 of a small fold would fall in each. A
-    metric that is undefined (fewer than two distinct truths) is NaN.
+    metric that is undefined (fewer than two distinct truths, or three for r) is NaN.
     """
     y, p = np.asarray(truth, float), np.asarray(output, float)
     w = _weights(weights, y)
@@ -35,8 +35,9 @@ def measure_numbers(truth, output, weights=None) -> dict[str, np.ndarray]:
         r = (w @ (dy * dp) - my * mp) / np.sqrt(vy * vp)
         r2 = 1 - w @ (y - p) ** 2 / (w @ dy**2)
     r = np.where(vp > 0, r, 0.0)  # a constant prediction orders nobody
+    several = len(np.unique(y)) > 2  # a line goes through any two points
     return {
-        "r": np.where(vy > 0, r, np.nan),
+        "r": np.where(several & (vy > 0), r, np.nan),
         "r2": np.where(vy > 0, r2, np.nan),
         "mae": w @ np.abs(y - p),
     }

@@ -38,10 +38,7 @@ class Outcome:
     def measure(self, truth, output, decision, weights=None) -> dict[str, np.ndarray]:
         """Metric -> values (B,) of outputs (n, class) and decisions (n,) under weights (B, n)."""
         if self.names is None:
-            found = metrics.measure_numbers(truth, output[:, 0], weights)
-            if len(np.unique(truth)) < 3:  # a line through two points
-                found["r"] = np.full_like(found["r"], np.nan)
-            return found
+            return metrics.measure_numbers(truth, output[:, 0], weights)
         return metrics.measure_labels(truth, output, decision, weights)
 
     def measure_folds(self, truth, tested, output, decision, weights=None) -> dict[str, np.ndarray]:
