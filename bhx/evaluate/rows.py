@@ -166,10 +166,8 @@ def truth_of(values, target: str, task: str | None, classes):
     found, codes = np.unique(values if numeric else values.astype(str), return_inverse=True)
     found = as_words(found)
     _check_labels(found, target, classes)
-    if classes is None:
-        return found, codes
-    names = as_words(classes)
-    return names, np.array([list(names).index(n) for n in found])[codes]
+    names = found if classes is None else as_words(classes)
+    return names, pd.Index(names).get_indexer(found)[codes]
 
 
 def _check_words(values, target):
