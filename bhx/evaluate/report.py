@@ -226,7 +226,7 @@ def _explained(scores):
     """What the confounds that vary explain of each prediction: a sentence and a table."""
     names = [n for n in CONFOUNDS if n in scores.coords and n != scores.attrs["target"]]
     names = [n for n in names if len(np.unique(scores[n].values)) > 1]
-    if not names or (scores.attrs["task"] != "number" and scores.sizes["class"] != 2):
+    if not names or scores.sizes["class"] > 2:
         return ""
     try:
         table = _html(explained_by(scores, names))
