@@ -215,6 +215,5 @@ def _weights(weights, like):
 
 def known_mean(values):
     """Mean over the first axis of what is defined; NaN where nothing is."""
-    known = np.isfinite(values)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(known, values, 0).sum(0) / known.sum(0)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        return np.nanmean(values, 0)
