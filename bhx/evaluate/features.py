@@ -144,8 +144,7 @@ def signal_spread(cohort: xr.Dataset) -> xr.Dataset:
 
 def _spread(bold):
     """(subject, roi, time) -> (subject, mean of each parcel and log deviation of each)."""
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # parcels that are NaN throughout
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # all of a parcel NaN
         deviation = np.nanstd(bold.astype(float), 2)
         level = np.where(deviation > 0, np.nanmean(bold.astype(float), 2), np.nan)
         log = np.log(np.where(deviation > 0, deviation, np.nan))

@@ -203,8 +203,7 @@ def cut_units(units, strata, folds, seed, balanced=True) -> list:
     cuts = []
     if balanced:
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The least populated class")
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of rare labels
             cuts = list(splitter.split(units, strata, units))
     if not cuts or not all(len(test) for _, test in cuts):
         cuts = list(GroupKFold(folds, shuffle=True, random_state=seed).split(units, None, units))

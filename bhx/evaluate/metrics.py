@@ -132,8 +132,7 @@ def interval(estimate, draws, level: float = 0.95, mutual: float = 0.0):
     """
     estimate, draws = np.asarray(estimate, float), np.asarray(draws, float)
     tails = [(1 - level) / 2, (1 + level) / 2]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Mean of empty slice|All-NaN slice")
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # where all are NaN
         low, high = np.nanquantile(draws, tails, axis=-1) - np.nanmean(draws, -1)
     widen = np.sqrt(1 + mutual)
     return estimate + widen * low, estimate + widen * high
