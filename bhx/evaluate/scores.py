@@ -92,9 +92,7 @@ def _rows(s, drawn, control, base, level):
     """A row for each metric of one model, from its draws (metric, draw) and its control's."""
     few, rarest = _people(s)
     mutual, unsure = s.attrs.get("mutual", 1.0), s.attrs["protocol"] == "paper"
-    for metric, folds, own in zip(
-        s.metric.values.astype(str), s.score.values[0], drawn, strict=True
-    ):
+    for metric, folds, own in zip(s.metric.values, s.score.values[0], drawn, strict=True):
         score = float(metrics.known_mean(folds))
         row = {"target": s.attrs["target"], "model": str(s.model.item()), "metric": metric}
         ends = metrics.interval(score, own, level, mutual)
