@@ -270,9 +270,7 @@ def plot_calibration(*scores: xr.Dataset, bins: int = 10):
     """Predicted probability of the positive label against how often it is true."""
 
     def curve(one, output):
-        found = metrics.calibration(
-            one.truth.values.astype(str) == one.attrs["positive"], output, bins
-        )
+        found = metrics.calibration(codes_of(one) == one.sizes["class"] - 1, output, bins)
         line = {"x": found.predicted, "y": found.observed, "mode": "lines+markers"}
         return line, f" (error {found.attrs['error']:.2f})"
 
