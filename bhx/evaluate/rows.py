@@ -216,9 +216,8 @@ def check_leak(labels, used, target: str, truth, names) -> None:
             reveals = any(abs(found.a.corr(found.b)) > 0.9999 for found in (pair, pair.rank()))
         else:
             pairs = len(set(zip(values, truth, strict=True)))
-            reveals = pairs == values.nunique() < len(values) and (
-                not number or pairs == len(set(truth))
-            )
+            reveals = pairs == values.nunique() < len(values)
+            reveals &= not number or pairs == len(set(truth))
         if reveals:
             fact = "Expected confounds, harmonize and preserve without the target, found "
             fact += f"'{name}', which tells '{target}' of everyone"
