@@ -5,8 +5,10 @@ from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from tiny_runs import TINY, tiny_cohort
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -197,6 +199,21 @@ def test_the_kept_epoch_is_the_best_of_the_inner_split(tune):
     for loss, kept in zip(scores.inner_loss.values[0], scores.epoch_kept.values[0], strict=True):
         assert kept == np.nanargmin(loss) + 1
         assert np.isfinite(loss).sum() == min(6, kept + 2)  # patience
+
+
+def test_who_is_in_another_part_of_a_split_was_not_trained_on(tune, cohort):
+    person = np.unique(cohort.participant, return_inverse=True)[1]
+    part = np.array(["train", "train", "test", "later", "validation"])[person % 5]
+    split = xr.DataArray(
+        part[None], {"repeat": [0], **cohort.participant.coords}, ("repeat", "subject")
+    )
+    for patience, validated in ((None, ""), (2, "stop")):
+        scores = tune("age", split=split, epochs=1, folds=None, patience=patience)
+        found = scores.part[0, 0].to_series()
+        expected = pd.Series(part, cohort.subject.values).replace(
+            {"later": "", "validation": validated}
+        )
+        pd.testing.assert_series_equal(found, expected[found.index], check_names=False)
 
 
 # ------------------------------------------------------------------- beside a probe

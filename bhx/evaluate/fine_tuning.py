@@ -116,8 +116,8 @@ def fine_tune(
     Dataset
         Scores Dataset as of `bhx.probe`, for `bhx.compare` beside it, with `training_loss` and
         `inner_loss (model, fold, epoch)`, the `epoch_kept (model, fold)`, and `part (model, fold,
-        subject)`: "train", "stop" (the inner split) or "test". The losses are cross-entropy in
-        nats, or squared error over the variance of the rows trained on.
+        subject)`: "train", "stop" (the inner split), "test" or, of who was not used, "". The losses
+        are cross-entropy in nats, or squared error over the variance of the rows trained on.
 
     Raises
     ------
@@ -207,7 +207,7 @@ class _Tuning:
         self.rows = labels.indexes["subject"].get_indexer(entered)  # of the cohort
         self.truth = np.zeros(labels.sizes["subject"], task.truth.dtype)
         self.truth[self.rows] = task.truth
-        self.part = np.full((len(task.splits.names), len(task.truth)), "train", "<U5")
+        self.part = np.full((len(task.splits.names), len(task.truth)), "", "<U5")
 
     def fold(self, i, resume, train, test, validation):
         """Train, stop and test one fold, from where its checkpoint left it."""
@@ -217,7 +217,8 @@ class _Tuning:
             if not len(stop):
                 name = self.task.splits.names[i]
                 self.task.splits.notes.append(f"fold {name}: too few of a label to stop early")
-        self.part[i, validation], self.part[i, stop], self.part[i, test] = "stop", "stop", "test"
+        for name, rows in {"train": fit, "stop": stop, "test": test}.items():
+            self.part[i, rows] = name
         plan, folder = self.plan.for_rows(len(fit), self.keeps), self.folder / f"fold_{i}"
         truth, units = self.task.truth[fit], None
         if self.task.names is None:
