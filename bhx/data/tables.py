@@ -251,7 +251,7 @@ def _in_number_order(numbers, atlas, where):
     full = [np.arange(len(numbers)), np.arange(1, len(numbers) + 1)]
     full += [] if atlas is None else [np.sort(atlas.label.values)]
     if not any(np.array_equal(np.sort(numbers), one) for one in full):
-        lost = sorted({*range(1, int(numbers.max()) + 1)} - {*numbers.tolist()})
+        lost = np.setdiff1d(full[1], numbers)
         fact = f"Expected numbered parcels without a gap in {where}, found {len(numbers)} up to "
         fact += f"{numbers.max()}, without {listed(lost)}"
         raise InputError(fact, "Name the parcels as the atlas does")
