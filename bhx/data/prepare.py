@@ -316,16 +316,14 @@ def _stage(rows, parts, options, workers, client):
     from tqdm.auto import tqdm
 
     todo = [row for row in rows if not parts[row["subject"]].exists()]
-    read_by = {key: value for key, value in options.items() if key != "atlas_sha256"}
+    options, given = {**options}, options["labels"]  # not those of the atlas, no file of the user's
+    options.pop("atlas_sha256", None)
     for row in todo[:1]:  # what is wrong with the names of one table is wrong with all
         check_table(row.get(BOLD.files[0]), options["atlas"])
-    own = options["atlas"] not in (None, *ATLASES)  # other processes do not know it by its name
-    options = {**read_by, "atlas": load_atlas(options["atlas"])} if own else read_by
-    if options["labels"] is None and any(is_volume(row.get(BOLD.files[0])) for row in todo):
-        options = {**options, "labels": fetch_labels(options["atlas"])}
-    if own:
-        options = {**options, "atlas": dask.delayed(options["atlas"])}  # sent once
-    given = read_by["labels"]  # not those of the atlas, which are no file of the user's
+    if given is None and any(is_volume(row.get(BOLD.files[0])) for row in todo):
+        options["labels"] = fetch_labels(options["atlas"])
+    if options["atlas"] is not None:  # other processes may not know it by its name
+        options["atlas"] = dask.delayed(load_atlas(options["atlas"]))  # sent once
     tasks = [dask.delayed(_stage_one)(row, parts[row["subject"]], options, given) for row in todo]
     with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="prepare", unit="scan") as bar:
         reasons = compute_each(tasks, client, bar.update, workers)
