@@ -316,8 +316,8 @@ def _stage(rows, parts, options, workers, client):
     from tqdm.auto import tqdm
 
     todo = [row for row in rows if not parts[row["subject"]].exists()]
-    options, given = {**options}, options["labels"]  # not those of the atlas, no file of the user's
-    options.pop("atlas_sha256", None)
+    given = options["labels"]  # not those of the atlas, which are no file of the user's
+    options = {key: value for key, value in options.items() if key != "atlas_sha256"}
     for row in todo[:1]:  # what is wrong with the names of one table is wrong with all
         check_table(row.get(BOLD.files[0]), options["atlas"])
     if given is None and any(is_volume(row.get(BOLD.files[0])) for row in todo):
