@@ -68,7 +68,7 @@ ROOMS = {
 LAST = ("demo", "doctor", "__main__")
 CORRIDOR = [f"{room}.{file}".lstrip("./") for room, files in ROOMS.items() for file in files]
 CORRIDOR += LAST
-AT_MOST_LINES = 11692
+AT_MOST_LINES = 11690
 AT_MOST = {"file": 400, "function": 60}  # lines of code
 
 # What still breaks a rule below. These lists only get shorter: nothing is added, and what has been

@@ -1,5 +1,7 @@
 """Tables of parcels as people have them: read exactly, or refused with the option to give."""
 
+import tracemalloc
+
 import h5py
 import numpy as np
 import pandas as pd
@@ -108,6 +110,17 @@ def test_numbers_with_a_gap_are_refused(tmp_path):
     pd.DataFrame(SERIES.T, columns=columns).to_csv(tmp_path / "a.csv", index=False)
     with pytest.raises(InputError, match="without a gap in a.csv, found 100 up to 101, without 52"):
         read_bold(tmp_path / "a.csv", **SEVEN)
+
+
+def test_one_huge_number_takes_no_memory(tmp_path):
+    columns = [f"ROI_{i + 1 if i < 99 else 3_000_000}" for i in range(100)]
+    pd.DataFrame(SERIES.T, columns=columns).to_csv(tmp_path / "a.csv", index=False)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="found 100 up to 3000000, without 100"):
+        read_bold(tmp_path / "a.csv", **SEVEN)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6  # a set of all numbers up to it takes several times as much
 
 
 @pytest.mark.parametrize("other", ["global_signal", "CSF", "WhiteMatter", "trans_x"])
